@@ -1,0 +1,1 @@
+"""Shards in, shards out: safetensors files read and written by byte range."""

@@ -1,0 +1,82 @@
+"""Durable files: a reader sees the old content or the new, also after a power cut."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from streamcomp.errors import OutputError
+
+__all__ = ["atomic_file", "make_folder", "output_errors", "sync_folder", "write_json", "write_text"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write below ``path`` into an OutputError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutputError(
+                f"no space left for {path}: free some and run the same command again, "
+                "the finished steps are kept"
+            ) from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make ``path`` and its parents, and check that it can be written."""
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the name ``path`` when the block ends, and is then durable.
+
+    Written under a temporary name in the same folder; removed if the block fails. What a
+    killed process leaves behind is overwritten by the next one, for the name is fixed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with output_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in UTF-8, durably."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` by ``value`` as indented JSON, durably."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,115 @@
+"""Reads tensors by byte range into memory of their own.
+
+``pread`` into a fresh tensor rather than a memory map: a view of a map keeps the whole
+shard mapped and counts in RSS a second time beside its copy, and a file cut short under a
+map ends the process (SIGBUS) where ``pread`` reports it. The page cache is released behind
+each read, so that a job does not push other programs out of memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from streamcomp.checkpoint.index import TensorInfo
+from streamcomp.errors import CorruptShardError, SourceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["COPY_BYTES", "TensorReader"]
+
+# Bytes moved at a time where a tensor is copied from shard to shard.
+COPY_BYTES = 8 * 2**20
+
+
+class TensorReader:
+    """Opens shards when they are first needed and closes them all together.
+
+    A context manager; one per block. Every whole tensor read leaves its BLAKE2b digest, so
+    that a later pass can prove that it saw the same bytes.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._digests: dict[str, bytes] = {}
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read(self, info: TensorInfo) -> Tensor:
+        """The whole tensor, on the CPU. Holds its bytes and nothing else."""
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        self._fill(info, view, info.start)
+        self._digests[info.name] = hashlib.blake2b(view, digest_size=16).digest()
+        self._forget(info)
+        return buffer.view(info.torch_dtype).reshape(info.shape)
+
+    def read_rows(self, info: TensorInfo, rows: Tensor) -> Tensor:
+        """Rows ``rows`` (k,) of a matrix (m, n), as (k, n). Holds those rows alone."""
+        width = info.nbytes // info.shape[0]
+        buffer = torch.empty(len(rows), width, dtype=torch.uint8)
+        for row, view in zip(rows.tolist(), buffer.numpy(), strict=True):
+            self._fill(info, memoryview(view), info.start + row * width)
+        self._forget(info)
+        return buffer.view(info.torch_dtype)
+
+    def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
+        """The tensor's bytes in order, ``COPY_BYTES`` at a time through one buffer."""
+        buffer = memoryview(bytearray(min(COPY_BYTES, info.nbytes)))
+        for start in range(info.start, info.stop, COPY_BYTES):
+            view = buffer[: min(COPY_BYTES, info.stop - start)]
+            self._fill(info, view, start)
+            yield view
+        self._forget(info)
+
+    def digest(self) -> str:
+        """One digest of all whole tensors read so far, whatever their order."""
+        total = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._digests):
+            total.update(name.encode() + b"\0" + self._digests[name])
+        return total.hexdigest()
+
+    def _descriptor(self, info: TensorInfo) -> int:
+        if info.shard not in self._descriptors:
+            try:
+                self._descriptors[info.shard] = os.open(info.shard, os.O_RDONLY)
+            except OSError as error:
+                raise SourceError(f"{info.shard} cannot be opened: {error.strerror}") from None
+        return self._descriptors[info.shard]
+
+    def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
+        descriptor, done = self._descriptor(info), 0
+        while done < len(view):
+            try:
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise SourceError(f"{info.shard} cannot be read: {error.strerror}") from None
+            if count == 0:
+                raise CorruptShardError(
+                    f"{info.shard} ends at byte {offset + done}, inside {info.name}: "
+                    "it was cut short since the job began"
+                )
+            done += count
+
+    def _forget(self, info: TensorInfo) -> None:
+        os.posix_fadvise(
+            self._descriptor(info), info.start, info.nbytes, os.POSIX_FADV_DONTNEED
+        )

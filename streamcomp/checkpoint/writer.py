@@ -1,0 +1,118 @@
+"""Writes safetensors shards as a stream: a shard's size never matters to memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from streamcomp.checkpoint.atomic import atomic_file
+from streamcomp.checkpoint.index import DTYPES, TensorInfo
+from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader
+
+__all__ = ["DIRTY_BYTES", "Entry", "open_shard", "write_shard"]
+
+# Written bytes are flushed to disk and dropped from the page cache this often, so that no
+# more than this is dirty at any time.
+DIRTY_BYTES = 32 * 2**20
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: held in memory, or copied from another shard."""
+
+    name: str
+    source: Tensor | TensorInfo
+
+    @property
+    def dtype(self) -> str:
+        if isinstance(self.source, TensorInfo):
+            return self.source.dtype
+        return _NAMES[self.source.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape)
+
+    @property
+    def nbytes(self) -> int:
+        if isinstance(self.source, TensorInfo):
+            return self.source.nbytes
+        return self.source.numel() * self.source.element_size()
+
+    @property
+    def item_bytes(self) -> int:
+        return self.nbytes // max(1, math.prod(self.shape))
+
+
+def write_shard(path: Path, entries: Iterable[Entry]) -> None:
+    """Write ``entries`` to ``path``, durably, in the safetensors format.
+
+    Tensors lie in the order of falling item size, then name, so that each is aligned and the
+    same tensors always give the same bytes. Holds ``COPY_BYTES`` beside what the caller holds.
+    """
+    ordered = sorted(entries, key=lambda entry: (-entry.item_bytes, entry.name))
+    with open_shard(path, ordered) as write, TensorReader() as reader:
+        for entry in ordered:
+            if isinstance(entry.source, TensorInfo):
+                for chunk in reader.chunks(entry.source):
+                    write(chunk)
+            else:
+                for chunk in _tensor_chunks(entry.source):
+                    write(chunk)
+
+
+@contextmanager
+def open_shard(path: Path, entries: Sequence[Entry]) -> Iterator[_Write]:
+    """Open ``path`` with a header for ``entries``; the caller writes their bytes in that order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        write = _Write(file)
+        write(len(text).to_bytes(8, "little") + text)
+        yield write
+
+
+class _Write:
+    """Appends bytes to a file and keeps its dirty pages few."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._dirty = 0
+
+    def __call__(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._dirty += len(data)
+        if self._dirty >= DIRTY_BYTES:
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._dirty = 0
+
+
+def _tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    flat = tensor.detach().contiguous().cpu().view(-1)
+    if not flat.numel():
+        return
+    data = memoryview(flat.view(torch.uint8).numpy())
+    for start in range(0, len(data), COPY_BYTES):
+        yield data[start : start + COPY_BYTES]

@@ -1,0 +1,115 @@
+"""Everything streamcomp refuses, as one tree.
+
+::
+
+    StreamcompError (1)
+      +-- RecipeError (2)             a setting that cannot be
+      +-- SourceError (3)             the checkpoint cannot be read
+      |     +-- MissingShardError
+      |     +-- CorruptShardError
+      |     +-- NonFiniteError
+      +-- UnsupportedModelError (4)   the checkpoint is sound, but not for us
+      +-- BudgetError (5)             the memory allowed is too small
+      +-- OutputError (6)             a folder cannot be written
+      +-- JobMismatchError (7)        the folder holds another job
+      +-- JobLockedError (8)          another process works on this job
+      +-- CalibrationError (9)        the text cannot be used
+
+The number in brackets is the exit code of the command line. A message says what is
+wrong, the numbers, and the remedy; it is meant to be read without a traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "CalibrationError",
+    "CorruptShardError",
+    "JobLockedError",
+    "JobMismatchError",
+    "MissingShardError",
+    "NonFiniteError",
+    "OutputError",
+    "RecipeError",
+    "SourceError",
+    "StreamcompError",
+    "UnsupportedModelError",
+]
+
+
+class StreamcompError(Exception):
+    """Base of all errors that are the caller's to mend."""
+
+    exit_code = 1
+
+
+class RecipeError(StreamcompError):
+    """A setting is out of range, unknown, or contradicts another."""
+
+    exit_code = 2
+
+
+class SourceError(StreamcompError):
+    """The model folder cannot be read as a checkpoint."""
+
+    exit_code = 3
+
+
+class MissingShardError(SourceError):
+    """The index names a shard or a tensor that is not there."""
+
+
+class CorruptShardError(SourceError):
+    """A shard's header or length does not agree with itself."""
+
+
+class NonFiniteError(SourceError):
+    """A weight or a hidden state is NaN or infinite."""
+
+
+class UnsupportedModelError(StreamcompError):
+    """A sound checkpoint that streamcomp does not handle."""
+
+    exit_code = 4
+
+
+class BudgetError(StreamcompError):
+    """No plan fits the memory allowed.
+
+    ``minimum_bytes`` is the least budget that would do, ``budget_bytes`` the one given.
+    """
+
+    exit_code = 5
+
+    def __init__(self, message: str, *, budget_bytes: int, minimum_bytes: int) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.minimum_bytes = minimum_bytes
+
+
+class OutputError(StreamcompError):
+    """A folder cannot be written, or its disk is full."""
+
+    exit_code = 6
+
+
+class JobMismatchError(StreamcompError):
+    """The folder holds a job with other inputs; ``field`` names the first that differs."""
+
+    exit_code = 7
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class JobLockedError(StreamcompError):
+    """Another process works on this job."""
+
+    exit_code = 8
+
+
+class CalibrationError(StreamcompError):
+    """The calibration text is missing, unreadable or too short."""
+
+    exit_code = 9

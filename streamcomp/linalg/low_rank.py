@@ -1,0 +1,154 @@
+"""Low-rank approximation of a linear in the metric of its inputs.
+
+For W (m x n) and inputs X (n x T) with H = X X^T, find W' of rank r that minimises
+||W X - W' X||_F. With H = S S^T this is the truncated SVD of W S (SVD-LLM,
+arXiv 2403.07378, section 3.1); it is also the PCA of the outputs Y = W X (LLM-ROM,
+arXiv 2312.07046, section 3): with U_r the top eigenvectors of W H W^T, W' = U_r U_r^T W.
+
+So every solution here is an orthonormal *basis* of output directions, best first, and a
+*spectrum*: energies sigma^2 in the same order. The loss at rank r is the sum of the
+energies after the r-th, and one decomposition serves every rank. It is always the smaller
+side that is decomposed:
+
+- m <= n: the eigenvectors of K = Y Y^T (m x m) are the basis;
+- m > n: with H = L L^T, the eigenvectors V of M = L^T W^T W L (n x n) give the basis
+  W L V Lambda^-1/2, and no inverse of L is needed.
+
+Everything runs in fp64. No randomised SVD: at the ranks used here it costs perplexity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Decomposition", "decompose_inputs", "decompose_outputs", "fit_left", "output_moment"]
+
+# Damping starts here, relative to the mean of the moment's diagonal, and grows tenfold.
+FIRST_DAMPING = 1e-6
+MOST_DAMPING = 1.0
+
+# Columns of a basis may deviate this much from orthonormal before they are made so.
+_ORTHONORMAL = 1e-8
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Output directions of a linear, best first, with their energies.
+
+    Parameters
+    ----------
+    spectrum : Tensor of shape (k,), fp64, descending, k = min(m, n)
+        Energy of each direction: the squared singular values of W H^1/2.
+    vectors : Tensor of shape (m, k) or (n, k), fp64
+        The basis itself, or where ``mixes`` is set, the matrix B with basis = W B.
+    mixes : bool
+        Whether ``vectors`` has to be multiplied by the weight from the left.
+    damping : float
+        What was added to the moment's diagonal, relative to its mean; 0 if nothing.
+    """
+
+    spectrum: Tensor
+    vectors: Tensor
+    mixes: bool
+    damping: float
+
+    def basis(self, weight: Tensor, rank: int) -> Tensor:
+        """Orthonormal columns spanning the best ``rank`` output directions, (m, r) fp64."""
+        if not self.mixes:
+            return self.vectors[:, :rank]
+        basis = weight.to(self.vectors) @ self.vectors[:, :rank]  # (m, r)
+        gram = basis.T @ basis  # (r, r)
+        gram.diagonal().sub_(1)
+        if gram.abs().max() > _ORTHONORMAL:  # tiny energies: columns lost their length
+            basis = torch.linalg.qr(basis).Q
+        return basis
+
+    def relative_loss(self, rank: int) -> float:
+        """||W X - W' X||^2 / ||W X||^2 at ``rank``; 0 for a linear that puts out nothing."""
+        total = float(self.spectrum.sum())
+        return float(self.spectrum[rank:].sum()) / total if total > 0 else 0.0
+
+
+def output_moment(weight: Tensor, inputs: Tensor) -> Tensor:
+    """K = W H W^T (m, m) in fp64 from W (m, n) and H (n, n)."""
+    wide = weight.double()
+    return wide @ inputs.double() @ wide.T
+
+
+def decompose_outputs(weight: Tensor, outputs: Tensor) -> Decomposition:
+    """Decompose from the moment K (m, m) of the outputs; meant for m <= n.
+
+    Where K is not positive definite, damping adds eps W W^T to it once, as eps I would to H:
+    it orders the directions that the data leaves open, and no factorisation can fail here.
+    Holds four m x m fp64 matrices at its peak, LAPACK's workspace among them.
+    """
+    moment = outputs.double()
+    values, vectors = torch.linalg.eigh(_symmetric(moment))
+    damping = 0.0
+    if values[0] <= 0 < values[-1]:
+        damping = FIRST_DAMPING
+        wide = weight.double()
+        inner = wide @ wide.T  # (m, m)
+        inner *= damping * moment.trace() / inner.trace()
+        values, vectors = torch.linalg.eigh(_symmetric(moment + inner))
+    return _decomposition(values, vectors, mixes=False, damping=damping)
+
+
+def decompose_inputs(weight: Tensor, inputs: Tensor) -> Decomposition:
+    """Decompose from the moment H (n, n) of the inputs, on the smaller side of W (m, n).
+
+    Where H has no Cholesky factor, damping adds eps I to it. Holds five n x n fp64
+    matrices at its peak for m > n, LAPACK's workspace among them.
+    """
+    if weight.shape[0] <= weight.shape[1]:
+        return decompose_outputs(weight, output_moment(weight, inputs))
+    lower, damping = _cholesky(inputs.double())  # (n, n)
+    wide = weight.double()
+    small = lower.T @ (wide.T @ wide) @ lower  # (n, n) = L^T W^T W L
+    values, vectors = torch.linalg.eigh(_symmetric(small))
+    scale = values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
+    scale[values <= 0] = 0
+    return _decomposition(values, lower @ (vectors * scale), mixes=True, damping=damping)
+
+
+def fit_left(target: Tensor, right: Tensor) -> Tensor:
+    """The left factor (k, r) that minimises ||target - left right||_F.
+
+    ``target`` (k, n) and ``right`` (r, n): used after ``right`` was rounded to the dtype it
+    is stored in, so that the left factor makes up for the rounding where it can.
+    """
+    wide = right.double()
+    gram = wide @ wide.T  # (r, r)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    cross = target.double() @ wide.T  # (k, r)
+    if int(info):  # dependent rows: the least-norm solution is as good as any
+        return cross @ torch.linalg.pinv(gram, hermitian=True)
+    return torch.cholesky_solve(cross.T, factor).T
+
+
+def _decomposition(values: Tensor, vectors: Tensor, *, mixes: bool, damping: float) -> Decomposition:
+    """Turn eigh's ascending order around; rounding below zero counts as zero."""
+    return Decomposition(values.flip(0).clamp_min(0), vectors.flip(1), mixes, damping)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    """(A + A^T) / 2: eigh reads one triangle, and rounding must not choose which."""
+    return (matrix + matrix.T) / 2
+
+
+def _cholesky(moment: Tensor) -> tuple[Tensor, float]:
+    """Lower factor of ``moment`` (n, n) and the relative damping it took."""
+    mean = moment.diagonal().mean()
+    damping = 0.0
+    factor, info = torch.linalg.cholesky_ex(moment)
+    while int(info):
+        damping = damping * 10 or FIRST_DAMPING
+        if damping > MOST_DAMPING or mean <= 0:  # an input that is always zero
+            return torch.eye(len(moment), dtype=moment.dtype, device=moment.device), MOST_DAMPING
+        damped = moment.clone()
+        damped.diagonal().add_(damping * mean)
+        factor, info = torch.linalg.cholesky_ex(damped)
+    return factor, damping

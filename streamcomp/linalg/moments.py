@@ -1,0 +1,33 @@
+"""Second moments of what flows into or out of a linear.
+
+For rows x_1..x_T in R^n the moment is H = sum_t x_t x_t^T (n x n). It is all that a
+whitened decomposition needs to know of the data, and its size does not depend on T.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["ROWS_PER_UPDATE", "SecondMoment"]
+
+# Rows cast and multiplied at a time, so that the cast copy stays small beside the moment.
+ROWS_PER_UPDATE = 2048
+
+
+class SecondMoment:
+    """Running sum of x x^T over rows.
+
+    Holds ``size**2`` numbers, and ``ROWS_PER_UPDATE * size`` more during an update whose
+    rows come in another dtype. The order of the rows changes nothing but rounding.
+    """
+
+    def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.value = torch.zeros(size, size, dtype=dtype, device=device)  # (n, n)
+
+    def update(self, rows: Tensor) -> None:
+        """Add ``rows`` of shape (..., n)."""
+        flat = rows.detach().reshape(-1, self.value.shape[0])  # (T, n)
+        for start in range(0, flat.shape[0], ROWS_PER_UPDATE):
+            part = flat[start : start + ROWS_PER_UPDATE].to(self.value.dtype)
+            self.value.addmm_(part.T, part)  # (n, n)

@@ -1,0 +1,74 @@
+"""The pivoted form of a low-rank matrix (PIFA, arXiv 2501.19090, section 3).
+
+A matrix W' (m x n) of rank r has r rows that span the others. With those *pivot* rows W_p
+(r x n) and coefficients C ((m - r) x r), W' = P [W_p; C W_p] for a permutation P: the same
+matrix as U V, stored in r (m + n - r) numbers instead of r (m + n).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["MOST_COEFFICIENT", "interpolate"]
+
+# Coefficients above this lose digits: rows are exchanged until none is.
+MOST_COEFFICIENT = 10.0
+
+
+def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pivot rows of a basis (m, r) of full rank and the coefficients of the other rows.
+
+    Returns
+    -------
+    pivots : int64 Tensor of shape (r,)
+    rest : int64 Tensor of shape (m - r,), ascending
+    coefficients : Tensor of shape (m - r, r), with basis[rest] = coefficients @ basis[pivots]
+
+    Pivots come from LU with partial pivoting; rows are then exchanged as in a strong
+    rank-revealing QR (Gu and Eisenstat 1996) until no coefficient exceeds
+    ``MOST_COEFFICIENT``. Each exchange grows the volume of the pivot rows by that factor, so
+    there are few. Holds two more matrices of the size of ``basis``.
+    """
+    rows, rank = basis.shape
+    packed, swaps = torch.linalg.lu_factor(basis)
+    order = _order(swaps, rows)
+    lower = packed.tril(-1)
+    lower[:rank].diagonal().fill_(1)
+    # rest = L_rest L_pivot^-1
+    coefficients = torch.linalg.solve_triangular(
+        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+    )
+    pivots, rest = order[:rank].clone(), order[rank:].clone()
+    if coefficients.numel():
+        _exchange(coefficients, pivots, rest)
+    ascending = rest.argsort()
+    return pivots, rest[ascending], coefficients[ascending]
+
+
+def _order(swaps: Tensor, rows: int) -> Tensor:
+    """The row order that LAPACK's list of 1-based ``swaps`` makes of 0..rows-1."""
+    order = list(range(rows))
+    for row, other in enumerate(swaps.tolist()):
+        order[row], order[other - 1] = order[other - 1], order[row]
+    return torch.tensor(order, dtype=torch.int64, device=swaps.device)
+
+
+def _exchange(coefficients: Tensor, pivots: Tensor, rest: Tensor) -> None:
+    """Swap rows in place until every coefficient is at most ``MOST_COEFFICIENT``."""
+    for _ in range(coefficients.numel()):
+        place = int(coefficients.abs().argmax())
+        row, column = divmod(place, coefficients.shape[1])
+        pivot = coefficients[row, column].clone()
+        if pivot.abs() <= MOST_COEFFICIENT:
+            return
+        # x_row = sum_k c_k p_k  =>  p_column = (x_row - sum_{k != column} c_k p_k) / c_column
+        replaced = -coefficients[row] / pivot
+        replaced[column] = 1 / pivot
+        weights = coefficients[:, column].clone()
+        coefficients[:, column] = 0
+        coefficients.addr_(weights, replaced)
+        coefficients[row] = replaced
+        held = pivots[column].clone()
+        pivots[column] = rest[row]
+        rest[row] = held

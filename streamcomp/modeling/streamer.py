@@ -1,0 +1,209 @@
+"""Runs a model with the weights of one block in memory.
+
+What lies before the blocks stays (position embeddings, if any), but of the token embedding
+only the rows in use are read. A block's weights live inside a ``with``, and so does the head.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from streamcomp.checkpoint.index import TensorInfo
+from streamcomp.checkpoint.reader import TensorReader
+from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.modeling.skeleton import Call, Skeleton
+
+__all__ = ["BlockStreamer", "LoadedBlock"]
+
+
+class LoadedBlock:
+    """A block with its weights: ``module`` to run and hook, ``digest`` of the bytes read."""
+
+    def __init__(self, module: nn.Module, name: str, digest: str, skeleton: Skeleton) -> None:
+        self.module, self.name, self.digest = module, name, digest
+        self._skeleton = skeleton
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, call: Call) -> Tensor:
+        """Hidden states (batch, seq, hidden) through the block."""
+        return self._skeleton.unwrap(self.module(hidden, *call.args, **call.kwargs))
+
+
+class BlockStreamer:
+    """Loads parts of ``skeleton``'s model onto ``device`` and runs them."""
+
+    def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
+        self.skeleton, self.device = skeleton, device
+        wanted = skeleton.used_outer_modules - {skeleton.embedding_name}
+        _move_buffers(skeleton.model, device)
+        self._load(lambda name: name.rpartition(".")[0] in wanted)
+
+    def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """Embed ``tokens`` (batch, seq) and record each block's call.
+
+        Holds one row of the embedding per distinct token.
+        """
+        with self._embedding_rows(tokens):
+            return self.skeleton.record(tokens.to(self.device))
+
+    @contextmanager
+    def block(self, number: int) -> Iterator[LoadedBlock]:
+        """A block with its weights; they are dropped at the end of the ``with``."""
+        name = self.skeleton.block_name(number)
+        module = self.skeleton.block(number)
+        try:
+            digest = self._load(lambda parameter: parameter.startswith(name + "."))
+            missing = [n for n, value in module.state_dict().items() if value.is_meta]
+            if missing:
+                raise MissingShardError(f"{name}.{missing[0]} is in no shard: checkpoint incomplete")
+            _check_finite(name, module)
+            yield LoadedBlock(module, name, digest, self.skeleton)
+        finally:
+            _free(module)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from hidden states (batch, seq, hidden) to logits; holds the whole head."""
+        module = self.skeleton.head
+        outer = self.skeleton.outer_modules - {self.skeleton.embedding_name}
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        try:
+            self._load(lambda name: name.rpartition(".")[0] in outer)
+            if module.weight.is_meta:  # tied to the embedding
+                with TensorReader() as reader:
+                    weight = reader.read(self.skeleton.embedding_source)
+                weight = weight.to(self.device, self.skeleton.dtype)
+                module.weight = nn.Parameter(weight, requires_grad=False)
+            with self._embedding_rows(token, any_tokens=True):
+                yield self.skeleton.finish
+        finally:
+            _free(module)
+
+    @contextmanager
+    def _embedding_rows(self, tokens: Tensor, any_tokens: bool = False) -> Iterator[None]:
+        """The embedding with the rows of ``tokens`` alone, numbered anew.
+
+        With ``any_tokens`` its values do not matter and every token takes the first row.
+        """
+        source, embedding = self.skeleton.embedding_source, self.skeleton.embedding
+        distinct, places = tokens.cpu().unique(return_inverse=True)
+        if int(distinct[-1]) >= source.shape[0]:
+            raise CorruptShardError(
+                f"token {int(distinct[-1])} is beyond the {source.shape[0]} rows of {source.name}: "
+                "the tokenizer belongs to another model"
+            )
+        with TensorReader() as reader:
+            rows = reader.read_rows(source, distinct).to(self.device, self.skeleton.dtype)
+        places = places.to(self.device)
+        empty, padding = embedding.weight, embedding.padding_idx
+
+        def renumber(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (torch.zeros_like(args[0]) if any_tokens else places.view(args[0].shape),)
+
+        hook = embedding.register_forward_pre_hook(renumber)
+        embedding.padding_idx = None
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        try:
+            yield
+        finally:
+            hook.remove()
+            embedding.weight, embedding.padding_idx = empty, padding
+
+    def _load(self, wanted: Callable[[str], bool]) -> str:
+        """Load the parameters whose name is ``wanted``; returns the digest of their bytes."""
+        model, dtype = self.skeleton.model, self.skeleton.dtype
+        with TensorReader() as reader, _quiet_loading():
+            state = {
+                info.name: _LazyTensor(reader, info)
+                for name, infos in self.skeleton.sources.items()
+                if wanted(name)
+                for info in infos
+            }
+            info, _ = convert_and_load_state_dict_in_model(
+                model=model,
+                state_dict=state,
+                load_config=LoadStateDictConfig(
+                    dtype=dtype,
+                    dtype_plan=model._get_dtype_plan(dtype),
+                    device_map={"": self.device},
+                    weight_mapping=get_model_conversion_mapping(model),
+                ),
+                disk_offload_index=None,
+            )
+            if info.mismatched_keys:
+                name, found, expected = sorted(info.mismatched_keys)[0]
+                raise CorruptShardError(
+                    f"{name} is {list(found)} on disk, config.json makes it {list(expected)}"
+                )
+            if info.conversion_errors:
+                raise CorruptShardError(f"cannot be converted: {next(iter(info.conversion_errors))}")
+            return reader.digest()
+
+
+class _LazyTensor:
+    """What transformers' loader takes for a slice of a file: read when it is indexed."""
+
+    def __init__(self, reader: TensorReader, info: TensorInfo) -> None:
+        self._reader, self._info = reader, info
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._reader.read(self._info)[index]
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar of transformers', and tensors read one after the other."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers that have values; those on ``meta`` come from disk."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _free(block: nn.Module) -> None:
+    """Drop what came from disk; non-persistent buffers stay, nothing would bring them back."""
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to("meta")
+
+
+def _check_finite(name: str, block: nn.Module) -> None:
+    """Refuse NaN and infinite weights: they would spread to every block behind."""
+    for leaf, value in block.state_dict().items():
+        if value.is_floating_point() and not bool(value.sum().isfinite()):
+            bad = int((~value.isfinite()).sum())
+            if bad:
+                raise NonFiniteError(
+                    f"{name}.{leaf}: {bad} of {value.numel()} weights are NaN or infinite; "
+                    "the checkpoint is damaged"
+                )
