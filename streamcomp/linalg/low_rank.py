@@ -30,6 +30,9 @@ __all__ = ["Decomposition", "decompose_inputs", "decompose_outputs", "fit_left",
 FIRST_DAMPING = 1e-6
 MOST_DAMPING = 1.0
 
+# Rows of a weight that are cast to fp64 at a time.
+ROWS_AT_ONCE = 2048
+
 # Columns of a basis may deviate this much from orthonormal before they are made so.
 _ORTHONORMAL = 1e-8
 
@@ -59,7 +62,11 @@ class Decomposition:
         """Orthonormal columns spanning the best ``rank`` output directions, (m, r) fp64."""
         if not self.mixes:
             return self.vectors[:, :rank]
-        basis = weight.to(self.vectors) @ self.vectors[:, :rank]  # (m, r)
+        mixing = self.vectors[:, :rank]
+        basis = torch.empty(weight.shape[0], rank, dtype=mixing.dtype, device=mixing.device)
+        for start in range(0, weight.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            torch.mm(weight[rows].to(mixing.dtype), mixing, out=basis[rows])
         gram = basis.T @ basis  # (r, r)
         gram.diagonal().sub_(1)
         if gram.abs().max() > _ORTHONORMAL:  # tiny energies: columns lost their length
@@ -86,14 +93,13 @@ def decompose_outputs(weight: Tensor, outputs: Tensor) -> Decomposition:
     Holds four m x m fp64 matrices at its peak, LAPACK's workspace among them.
     """
     moment = outputs.double()
-    values, vectors = torch.linalg.eigh(_symmetric(moment))
+    values, vectors = torch.linalg.eigh(moment)
     damping = 0.0
     if values[0] <= 0 < values[-1]:
         damping = FIRST_DAMPING
-        wide = weight.double()
-        inner = wide @ wide.T  # (m, m)
+        inner = _gram(weight.T)  # (m, m) = W W^T
         inner *= damping * moment.trace() / inner.trace()
-        values, vectors = torch.linalg.eigh(_symmetric(moment + inner))
+        values, vectors = torch.linalg.eigh(inner.add_(moment))
     return _decomposition(values, vectors, mixes=False, damping=damping)
 
 
@@ -105,28 +111,29 @@ def decompose_inputs(weight: Tensor, inputs: Tensor) -> Decomposition:
     """
     if weight.shape[0] <= weight.shape[1]:
         return decompose_outputs(weight, output_moment(weight, inputs))
-    lower, damping = _cholesky(inputs.double())  # (n, n)
-    wide = weight.double()
-    small = lower.T @ (wide.T @ wide) @ lower  # (n, n) = L^T W^T W L
-    values, vectors = torch.linalg.eigh(_symmetric(small))
+    lower, damping = _cholesky(inputs)  # (n, n)
+    small = lower.T @ _gram(weight) @ lower  # (n, n) = L^T W^T W L
+    values, vectors = torch.linalg.eigh(small)
     scale = values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     scale[values <= 0] = 0
-    return _decomposition(values, lower @ (vectors * scale), mixes=True, damping=damping)
+    vectors *= scale
+    return _decomposition(values, lower @ vectors, mixes=True, damping=damping)
 
 
-def fit_left(target: Tensor, right: Tensor) -> Tensor:
-    """The left factor (k, r) that minimises ||target - left right||_F.
+def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
+    """The left factor (k, r) that minimises ||left right - L rounded||_F over L.
 
-    ``target`` (k, n) and ``right`` (r, n): used after ``right`` was rounded to the dtype it
-    is stored in, so that the left factor makes up for the rounding where it can.
+    ``left`` (k, r), ``right`` and ``rounded`` (r, n): ``rounded`` is ``right``, or rows of
+    the same span, in the dtype it is stored in; the left factor makes up for the rounding
+    where it can. The product (k, n) is never formed.
     """
-    wide = right.double()
+    wide = rounded.double()
+    cross = wide @ right.T  # (r, r)
     gram = wide @ wide.T  # (r, r)
     factor, info = torch.linalg.cholesky_ex(gram)
-    cross = target.double() @ wide.T  # (k, r)
     if int(info):  # dependent rows: the least-norm solution is as good as any
-        return cross @ torch.linalg.pinv(gram, hermitian=True)
-    return torch.cholesky_solve(cross.T, factor).T
+        return left @ (torch.linalg.pinv(gram, hermitian=True) @ cross).T
+    return left @ torch.cholesky_solve(cross, factor).T
 
 
 def _decomposition(values: Tensor, vectors: Tensor, *, mixes: bool, damping: float) -> Decomposition:
@@ -134,21 +141,26 @@ def _decomposition(values: Tensor, vectors: Tensor, *, mixes: bool, damping: flo
     return Decomposition(values.flip(0).clamp_min(0), vectors.flip(1), mixes, damping)
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
-    """(A + A^T) / 2: eigh reads one triangle, and rounding must not choose which."""
-    return (matrix + matrix.T) / 2
+def _gram(matrix: Tensor) -> Tensor:
+    """A^T A (n, n) in fp64 of A (m, n), ``ROWS_AT_ONCE`` rows at a time."""
+    gram = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for rows in matrix.split(ROWS_AT_ONCE):
+        wide = rows.double()
+        gram.addmm_(wide.T, wide)
+    return gram
 
 
 def _cholesky(moment: Tensor) -> tuple[Tensor, float]:
-    """Lower factor of ``moment`` (n, n) and the relative damping it took."""
-    mean = moment.diagonal().mean()
+    """Lower fp64 factor of ``moment`` (n, n) and the relative damping it took."""
+    wide = moment.double()
+    mean = float(wide.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(wide)
     damping = 0.0
-    factor, info = torch.linalg.cholesky_ex(moment)
     while int(info):
         damping = damping * 10 or FIRST_DAMPING
         if damping > MOST_DAMPING or mean <= 0:  # an input that is always zero
-            return torch.eye(len(moment), dtype=moment.dtype, device=moment.device), MOST_DAMPING
-        damped = moment.clone()
+            return torch.eye(len(wide), dtype=wide.dtype, device=wide.device), MOST_DAMPING
+        damped = wide.clone()
         damped.diagonal().add_(damping * mean)
         factor, info = torch.linalg.cholesky_ex(damped)
     return factor, damping

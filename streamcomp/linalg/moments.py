@@ -25,9 +25,11 @@ class SecondMoment:
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
         self.value = torch.zeros(size, size, dtype=dtype, device=device)  # (n, n)
 
-    def update(self, rows: Tensor) -> None:
-        """Add ``rows`` of shape (..., n)."""
+    def update(self, rows: Tensor, shift: Tensor | None = None) -> None:
+        """Add ``rows`` of shape (..., n), less ``shift`` (n,) where one is given."""
         flat = rows.detach().reshape(-1, self.value.shape[0])  # (T, n)
         for start in range(0, flat.shape[0], ROWS_PER_UPDATE):
             part = flat[start : start + ROWS_PER_UPDATE].to(self.value.dtype)
+            if shift is not None:
+                part = part - shift.to(part.dtype)
             self.value.addmm_(part.T, part)  # (n, n)

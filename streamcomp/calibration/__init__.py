@@ -1,0 +1,1 @@
+"""From text to windows, from windows to hidden states, from hidden states to moments."""

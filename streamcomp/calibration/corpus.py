@@ -1,0 +1,214 @@
+"""From text to token windows.
+
+Text is cut into consecutive windows of equal length, which never overlap, and the seed draws
+among them. Where the tokenizer opens a text with a token of its own (BOS), every window
+begins with it, as the model has learnt to expect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from streamcomp.errors import CalibrationError
+
+__all__ = ["HELD_OUT", "REFERENCE", "Windows", "load_windows", "reference_text"]
+
+# The language reference that every CPython brings along, and the part kept from calibration.
+REFERENCE = "python-reference"
+HELD_OUT = "python-reference:held-out"
+
+_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+_HELD_OUT_EVERY = 4  # every fourth topic of the reference
+_PIECE_CHARS = 128 * 1024  # tokenised at a time: the tokenizer's own records are large
+# Text read per window at most, so that a source of any size is read in bounded time and
+# memory; windows are drawn from what was read.
+_MOST_CHARS_PER_SOURCE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows, (windows, seq) int32, and what was noteworthy about making them."""
+
+    tokens: Tensor
+    notes: tuple[str, ...]
+
+
+def load_windows(
+    model_folder: Path, sources: Sequence[str], samples: int, seq_len: int, seed: int | None
+) -> Windows:
+    """``samples`` windows of ``seq_len`` tokens, evenly from all ``sources``.
+
+    A source is a text file, a folder of them, ``REFERENCE``, ``HELD_OUT`` or the name of a
+    dataset on the hub; none means ``REFERENCE``. The seed draws windows from the whole
+    source; without a seed they are the first ones. ``samples=0`` takes all there are.
+    Raises CalibrationError where a source yields no window at all.
+    """
+    tokenizer = _tokenizer(model_folder)
+    opening = _opening(tokenizer)
+    names = list(sources) or [REFERENCE]
+    notes: list[str] = []
+    parts = []
+    for place, name in enumerate(names):
+        share = samples // len(names) + (place < samples % len(names)) if samples else 0
+        if samples and not share:
+            notes.append(f"{name}: no window, there are more sources than samples")
+            continue
+        tokens = _tokens(tokenizer, name, enough=share * seq_len)
+        windows = _cut(tokens, seq_len, opening)
+        if not len(windows):
+            raise CalibrationError(
+                f"{name} holds {len(tokens)} tokens, a window needs {seq_len - len(opening)}: "
+                "give more text or a smaller --seq-len"
+            )
+        if len(windows) < share:
+            notes.append(f"{name} is short: {len(windows)} windows instead of {share}")
+        parts.append(_draw(windows, share or len(windows), seed))
+    return Windows(torch.cat(parts), tuple(notes))
+
+
+def reference_text(held_out: bool) -> list[str]:
+    """The Python language reference of the running interpreter, as a list of topics.
+
+    Every fourth topic is held out; of those, paragraphs that also stand in one of the other
+    topics are dropped, so that nothing held out was seen in calibration.
+    """
+    from pydoc_data.topics import topics  # large, and only needed here
+
+    ordered = sorted(topics)
+    kept = [topics[name] for place, name in enumerate(ordered) if place % _HELD_OUT_EVERY]
+    if not held_out:
+        return kept
+    seen = {paragraph.strip() for text in kept for paragraph in text.split("\n\n")}
+    return [
+        "\n\n".join(p for p in topics[name].split("\n\n") if p.strip() not in seen)
+        for name in ordered[::_HELD_OUT_EVERY]
+    ]
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers fail in as many ways as there are of them
+        raise CalibrationError(
+            f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0][:200]}"
+        ) from None
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The tokens that open a text: BOS, where the tokenizer adds it by itself."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+def _tokens(tokenizer: Any, source: str, enough: int) -> Tensor:
+    """Tokens of ``source`` (tokens,) int32; ``enough`` bounds what is fetched from the hub."""
+    parts = [
+        torch.tensor(
+            tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"],
+            dtype=torch.int32,
+        )
+        for piece in _pieces(_texts(source, enough))
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Texts cut at line ends into pieces of some ``_PIECE_CHARS``, up to the bound."""
+    left = _MOST_CHARS_PER_SOURCE
+    for text in texts:
+        start = 0
+        while start < len(text) and left > 0:
+            stop = min(len(text), start + min(_PIECE_CHARS, left))
+            if stop < len(text):
+                stop = text.rfind("\n", start, stop) + 1 or stop
+            yield text[start:stop]
+            left -= stop - start
+            start = stop
+
+
+def _cut(tokens: Tensor, seq_len: int, opening: list[int]) -> Tensor:
+    """Consecutive windows (windows, seq) of a token row; the rest is dropped."""
+    body = seq_len - len(opening)
+    count = len(tokens) // body
+    windows = tokens[: count * body].view(count, body)
+    head = torch.tensor(opening, dtype=torch.int32).expand(count, len(opening))
+    return torch.cat((head, windows), dim=1)
+
+
+def _draw(windows: Tensor, count: int, seed: int | None) -> Tensor:
+    if seed is None or count >= len(windows):
+        return windows[:count]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:count].sort().values]
+
+
+def _texts(source: str, enough: int) -> Iterator[str]:
+    """The texts of ``source``, a megabyte or so at a time."""
+    path = Path(source)
+    if source in (REFERENCE, HELD_OUT):
+        yield from reference_text(held_out=source == HELD_OUT)
+    elif path.is_file():
+        yield from _read(path)
+    elif path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        if not files:
+            raise CalibrationError(f"{source} holds no text file ({', '.join(_SUFFIXES)})")
+        for file in files:
+            yield from _read(file)
+    elif source.count("/") == 1 and not source.startswith((".", "/")):
+        for file in _hub_files(source, enough):
+            yield from _read(file)
+    else:
+        raise CalibrationError(f"{source}: no such file or folder")
+
+
+def _read(path: Path) -> Iterator[str]:
+    """Lines of a text file in large pieces; of .jsonl the field ``text`` of each line."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while lines := list(islice(file, 4096)):
+                if path.suffix == ".jsonl":
+                    lines = [json.loads(line)["text"] + "\n\n" for line in lines if line.strip()]
+                yield "".join(lines)
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is no UTF-8 text: {error.reason}") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise CalibrationError(f'{path}: every line must be {{"text": "..."}}') from None
+
+
+def _hub_files(name: str, enough: int) -> Iterator[Path]:
+    """Text files of a hub dataset, fetched one by one until there are ``enough`` tokens."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        files = HfApi().list_repo_files(name, repo_type="dataset")
+        wanted = [file for file in files if file.endswith(_SUFFIXES)]
+        if not wanted:
+            raise CalibrationError(
+                f"dataset {name} holds no text file ({', '.join(_SUFFIXES)}): save its text to "
+                "a file and give that"
+            )
+        size = 0
+        for file in wanted:
+            path = Path(hf_hub_download(name, file, repo_type="dataset"))
+            yield path
+            size += path.stat().st_size
+            if enough and size > 8 * enough:  # some 4 bytes a token, and as many to draw from
+                return
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise CalibrationError(
+            f"{name} is no file here, and as a hub dataset it cannot be fetched "
+            f"({type(error).__name__}): check the name, or the network"
+        ) from None

@@ -1,0 +1,21 @@
+"""SVD-LLM: truncation-aware whitening (arXiv 2403.07378, section 3.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from streamcomp.linalg.low_rank import Decomposition, decompose_inputs, decompose_outputs
+from streamcomp.methods.base import Moment
+
+__all__ = ["SvdLlm"]
+
+
+class SvdLlm:
+    """Minimises ||W X - W' X||_F, on the smaller side of W (:mod:`streamcomp.linalg.low_rank`)."""
+
+    name = "svd-llm"
+
+    def decompose(self, weight: Tensor, moment: Moment) -> Decomposition:
+        if moment.side == "inputs":
+            return decompose_inputs(weight, moment.value)
+        return decompose_outputs(weight, moment.value)

@@ -1,0 +1,98 @@
+"""Which linears of a block can be factored, and why the others are left as they are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from streamcomp.checkpoint.index import TensorInfo
+from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.modeling.skeleton import Skeleton
+
+__all__ = ["BlockLinears", "Linear", "find_linears"]
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# How configs of mixture models call their number of experts.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight matrix (rows x columns) of a block."""
+
+    name: str  # within the block: "self_attn.q_proj"
+    full_name: str  # within the model
+    source: TensorInfo  # its weight on disk
+    rows: int  # outputs m
+    columns: int  # inputs n
+
+    @property
+    def disk_name(self) -> str:
+        """Its name in the checkpoint, without ``.weight``."""
+        return self.source.name.removesuffix(".weight")
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class BlockLinears:
+    """The linears of one block: those to factor, and the rest with the reason."""
+
+    eligible: tuple[Linear, ...]
+    left: dict[str, str]  # full name -> why it is left as it is
+
+
+def find_linears(
+    skeleton: Skeleton, number: int, include: str = "", exclude: str = ""
+) -> BlockLinears:
+    """Look at every module of a block that holds a matrix.
+
+    ``include`` and ``exclude`` are regular expressions searched in the full name.
+    """
+    eligible, left = [], {}
+    prefix = skeleton.block_name(number)
+    for name, module in skeleton.block(number).named_modules():
+        parameters = {k: v for k, v in module._parameters.items() if v is not None and v.dim() > 1}
+        if not parameters or isinstance(module, FactoredLinear):
+            continue
+        full_name = f"{prefix}.{name}"
+        reason = _reason(skeleton, full_name, module, include, exclude)
+        if reason:
+            left[full_name] = reason
+            continue
+        assert isinstance(module, nn.Linear)
+        source = skeleton.sources[f"{full_name}.weight"][0]
+        rows, columns = module.weight.shape
+        eligible.append(Linear(name, full_name, source, rows, columns))
+    return BlockLinears(tuple(eligible), left)
+
+
+def _reason(
+    skeleton: Skeleton, full_name: str, module: nn.Module, include: str, exclude: str
+) -> str:
+    """Why ``module`` cannot or shall not be factored; empty where it can."""
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__}, no linear"
+    sources = skeleton.sources.get(f"{full_name}.weight", [])
+    if len(sources) != 1 or sources[0].shape != tuple(module.weight.shape):
+        return "not one matrix on disk"
+    if not sources[0].name.endswith(".weight"):
+        return f"named {sources[0].name} on disk"
+    if sources[0].dtype not in _FLOATS:
+        return f"of dtype {sources[0].dtype}"
+    if module.weight.shape[0] in _expert_counts(skeleton):
+        return "a router"
+    if include and not re.search(include, full_name):
+        return "not included"
+    if exclude and re.search(exclude, full_name):
+        return "excluded"
+    return ""
+
+
+def _expert_counts(skeleton: Skeleton) -> set[int]:
+    counts = (getattr(skeleton.text_config, name, None) for name in _EXPERTS)
+    return {count for count in counts if isinstance(count, int) and count > 1}

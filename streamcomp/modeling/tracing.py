@@ -1,0 +1,125 @@
+"""What a block's forward would do, found without weights and without computing.
+
+The block runs on fake tensors: shapes, dtypes and the choice of kernels are real, the data
+is not there. One such forward tells which linears are fed the same tensor, how many bytes
+are alive at the peak, and how many floating-point operations it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from streamcomp.modeling.skeleton import Call
+
+__all__ = ["BlockTrace", "trace_block"]
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """One forward of a block on ``batch`` windows."""
+
+    groups: tuple[tuple[str, ...], ...]  # linears that share an input, in running order
+    activation_bytes: int  # most bytes alive at a time, the input among them, weights not
+    flops: int
+    exact: bool  # False: the block could not be traced, and all of it is an estimate
+
+
+def trace_block(
+    block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, call: Call
+) -> BlockTrace:
+    """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
+
+    A block whose code depends on the data (a mixture's routing) cannot be traced: then no
+    sharing is assumed, and bytes and operations are estimated from its linears.
+    """
+    try:
+        return _trace(block, linears, hidden, call)
+    except Exception:  # whatever the model's own code raises on fake tensors
+        return _estimate(block, linears, hidden)
+
+
+def _trace(
+    block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, call: Call
+) -> BlockTrace:
+    groups: list[list[str]] = []
+    by_input = WeakIdKeyDictionary()  # weak, so that watching keeps no tensor alive
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0] not in by_input:
+                by_input[args[0]] = []
+                groups.append(by_input[args[0]])
+            by_input[args[0]].append(name)
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
+    try:
+        with torch.no_grad(), FakeTensorMode() as fake:
+            state = {
+                name: torch.empty(value.shape, dtype=value.dtype)
+                for name, value in (*block.named_parameters(), *block.named_buffers())
+            }
+            copied = tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
+            start = torch.empty(hidden.shape, dtype=hidden.dtype)
+            counter = FlopCounterMode(display=False)
+            with counter, _LiveBytes([start]) as live:
+                torch.func.functional_call(block, state, (start, *copied[0]), copied[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return BlockTrace(
+        tuple(tuple(names) for names in groups),
+        live.peak,
+        counter.get_total_flops(),
+        exact=True,
+    )
+
+
+def _estimate(block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor) -> BlockTrace:
+    """No sharing; every linear's output in fp32 and four copies of the input alive at once."""
+    tokens = hidden.shape[0] * hidden.shape[1]
+    outputs = sum(module.out_features for module in linears.values())
+    numbers = sum(value.numel() for value in block.parameters())
+    return BlockTrace(
+        tuple((name,) for name in linears),
+        4 * tokens * (outputs + 4 * hidden.shape[-1]),
+        2 * tokens * numbers,
+        exact=False,
+    )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all storages made while it is on; ``peak`` is their maximum."""
+
+    def __init__(self, held: list[Tensor]) -> None:
+        super().__init__()
+        self._alive = WeakIdKeyDictionary()
+        self.peak = 0
+        for tensor in held:
+            self._alive[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
+        for tensor in tree_leaves(result):
+            if _is_tensor(tensor) and id(tensor.untyped_storage()) not in known:
+                storage = tensor.untyped_storage()
+                self._alive[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
