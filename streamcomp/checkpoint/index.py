@@ -20,7 +20,7 @@ import torch
 from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
 from streamcomp.units import format_bytes
 
-__all__ = ["DTYPES", "CheckpointIndex", "TensorInfo", "read_index", "read_json"]
+__all__ = ["DTYPES", "CheckpointIndex", "TensorInfo", "read_header", "read_index", "read_json"]
 
 # safetensors' names of the dtypes that torch knows
 DTYPES: dict[str, torch.dtype] = {
@@ -113,7 +113,7 @@ def read_index(folder: Path | str) -> CheckpointIndex:
         raise SourceError(f"{folder} is not a folder")
     config = read_json(folder / "config.json")
     if (folder / SINGLE_FILE).exists():
-        return CheckpointIndex(folder, config, _read_header(folder / SINGLE_FILE))
+        return CheckpointIndex(folder, config, read_header(folder / SINGLE_FILE))
     if (folder / INDEX_FILE).exists():
         return CheckpointIndex(folder, config, _read_sharded(folder))
     pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(
@@ -140,7 +140,7 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
             f"{len(missing)} of {len(names)} shards are missing from {folder}, first {missing[0]}: "
             "fetch the model again"
         )
-    headers = {name: _read_header(folder / name) for name in names}
+    headers = {name: read_header(folder / name) for name in names}
     tensors = {}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
@@ -157,7 +157,8 @@ def _check_inside(folder: Path, name: str, shard: object) -> None:
         raise SourceError(f"{INDEX_FILE} places {name} in {shard!r}, outside of {folder}: refused")
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors that one safetensors file says it holds, checked against its length."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -24,7 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Decomposition", "decompose_inputs", "decompose_outputs", "fit_left", "output_moment"]
+__all__ = [
+    "ROWS_AT_ONCE",
+    "Decomposition",
+    "decompose_inputs",
+    "decompose_outputs",
+    "fit_left",
+    "output_moment",
+]
 
 # Damping starts here, relative to the mean of the moment's diagonal, and grows tenfold.
 FIRST_DAMPING = 1e-6

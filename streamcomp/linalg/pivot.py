@@ -22,28 +22,25 @@ def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns
     -------
     pivots : int64 Tensor of shape (r,)
-    rest : int64 Tensor of shape (m - r,), ascending
+    rest : int64 Tensor of shape (m - r,)
     coefficients : Tensor of shape (m - r, r), with basis[rest] = coefficients @ basis[pivots]
 
     Pivots come from LU with partial pivoting; rows are then exchanged as in a strong
     rank-revealing QR (Gu and Eisenstat 1996) until no coefficient exceeds
     ``MOST_COEFFICIENT``. Each exchange grows the volume of the pivot rows by that factor, so
-    there are few. Holds two more matrices of the size of ``basis``.
+    there are few. Holds a copy of ``basis`` and twice the coefficients.
     """
     rows, rank = basis.shape
     packed, swaps = torch.linalg.lu_factor(basis)
     order = _order(swaps, rows)
-    lower = packed.tril(-1)
-    lower[:rank].diagonal().fill_(1)
-    # rest = L_rest L_pivot^-1
+    # rest = L_rest L_pivot^-1, both below the diagonal of ``packed``
     coefficients = torch.linalg.solve_triangular(
-        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+        packed[:rank], packed[rank:], upper=False, left=False, unitriangular=True
     )
     pivots, rest = order[:rank].clone(), order[rank:].clone()
     if coefficients.numel():
         _exchange(coefficients, pivots, rest)
-    ascending = rest.argsort()
-    return pivots, rest[ascending], coefficients[ascending]
+    return pivots, rest, coefficients
 
 
 def _order(swaps: Tensor, rows: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamcomp.linalg.low_rank import fit_left
+from streamcomp.linalg.low_rank import ROWS_AT_ONCE, fit_left
 from streamcomp.linalg.pivot import interpolate
 
 __all__ = ["factor_tensors"]
@@ -21,7 +21,10 @@ def factor_tensors(
     ``U`` (m, r). ``pivot``: ``weight`` (r, n), ``coef`` (m - r, r) and ``pivots`` (m,), the
     row of [weight; coef weight] at which each output row lies.
     """
-    right = basis.T @ weight.to(basis.dtype)  # (r, n)
+    right = torch.zeros(basis.shape[1], weight.shape[1], dtype=basis.dtype, device=basis.device)
+    for start in range(0, len(basis), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        right.addmm_(basis[rows].T, weight[rows].to(basis.dtype))  # (r, n)
     if form == "uv":
         rounded = right.to(dtype)
         return {"weight": rounded, "U": fit_left(basis, right, rounded).to(dtype)}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
@@ -25,7 +26,7 @@ from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
 from streamcomp.errors import SourceError, UnsupportedModelError
 from streamcomp.modeling.modules import FORMAT_VERSION, NameMap, install_factored
 
-__all__ = ["Call", "Skeleton"]
+__all__ = ["Call", "Skeleton", "check_same_calls"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -259,6 +260,21 @@ class Skeleton:
             else:
                 sources.setdefault(name, []).append(self.index.tensors[key])
         return sources, unclaimed
+
+
+def check_same_calls(first: list[Call], second: list[Call]) -> None:
+    """UnsupportedModelError unless two batches of one shape were called alike.
+
+    Then a call depends on the shape of a batch alone, and need not be kept for each.
+    """
+    for one, other in zip(first, second, strict=True):
+        mine, theirs = tree_leaves((one.args, one.kwargs)), tree_leaves((other.args, other.kwargs))
+        for a, b in zip(mine, theirs, strict=True):
+            if isinstance(a, Tensor) and not torch.equal(a, b):
+                raise UnsupportedModelError(
+                    "the model hands its blocks a state that depends on the tokens beside the "
+                    "hidden states: not supported yet"
+                )
 
 
 def check_source(index: CheckpointIndex) -> bool:

@@ -32,11 +32,29 @@ class LoadedBlock:
     def __init__(self, module: nn.Module, name: str, digest: str, skeleton: Skeleton) -> None:
         self.module, self.name, self.digest = module, name, digest
         self._skeleton = skeleton
+        self._replaced: dict[str, nn.Module] = {}
 
     @torch.no_grad()
     def run(self, hidden: Tensor, call: Call) -> Tensor:
         """Hidden states (batch, seq, hidden) through the block."""
         return self._skeleton.unwrap(self.module(hidden, *call.args, **call.kwargs))
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Run ``module`` in the place of the linear ``name`` until the block is dropped."""
+        self._replaced[name] = self._swap(name, module)
+
+    def restore(self) -> None:
+        """Put the original modules back."""
+        for name, module in self._replaced.items():
+            self._swap(name, module)
+        self._replaced.clear()
+
+    def _swap(self, name: str, module: nn.Module) -> nn.Module:
+        parent, _, leaf = name.rpartition(".")
+        owner = self.module.get_submodule(parent)
+        held: nn.Module = getattr(owner, leaf)
+        setattr(owner, leaf, module)
+        return held
 
 
 class BlockStreamer:
@@ -61,14 +79,16 @@ class BlockStreamer:
         """A block with its weights; they are dropped at the end of the ``with``."""
         name = self.skeleton.block_name(number)
         module = self.skeleton.block(number)
+        loaded = LoadedBlock(module, name, "", self.skeleton)
         try:
-            digest = self._load(lambda parameter: parameter.startswith(name + "."))
+            loaded.digest = self._load(lambda parameter: parameter.startswith(name + "."))
             missing = [n for n, value in module.state_dict().items() if value.is_meta]
             if missing:
                 raise MissingShardError(f"{name}.{missing[0]} is in no shard: checkpoint incomplete")
             _check_finite(name, module)
-            yield LoadedBlock(module, name, digest, self.skeleton)
+            yield loaded
         finally:
+            loaded.restore()
             _free(module)
 
     @contextmanager

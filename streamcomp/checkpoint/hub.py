@@ -1,0 +1,105 @@
+"""A model given as a folder, or by its name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from streamcomp.errors import SourceError
+
+__all__ = ["checkpoint_folder", "headers_folder"]
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*"]
+
+
+def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of ``model``; one that is no folder here is fetched from the hub, weights too.
+
+    Never fetches code or pickled weights. SourceError says why it cannot be had.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    return _fetch(model, revision, [*_SMALL_FILES, "*.safetensors"])
+
+
+@contextmanager
+def headers_folder(model: str | Path, revision: str | None = None) -> Iterator[Path]:
+    """The same for a plan: of a hub model, small files and the headers of its shards.
+
+    The shards in that folder have their true length and header, and hold no weights (sparse
+    files). It is deleted at the end.
+    """
+    if Path(model).is_dir():
+        yield Path(model)
+        return
+    small = _fetch(model, revision, _SMALL_FILES)
+    try:
+        metadata = get_safetensors_metadata(str(model), revision=revision)
+    except NotASafetensorsRepoError:
+        raise SourceError(f"{model} has no safetensors weights on the hub") from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise _unreachable(model, error) from None
+    with tempfile.TemporaryDirectory(prefix="streamcomp-headers-") as name:
+        folder = Path(name)
+        for path in small.iterdir():
+            if path.is_file():
+                (folder / path.name).symlink_to(path.resolve())
+        for shard, entry in metadata.files_metadata.items():
+            _write_header(folder / shard, entry.tensors)
+        yield folder
+
+
+def _fetch(model: str | Path, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise SourceError(f"{model} is no folder here, and no name on the hub") from None
+    except GatedRepoError:
+        raise SourceError(
+            f"{model} is gated: accept its licence on the hub and log in (hf auth login)"
+        ) from None
+    except RevisionNotFoundError:
+        raise SourceError(f"{model} has no revision {revision!r} on the hub") from None
+    except RepositoryNotFoundError:
+        raise SourceError(f"{model} is no folder here, and not on the hub") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise _unreachable(model, error) from None
+
+
+def _unreachable(model: str | Path, error: Exception) -> SourceError:
+    return SourceError(
+        f"{model} is no folder here, and the hub cannot be reached ({type(error).__name__}): "
+        "give a model folder, or go online"
+    )
+
+
+def _write_header(path: Path, tensors: dict[str, Any]) -> None:
+    header = {
+        name: {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": list(info.data_offsets),
+        }
+        for name, info in tensors.items()
+    }
+    text = json.dumps(header).encode()
+    length = max((info.data_offsets[1] for info in tensors.values()), default=0)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + length)

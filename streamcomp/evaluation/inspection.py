@@ -1,0 +1,155 @@
+"""Families of linears in a checkpoint, from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from streamcomp.calibration.hidden_states import StreamShape
+from streamcomp.checkpoint.index import CheckpointIndex
+from streamcomp.modeling.linears import find_linears
+from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.modeling.tracing import trace_block
+
+__all__ = ["Family", "Inspection", "inspect_checkpoint"]
+
+_TRACED_TOKENS = 16  # enough to see which linears share an input
+
+
+@dataclass(frozen=True)
+class Family:
+    """Linears of one name and shape in all blocks."""
+
+    name: str  # within a block
+    rows: int
+    columns: int
+    count: int
+    form: str  # "dense", or how it is factored
+    ranks: tuple[int, int] | None  # least and largest, None where dense
+    nbytes: int  # all of them on disk
+    shares_with: tuple[str, ...]  # linears of the same block fed the same tensor
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is made of."""
+
+    model_type: str
+    dtype: str
+    blocks: int
+    parameters: int
+    nbytes: int
+    shards: int
+    compressed: bool
+    families: tuple[Family, ...]
+    left: dict[str, tuple[str, int]]  # module within a block -> why no linear of ours, how many
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
+    """Look at every block of ``index``; SourceError and UnsupportedModelError as elsewhere."""
+    skeleton = Skeleton(index)
+    groups: dict[str, list[_Member]] = {}
+    left: dict[str, tuple[str, int]] = {}
+    shared = _shared_inputs(skeleton)
+    for number in range(len(skeleton)):
+        for member in _members(skeleton, number):
+            groups.setdefault(member.key, []).append(member)
+        prefix = skeleton.block_name(number) + "."
+        for name, why in find_linears(skeleton, number).left.items():
+            short = re.sub(r"\b\d+\b", "*", name.removeprefix(prefix))
+            left[short] = (why, left.get(short, (why, 0))[1] + 1)
+    return Inspection(
+        str(skeleton.config.model_type),
+        str(skeleton.dtype).removeprefix("torch."),
+        len(skeleton),
+        index.numel,
+        index.nbytes,
+        len(index.shards),
+        skeleton.compressed,
+        tuple(_family(members, shared) for members in groups.values()),
+        left,
+    )
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    rows: int
+    columns: int
+    form: str
+    rank: int | None
+    nbytes: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.rows} {self.columns} {self.form}"
+
+
+def _members(skeleton: Skeleton, number: int) -> list[_Member]:
+    """Linears of one block, dense and factored, in the order of the code."""
+    parameters = skeleton.block_parameters(number)
+    eligible = {linear.name for linear in find_linears(skeleton, number).eligible}
+    members = []
+    for name, module in skeleton.block(number).named_modules():
+        if name not in eligible and not isinstance(module, FactoredLinear):
+            continue
+        assert isinstance(module, torch.nn.Linear)
+        prefix = f"{skeleton.block_name(number)}.{name}."
+        nbytes = sum(
+            info.nbytes for key, infos in parameters.items() if key.startswith(prefix) for info in infos
+        )
+        factored = isinstance(module, FactoredLinear)
+        members.append(
+            _Member(
+                name,
+                module.out_features,
+                module.in_features,
+                module.form if isinstance(module, FactoredLinear) else "dense",
+                module.rank if factored else None,
+                nbytes,
+            )
+        )
+    return members
+
+
+def _family(members: Sequence[_Member], shared: dict[str, tuple[str, ...]]) -> Family:
+    first = members[0]
+    ranks = [member.rank for member in members if member.rank is not None]
+    return Family(
+        first.name,
+        first.rows,
+        first.columns,
+        len(members),
+        first.form,
+        (min(ranks), max(ranks)) if ranks else None,
+        sum(member.nbytes for member in members),
+        shared.get(first.name, ()),
+    )
+
+
+def _shared_inputs(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:
+    """For each linear, the others of its block that are fed the same tensor."""
+    _, calls = skeleton.dry_record(1, _TRACED_TOKENS)
+    stream = StreamShape(1, _TRACED_TOKENS, skeleton.hidden_size, skeleton.dtype)
+    hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
+    found: dict[str, tuple[str, ...]] = {}
+    kinds = set()
+    for number in range(len(skeleton)):
+        kind = skeleton.block_kind(number)
+        if kind in kinds:
+            continue
+        kinds.add(kind)
+        block = skeleton.block(number)
+        linears = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        for names in trace_block(block, linears, hidden, calls[number]).groups:
+            for name in names:
+                found[name] = tuple(other for other in names if other != name)
+    return found

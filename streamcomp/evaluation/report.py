@@ -1,0 +1,106 @@
+"""What a finished job tells: a report in plain values, and a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
+from streamcomp.planning.plan import Plan
+from streamcomp.recipe import Recipe
+from streamcomp.units import format_bytes
+
+__all__ = ["job_report", "model_card"]
+
+
+def job_report(
+    index: CheckpointIndex,
+    written: Sequence[TensorInfo],
+    recipe: dict[str, Any],
+    plan: Plan,
+    header: dict[str, Any],
+    steps: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """All that ``streamcomp_report.json`` holds.
+
+    ``written`` are the tensors of the output, ``header`` and ``steps`` come from the journal.
+    """
+    linears = [linear for step in steps for linear in step.get("linears", [])]
+    eligible = sum(linear.numel for linear in plan.linears)
+    floats = [info for info in written if info.dtype != "I32"]
+    removed = index.numel - sum(info.numel for info in floats)
+    stages: dict[str, float] = {}
+    for step in steps:
+        for name, seconds in step["stages"].items():
+            stages[name] = round(stages.get(name, 0.0) + seconds, 3)
+    return {
+        "model": {
+            "source": str(index.folder),
+            "type": index.config.get("model_type"),
+            "linear_parameters": eligible,
+            "linear_parameters_kept": eligible - removed,
+            "ratio": removed / eligible,
+            "parameters": index.numel,
+            "parameters_kept": index.numel - removed,
+            "model_ratio": removed / index.numel,
+            "bytes": index.nbytes,
+            "bytes_kept": sum(info.nbytes for info in written),
+        },
+        "memory": {
+            "budget_bytes": plan.budget_bytes,
+            "minimum_bytes": plan.minimum_bytes,
+            "predicted_bytes": max(step["predicted_bytes"] for step in steps),
+            "peak_bytes": max(step["peak_bytes"] for step in steps),
+        },
+        "seconds": round(sum(step["seconds"] for step in steps), 1),
+        "stages": stages,
+        "windows": next(step["windows"] for step in steps if "windows" in step),
+        "recipe": recipe,
+        "levers": header["levers"],
+        "fingerprint": header["fingerprint"],
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        "notes": [note for step in steps for note in step.get("notes", [])],
+        "linears": linears,
+        "left": plan.left,
+        "steps": [{k: v for k, v in step.items() if k != "linears"} for step in steps],
+    }
+
+
+def model_card(source: Path, report: dict[str, Any], recipe: Recipe) -> str:
+    """``README.md`` of the output: what it is, how to load it, how it was made."""
+    model, memory = report["model"], report["memory"]
+    return f"""---
+library_name: transformers
+tags:
+- streamcomp
+- low-rank
+---
+
+# {source.name}, compressed
+
+{model["ratio"]:.1%} of the parameters of its linears removed with streamcomp
+(`{recipe.method}`, form `{recipe.form}`): {format_bytes(model["bytes"])} are now
+{format_bytes(model["bytes_kept"])}.
+
+```python
+import streamcomp  # pip install streamcomp
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Without streamcomp installed, `from_pretrained("PATH", trust_remote_code=True)` does the same
+through `streamcomp_plugin.py` in this folder. The licence of the original model applies.
+
+| | |
+|---|---|
+| parameters | {model["parameters"]:,} -> {model["parameters_kept"]:,} |
+| calibration | {report["windows"]} windows of {recipe.seq_len} tokens |
+| peak memory while compressing | {format_bytes(memory["peak_bytes"])} |
+| details | `streamcomp_report.json`, `streamcomp_report.html` |
+"""

@@ -1,0 +1,1 @@
+"""Where the result meets other libraries."""

@@ -1,0 +1,155 @@
+"""Loads a compressed model with plain transformers.
+
+Importing this registers the quantisation method ``streamcomp``, and
+``AutoModelForCausalLM.from_pretrained`` does the rest. Every output folder also carries this
+module and :mod:`streamcomp.modeling.modules` joined into one file, ``PLUGIN``, which
+``trust_remote_code=True`` imports where streamcomp is not installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from streamcomp.modeling import modules as runtime
+from streamcomp.modeling.modules import FORMAT_VERSION, FactoredLinear, install_factored
+
+__all__ = [
+    "AUTO_MAP",
+    "PLUGIN",
+    "StreamCompConfig",
+    "StreamCompQuantizer",
+    "plugin_source",
+]
+
+# -- plugin begins
+
+PLUGIN = "streamcomp_plugin.py"
+AUTO_MAP = {
+    "AutoConfig": "streamcomp_plugin.StreamCompAutoConfig",
+    "AutoModel": "streamcomp_plugin.StreamCompAutoModel",
+    "AutoModelForCausalLM": "streamcomp_plugin.StreamCompAutoModelForCausalLM",
+}
+
+
+class StreamCompConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed model: form and rank of each factored linear."""
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        version: int = FORMAT_VERSION,
+        quant_method: str = "streamcomp",
+        **unknown: Any,
+    ) -> None:
+        if quant_method != "streamcomp" or version != FORMAT_VERSION:
+            raise ValueError(
+                f"streamcomp: format version {version!r}, this reader knows {FORMAT_VERSION}"
+            )
+        if unknown:
+            raise ValueError(f"streamcomp: unknown key {min(unknown)!r} in quantization_config")
+        self.quant_method = quant_method
+        self.version = version
+        self.modules = modules or {}
+
+
+class StreamCompQuantizer(HfQuantizer):
+    """Puts factored linears into the empty model before its weights are loaded."""
+
+    requires_calibration = True  # nothing is compressed while loading
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        install_factored(model, self.quantization_config.modules)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        """transformers only warns of missing tensors; a missing factor is an error."""
+        for name, module in model.named_modules():
+            if not isinstance(module, FactoredLinear):
+                continue
+            for leaf, tensor in module.tensors().items():
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                    raise RuntimeError(f"streamcomp: {name}.{leaf} is missing from the checkpoint")
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Redirect:
+    """An ``auto_map`` target: importing it was all that was needed, transformers goes on."""
+
+    target = ""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """transformers calls this on what it imports; there is nothing to register."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["trust_remote_code"] = False
+        kwargs.pop("code_revision", None)
+        return getattr(transformers, cls.target).from_pretrained(path, *args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        kwargs["trust_remote_code"] = False
+        return getattr(transformers, cls.target).from_config(config, **kwargs)
+
+
+class StreamCompAutoConfig(_Redirect):
+    target = "AutoConfig"
+
+
+class StreamCompAutoModel(_Redirect):
+    target = "AutoModel"
+
+
+class StreamCompAutoModelForCausalLM(_Redirect):
+    target = "AutoModelForCausalLM"
+
+
+if "streamcomp" not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config("streamcomp")(StreamCompConfig)
+    register_quantizer("streamcomp")(StreamCompQuantizer)
+
+# -- plugin ends
+
+
+def plugin_source() -> str:
+    """The plugin file: both modules joined, with no import of streamcomp."""
+    this = inspect.getsource(inspect.getmodule(plugin_source))  # type: ignore[arg-type]
+    head, _, rest = this.partition("# -- plugin begins")
+    imports = [
+        line
+        for line in head.partition('"""\n\nfrom __future__')[2].splitlines()[1:]
+        if "streamcomp" not in line
+    ]
+    body = "\n".join(imports).partition("__all__")[0] + rest.partition("# -- plugin ends")[0]
+    return inspect.getsource(runtime) + "\n\n# -- loading with transformers\n" + body

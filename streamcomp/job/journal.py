@@ -1,0 +1,166 @@
+"""What a job has done, one line per finished step, durable before the next one begins.
+
+``journal.jsonl`` opens with a header (format version, fingerprint, levers); each further
+line is one finished step with its results. A line is appended and synced after the files
+that it speaks of, so it never promises what is not there. A line that a crash cut short
+is dropped. A lock on the output folder keeps a second process out; the kernel releases
+it with the process, so nothing stale is left by SIGKILL.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from streamcomp.checkpoint.atomic import output_errors, write_text
+from streamcomp.checkpoint.index import CheckpointIndex
+from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
+from streamcomp.recipe import Recipe
+
+__all__ = ["JOURNAL", "Fingerprint", "Journal", "check_fingerprint", "fingerprint", "locked"]
+
+JOURNAL = "journal.jsonl"
+_VERSION = 1
+
+# field -> value; all must agree for a job to be continued
+Fingerprint = dict[str, Any]
+
+
+def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
+    """What decides a job's result: source, recipe, calibration files, library versions."""
+    fields: Fingerprint = {"source": _source_hash(index)}
+    fields |= {name: _plain(value) for name, value in asdict(recipe).items()}
+    fields["calibration_files"] = [
+        [name, *_file_marks(Path(name))] for name in recipe.calibration if Path(name).exists()
+    ]
+    fields["torch"] = str(torch.__version__)
+    fields["transformers"] = transformers.__version__
+    return fields
+
+
+def check_fingerprint(
+    found: Mapping[str, Any], wanted: Fingerprint, folder: Path, *, versions: bool = True
+) -> None:
+    """JobMismatchError naming the first field in which ``found`` is not what is ``wanted``."""
+    for field, value in wanted.items():
+        if not versions and field in ("torch", "transformers"):
+            continue
+        if found.get(field) != value:
+            was, now = found.get(field), value
+            what = (
+                "the model's files have changed, or it is another model"
+                if field == "source"
+                else f"{field} was {was!r}, now {now!r}"
+            )
+            raise JobMismatchError(
+                f"{folder} holds another job: {what}. Give another OUT, or remove that folder",
+                field=field,
+            )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock on ``folder``; JobLockedError if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobLockedError(
+                f"another process works on {folder}: wait for it, or stop it"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Journal:
+    """The journal in ``folder``; :meth:`open` continues one or begins it."""
+
+    def __init__(self, path: Path, header: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        self.path, self.header, self.steps = path, header, steps
+
+    @classmethod
+    def read(cls, folder: Path) -> Journal | None:
+        """The journal in ``folder`` as it stands, None where there is none."""
+        path = folder / JOURNAL
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            header, *steps = [json.loads(line) for line in whole.splitlines()]
+        except (ValueError, UnicodeDecodeError):
+            raise OutputError(f"{path} is damaged: remove {folder} and start again") from None
+        if header.get("version") != _VERSION:
+            raise JobMismatchError(
+                f"{path} was written by another version of streamcomp: remove {folder}",
+                field="version",
+            )
+        return cls(path, header, steps)
+
+    @classmethod
+    def begin(cls, folder: Path, found: Fingerprint, levers: dict[str, Any], total: int) -> Journal:
+        """A new journal of a job of ``total`` steps."""
+        header = {"version": _VERSION, "fingerprint": found, "levers": levers, "total": total}
+        write_text(folder / JOURNAL, json.dumps(header) + "\n")
+        return cls(folder / JOURNAL, header, [])
+
+    def trim(self) -> None:
+        """Cut off what a crash left behind the last whole line, before appending."""
+        lines = [json.dumps(entry) + "\n" for entry in (self.header, *self.steps)]
+        with output_errors(self.path):
+            if self.path.stat().st_size != sum(map(len, lines)):
+                write_text(self.path, "".join(lines))
+
+    def commit(self, step: str, results: Mapping[str, Any]) -> None:
+        """Append that ``step`` is done, durably."""
+        entry = {"step": step, **results}
+        line = (json.dumps(entry) + "\n").encode()
+        with output_errors(self.path):
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            try:
+                if os.write(descriptor, line) != len(line):
+                    raise OSError(28, "No space left on device")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        self.steps.append(entry)
+
+    def find(self, step: str) -> dict[str, Any] | None:
+        """Results of ``step``, None if it is not done."""
+        return next((entry for entry in self.steps if entry["step"] == step), None)
+
+
+def _source_hash(index: CheckpointIndex) -> str:
+    """Config, and each shard's name, size, time of change and tensor table."""
+    total = hashlib.blake2b(digest_size=16)
+    total.update(json.dumps(index.config, sort_keys=True).encode())
+    for shard in index.shards:
+        total.update(json.dumps([shard.name, *_file_marks(shard)]).encode())
+    for name, info in sorted(index.tensors.items()):
+        row = [name, info.dtype, list(info.shape), info.shard.name, info.start, info.stop]
+        total.update(json.dumps(row).encode())
+    return total.hexdigest()
+
+
+def _file_marks(path: Path) -> list[int]:
+    """Size and time of change of a file; of a folder, summed over its files."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [file.stat() for file in files]
+    return [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,173 @@
+"""What a person sees while a job runs: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from streamcomp.planning.meter import resident_bytes
+from streamcomp.units import format_bytes, format_seconds
+
+__all__ = ["BarProgress", "JobProgress", "LineProgress", "SilentProgress", "console_progress"]
+
+
+class JobProgress(Protocol):
+    """Told what a job does; decides what to show."""
+
+    def begin(self, title: str, seconds: list[float], done: int, budget_bytes: int) -> None:
+        """A job of ``len(seconds)`` steps with their estimates, the first ``done`` finished."""
+
+    def stage(self, step: int, name: str, stage: str, share: float) -> None:
+        """Within step number ``step``: what it is at, and how much of that is done (0..1)."""
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
+        """A step is done and durable."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+
+    def end(self) -> None:
+        """The job stops, finished or not."""
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def begin(self, title: str, seconds: list[float], done: int, budget_bytes: int) -> None: ...
+
+    def stage(self, step: int, name: str, stage: str, share: float) -> None: ...
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class _Remaining:
+    """Time left: the estimates of the open steps, scaled by how the finished ones went."""
+
+    def __init__(self, estimates: list[float]) -> None:
+        self.estimates = estimates
+        self.expected = self.taken = 0.0
+
+    def finished(self, step: int, seconds: float) -> None:
+        self.expected += self.estimates[step]
+        self.taken += seconds
+
+    def after(self, step: int) -> float:
+        """Seconds for the steps from ``step`` on."""
+        scale = self.taken / self.expected if self.expected > 0 else 1.0
+        return scale * sum(self.estimates[step:])
+
+
+class LineProgress:
+    """A line per finished step, on stderr."""
+
+    def __init__(self) -> None:
+        self._remaining = _Remaining([])
+        self._budget = 0
+
+    def begin(self, title: str, seconds: list[float], done: int, budget_bytes: int) -> None:
+        self._remaining, self._budget = _Remaining(seconds), budget_bytes
+        at = f", continued after step {done}" if done else ""
+        print(f"{title}: {len(seconds)} steps{at}", file=sys.stderr)
+
+    def stage(self, step: int, name: str, stage: str, share: float) -> None: ...
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
+        self._remaining.finished(step, seconds)
+        total = len(self._remaining.estimates)
+        left = format_seconds(self._remaining.after(step + 1))
+        print(
+            f"[{step + 1}/{total}] {name} {format_seconds(seconds)}"
+            f"{' · ' + detail if detail else ''} · RSS {format_bytes(resident_bytes())} of "
+            f"{format_bytes(self._budget)} · {left} left",
+            file=sys.stderr,
+        )
+
+    def note(self, text: str) -> None:
+        print(f"note: {text}", file=sys.stderr)
+
+    def end(self) -> None: ...
+
+
+class BarProgress:
+    """One live line on a terminal: step, stage, bar, ETA, RSS against the budget."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._remaining = _Remaining([])
+        self._budget = 0
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[stage]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+            TextColumn("RSS {task.fields[rss]}"),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._step_started = time.monotonic()
+
+    def begin(self, title: str, seconds: list[float], done: int, budget_bytes: int) -> None:
+        self._remaining, self._budget = _Remaining(seconds), budget_bytes
+        if done:
+            self._console.print(f"{title}: continued after step {done} of {len(seconds)}")
+        self._bar.start()
+        self._task = self._bar.add_task(
+            title, total=len(seconds), completed=done, stage="", eta="", rss=self._rss()
+        )
+
+    def stage(self, step: int, name: str, stage: str, share: float) -> None:
+        if self._task is None:
+            return
+        spent = time.monotonic() - self._step_started
+        left = max(0.0, self._remaining.after(step) - spent)
+        text = f"{name}: {stage}" + (f" {share:4.0%}" if 0 < share < 1 else "")
+        self._bar.update(
+            self._task,
+            stage=f"{text:<38.38}",
+            eta=format_seconds(left),
+            rss=self._rss(),
+        )
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
+        self._remaining.finished(step, seconds)
+        self._step_started = time.monotonic()
+        if self._task is not None:
+            self._bar.update(self._task, completed=step + 1, rss=self._rss())
+
+    def note(self, text: str) -> None:
+        self._console.print(f"[yellow]note:[/] {text}", highlight=False)
+
+    def end(self) -> None:
+        self._bar.stop()
+
+    def _rss(self) -> str:
+        used = resident_bytes()
+        share = used / self._budget if self._budget else 0.0
+        colour = "green" if share < 0.8 else "yellow" if share < 1 else "red"
+        return f"[{colour}]{format_bytes(used)}[/] / {format_bytes(self._budget)}"
+
+
+def console_progress(quiet: bool) -> JobProgress:
+    """A bar where stderr is a terminal, lines where it is not, nothing when ``quiet``."""
+    if quiet:
+        return SilentProgress()
+    console = Console(stderr=True)
+    return BarProgress(console) if console.is_terminal else LineProgress()

@@ -1,0 +1,110 @@
+"""Turns a finished job's folder into a model: everything that makes it loadable, last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamcomp.checkpoint.atomic import atomic_file, sync_folder, write_json, write_text
+from streamcomp.checkpoint.index import CheckpointIndex, read_header
+from streamcomp.job.journal import JOURNAL
+from streamcomp.modeling.modules import FORMAT_VERSION
+
+__all__ = [
+    "REPORT",
+    "copy_companions",
+    "publish",
+    "quantization_config",
+    "read_report",
+    "remove_work",
+    "to_json",
+    "write_index",
+]
+
+REPORT = "streamcomp_report.json"
+
+# What lies beside the weights and belongs to the model. Never code, never weights.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_NOT_COPIED = ("config.json", REPORT)
+
+
+def publish(
+    index: CheckpointIndex,
+    out: Path,
+    shards: list[Path],
+    config: Mapping[str, Any],
+    extra: Mapping[str, str],
+) -> None:
+    """Write companions, ``extra`` files, the index of ``shards``, and the config last of all."""
+    copy_companions(index.folder, out)
+    for name, text in extra.items():
+        write_text(out / name, text)
+    write_index(out, shards)
+    write_json(out / "config.json", config)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy tokenizer, generation settings and licence."""
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.name in _NOT_COPIED or path.name.endswith(".index.json") or not path.is_file():
+                continue
+            with atomic_file(out / path.name) as target, path.open("rb") as file:
+                shutil.copyfileobj(file, target)
+
+
+def write_index(out: Path, shards: list[Path]) -> None:
+    """``model.safetensors.index.json`` over ``shards``, read from their headers."""
+    headers = {shard.name: read_header(shard) for shard in shards}
+    sizes = [info.nbytes for header in headers.values() for info in header.values()]
+    weight_map = {name: shard for shard, header in headers.items() for name in header}
+    write_json(
+        out / "model.safetensors.index.json",
+        {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def quantization_config(
+    linears: list[dict[str, Any]], form: str, dtypes: Mapping[str, str]
+) -> dict[str, Any]:
+    """The config's entry for ``linears`` factored in ``form``; ``dtypes`` by tensor name."""
+    return {
+        "quant_method": "streamcomp",
+        "version": FORMAT_VERSION,
+        "modules": {
+            linear["name"]: {
+                "form": form,
+                "rank": linear["rank"],
+                "dtype": dtypes[f"{linear['name']}.weight"],
+            }
+            for linear in linears
+        },
+    }
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON with a final line end."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def remove_work(work: Path) -> None:
+    """Delete what a job left in its work folder, and the folder if nothing else is in it."""
+    if not work.is_dir():
+        return
+    for pattern in (JOURNAL, "windows.safetensors", "hidden-*.bin", ".*.tmp"):
+        for path in work.glob(pattern):
+            path.unlink(missing_ok=True)
+    if not any(work.iterdir()):
+        work.rmdir()
+        sync_folder(work.parent)
+
+
+def read_report(out: Path) -> dict[str, Any] | None:
+    """The report of a finished model in ``out``; None where there is none."""
+    if not (out / "config.json").is_file() or not (out / REPORT).is_file():
+        return None
+    report: dict[str, Any] = json.loads((out / REPORT).read_text("utf-8"))
+    return report

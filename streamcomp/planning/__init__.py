@@ -1,0 +1,1 @@
+"""Bytes and seconds of each step, before it runs and after."""

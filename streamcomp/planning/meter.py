@@ -1,0 +1,161 @@
+"""How much memory this process holds, has held at most, and may hold.
+
+The kernel's own high-water mark (``VmHWM``) is read and, through
+``/proc/self/clear_refs``, set back between steps: sampling would miss the short peaks inside
+LAPACK. Where the kernel has no such file a thread samples instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+
+import psutil
+import torch
+
+from streamcomp.errors import RecipeError
+from streamcomp.units import parse_bytes
+
+__all__ = ["PeakMeter", "budget_bytes", "is_memory_backed", "machine_bytes", "resident_bytes", "settle"]
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_DEFAULT_SHARE = 0.8  # of what is available, where no budget is given
+_SAMPLE_SECONDS = 0.01
+
+# glibc's mallopt: blocks from this size on are mapped one by one and returned when freed.
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
+_MAPPED_FROM = 1 * 2**20
+
+
+class PeakMeter:
+    """Peak resident bytes since :meth:`restart`, file-backed pages counted."""
+
+    def __init__(self) -> None:
+        self._exact = self._reset_kernel_mark()
+        self._sampled = 0
+        if not self._exact:
+            threading.Thread(target=self._sample, daemon=True).start()
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        if self._exact:
+            self._reset_kernel_mark()
+        else:
+            self._sampled = resident_bytes()
+
+    def peak(self) -> int:
+        return _status_bytes("VmHWM") if self._exact else max(self._sampled, resident_bytes())
+
+    @staticmethod
+    def _reset_kernel_mark() -> bool:
+        try:
+            _CLEAR.write_text("5")
+            return _status_bytes("VmHWM") > 0
+        except OSError:
+            return False
+
+    def _sample(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(_SAMPLE_SECONDS):
+            self._sampled = max(self._sampled, resident_bytes())
+
+
+def resident_bytes() -> int:
+    """Resident bytes of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def settle() -> None:
+    """Make freed memory go back to the system at once, so that RSS follows what is held.
+
+    Tells glibc to map large blocks one by one and to keep few arenas; elsewhere nothing.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
+    libc.mallopt(_M_TRIM_THRESHOLD, 8 * _MAPPED_FROM)
+    libc.mallopt(_M_ARENA_MAX, 2)
+    libc.malloc_trim(0)
+
+
+def machine_bytes() -> int:
+    """Memory of this machine, or of the container (cgroup v1 or v2) where that is less."""
+    return min([psutil.virtual_memory().total, *_cgroup_limits()])
+
+
+def budget_bytes(max_ram: str | None) -> int:
+    """Bytes meant by ``max_ram``: a size, a share of the machine, or 80% of what is free now.
+
+    RecipeError where it is more than the machine has.
+    """
+    whole = machine_bytes()
+    if max_ram is None:
+        free = min(psutil.virtual_memory().available + resident_bytes(), whole)
+        return int(_DEFAULT_SHARE * free)
+    budget = parse_bytes(max_ram, whole=whole)
+    if budget > whole:
+        raise RecipeError(
+            f"--max-ram {max_ram} is more than the {whole / 2**30:.1f} GiB of this machine"
+        )
+    return budget
+
+
+def is_memory_backed(folder: Path) -> bool:
+    """Whether files in ``folder`` lie in memory (tmpfs), and so count in the budget."""
+    resolved = folder.resolve()
+    while not resolved.exists():
+        resolved = resolved.parent
+    best = max(
+        (p for p in psutil.disk_partitions(all=True) if resolved.is_relative_to(p.mountpoint)),
+        key=lambda partition: len(partition.mountpoint),
+        default=None,
+    )
+    return best is not None and best.fstype in ("tmpfs", "ramfs")
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Touch the kernels that a job uses, so that their code and buffers are resident."""
+    square = torch.eye(64, dtype=dtype, device=device)
+    torch.nn.functional.linear(square, square)
+    wide = torch.eye(64, dtype=torch.float64, device=device)
+    for solve in (torch.linalg.eigh, torch.linalg.cholesky, torch.linalg.lu_factor, torch.linalg.qr):
+        solve(wide)
+    wide.float() @ wide.float()
+
+
+def _status_bytes(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _cgroup_limits() -> list[int]:
+    """Memory limits of this process's cgroups and of those above them."""
+    limits = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        while folder.is_relative_to(root):
+            try:
+                text = (folder / name).read_text().strip()
+            except OSError:
+                text = ""
+            if text.isdigit():
+                limits.append(int(text))
+            folder = folder.parent
+    return limits

@@ -1,0 +1,39 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the suite asks no network
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from tests.pico import save_pico  # noqa: E402
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``pico("llama", tie=True)``: a folder as ``save_pico`` makes it, made once; not to be changed."""
+    folders: dict[str, Path] = {}
+
+    def make(architecture: str = "llama", **settings: object) -> Path:
+        key = repr((architecture, sorted(settings.items(), key=str)))
+        if key not in folders:
+            folder = tmp_path_factory.mktemp(architecture)
+            folders[key] = save_pico(folder, architecture, **settings)  # type: ignore[arg-type]
+        return folders[key]
+
+    return make
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    """A seeded generator of random numbers."""
+    return torch.Generator().manual_seed(0)

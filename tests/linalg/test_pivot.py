@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from streamcomp.linalg import pivot
+from streamcomp.linalg.pivot import MOST_COEFFICIENT, interpolate
+
+
+def orthonormal(rows: int, rank: int, random: Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(rows, rank, dtype=torch.float64, generator=random)).Q
+
+
+def wilkinson(rows: int, rank: int) -> Tensor:
+    """Partial pivoting keeps the order of its rows, and coefficients double with each column."""
+    matrix = torch.full((rows, rank), -1.0, dtype=torch.float64).tril(-1)
+    matrix[:rank].diagonal().fill_(1)
+    return matrix
+
+
+def coefficients_of_lu(basis: Tensor) -> Tensor:
+    """What partial pivoting alone gives."""
+    rank = basis.shape[1]
+    lower = torch.linalg.lu(basis).L
+    return torch.linalg.solve(lower[:rank].T, lower[rank:].T).T
+
+
+CASES = {
+    "tall": lambda random: orthonormal(40, 9, random),
+    "nearly square": lambda random: orthonormal(20, 19, random),
+    "one column": lambda random: orthonormal(20, 1, random),
+    "sparse": lambda random: torch.eye(30, dtype=torch.float64)[:, ::3],
+    "steep": lambda random: orthonormal(40, 9, random) * torch.logspace(0, -9, 40).double()[:, None],
+    "wilkinson": lambda random: wilkinson(40, 16),
+    "long wilkinson": lambda random: wilkinson(70, 40),
+    "orthonormal wilkinson": lambda random: torch.linalg.qr(wilkinson(40, 16)).Q,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pivots_span_the_other_rows(name: str, random: Generator) -> None:
+    basis = CASES[name](random)
+    rows, rank = basis.shape
+
+    pivots, rest, coefficients = interpolate(basis)
+
+    assert sorted([*pivots.tolist(), *rest.tolist()]) == list(range(rows))
+    assert coefficients.shape == (rows - rank, rank)
+    assert coefficients.abs().max() <= MOST_COEFFICIENT
+    assert torch.allclose(coefficients @ basis[pivots], basis[rest], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["wilkinson", "long wilkinson"])
+def test_the_hard_cases_are_too_hard_for_partial_pivoting(name: str, random: Generator) -> None:
+    assert coefficients_of_lu(CASES[name](random)).abs().max() > 100 * MOST_COEFFICIENT
+
+
+def test_exchanges_stop_at_the_bound(monkeypatch: pytest.MonkeyPatch, random: Generator) -> None:
+    monkeypatch.setattr(pivot, "MOST_COEFFICIENT", 1.5)
+    basis = orthonormal(60, 25, random)
+
+    pivots, rest, coefficients = interpolate(basis)
+
+    assert coefficients_of_lu(basis).abs().max() > 1.5
+    assert coefficients.abs().max() <= 1.5
+    assert torch.allclose(coefficients @ basis[pivots], basis[rest], atol=1e-12)
+
+
+def test_all_rows_may_be_pivots(random: Generator) -> None:
+    pivots, rest, coefficients = interpolate(orthonormal(7, 7, random))
+
+    assert sorted(pivots.tolist()) == list(range(7))
+    assert rest.numel() == 0
+    assert coefficients.shape == (0, 7)
+
+
+def test_the_basis_is_left_as_it_was(random: Generator) -> None:
+    basis = orthonormal(40, 9, random)
+    before = basis.clone()
+
+    interpolate(basis)
+
+    assert torch.equal(basis, before)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from streamcomp.errors import RecipeError
+from streamcomp.linalg.allocation import stored_numbers
+from streamcomp.methods import METHODS, factor_tensors, find_method
+from streamcomp.modeling.modules import FORMS
+
+SHAPES = [(12, 20), (20, 12), (16, 16)]
+
+
+def problem(shape: tuple[int, int], rank: int, random: Generator) -> tuple[Tensor, Tensor]:
+    weight = torch.randn(*shape, dtype=torch.float64, generator=random)
+    noise = torch.randn(shape[0], rank, dtype=torch.float64, generator=random)
+    return weight, torch.linalg.qr(noise).Q
+
+
+def product(form: str, tensors: dict[str, Tensor]) -> Tensor:
+    """W' by the definition of the form, without the modules."""
+    if form == "uv":
+        return tensors["U"] @ tensors["weight"]
+    rows = torch.cat((tensors["weight"], tensors["coef"] @ tensors["weight"]))
+    return torch.stack([rows[place] for place in tensors["pivots"].tolist()])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 7, 11])
+def test_the_factors_multiply_out_to_the_projected_weight(
+    form: str, shape: tuple[int, int], rank: int, random: Generator
+) -> None:
+    weight, basis = problem(shape, rank, random)
+
+    tensors = factor_tensors(form, weight, basis, torch.float64)
+
+    assert torch.allclose(product(form, tensors), basis @ (basis.T @ weight), atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_runtime_modules_hold_the_same_matrix(
+    form: str, shape: tuple[int, int], random: Generator
+) -> None:
+    weight, basis = problem(shape, 7, random)
+    module = FORMS[form](shape[1], shape[0], 7, dtype=torch.float64).requires_grad_(False)
+
+    module.load_state_dict(factor_tensors(form, weight, basis, torch.float64))
+
+    assert torch.allclose(module.dense_weight(), basis @ (basis.T @ weight), atol=1e-12)
+
+
+def test_both_forms_are_one_matrix(random: Generator) -> None:
+    weight, basis = problem((20, 12), 7, random)
+
+    uv, pivot = (product(f, factor_tensors(f, weight, basis, torch.float64)) for f in FORMS)
+
+    assert torch.allclose(uv, pivot, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_narrow_factors_come_as_close_as_their_dtype_allows(
+    form: str, dtype: torch.dtype, random: Generator
+) -> None:
+    weight, basis = problem((20, 12), 7, random)
+
+    tensors = factor_tensors(form, weight.to(dtype), basis, dtype)
+
+    wide = {name: t if t.dtype == torch.int32 else t.double() for name, t in tensors.items()}
+    wanted = basis @ (basis.T @ weight)
+    assert all(t.dtype == dtype for name, t in tensors.items() if name != "pivots")
+    assert (product(form, wide) - wanted).norm() < 3 * torch.finfo(dtype).eps * wanted.norm()
+
+
+def test_pivots_are_a_permutation(random: Generator) -> None:
+    weight, basis = problem((20, 12), 7, random)
+
+    pivots = factor_tensors("pivot", weight, basis, torch.float64)["pivots"]
+
+    assert pivots.dtype == torch.int32
+    assert sorted(pivots.tolist()) == list(range(20))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 7, 11])
+def test_as_many_floats_are_stored_as_the_allocation_counts(
+    form: str, shape: tuple[int, int], rank: int, random: Generator
+) -> None:
+    weight, basis = problem(shape, rank, random)
+
+    tensors = factor_tensors(form, weight, basis, torch.float16)
+
+    floats = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
+    assert floats == stored_numbers(form, *shape, rank)
+
+
+def test_methods_are_found_by_the_name_they_carry() -> None:
+    assert all(find_method(name).name == name for name in METHODS)
+    with pytest.raises(RecipeError, match="'magic' unknown; one of: svd-llm"):
+        find_method("magic")
