@@ -162,7 +162,8 @@ def export(
     original; ``"uv"`` keeps two factors per linear. One linear is in memory at a time.
     """
     index = read_index(checkpoint_folder(model))
-    return export_checkpoint(index, Path(destination), form, progress or SilentProgress())
+    extra = {PLUGIN: plugin_source()}
+    return export_checkpoint(index, Path(destination), form, extra, progress or SilentProgress())
 
 
 def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
@@ -222,9 +223,7 @@ def _publish(job: Job) -> dict[str, Any]:
     )
     dtypes = {info.name: info.dtype for info in written}
     config = dict(job.index.config)
-    config["quantization_config"] = quantization_config(
-        report["linears"], job.recipe.form, dtypes
-    )
+    config["quantization_config"] = quantization_config(report["linears"], job.recipe.form, dtypes)
     config["auto_map"] = AUTO_MAP
     extra = {
         PLUGIN: plugin_source(),

@@ -14,11 +14,11 @@ from typing import Any
 
 from streamcomp.errors import RecipeError
 
-__all__ = ["FORMS", "Recipe", "Resources"]
+__all__ = ["ALLOCATIONS", "ANALYSIS_FIELDS", "FORMS", "STATISTICS", "Recipe", "Resources"]
 
 FORMS = ("pivot", "uv")
-_STATISTICS = ("dense", "compressed")
-_ALLOCATIONS = ("uniform",)
+STATISTICS = ("dense", "compressed")
+ALLOCATIONS = ("uniform",)
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 # Fields that calibration and statistics depend on; the others only shape the output.
@@ -48,8 +48,8 @@ class Recipe:
                 f"ratio {self.ratio:g}: the share to remove lies between 0 and 1, e.g. 0.2"
             )
         _one_of("form", self.form, FORMS)
-        _one_of("statistics", self.statistics, _STATISTICS)
-        _one_of("allocation", self.allocation, _ALLOCATIONS)
+        _one_of("statistics", self.statistics, STATISTICS)
+        _one_of("allocation", self.allocation, ALLOCATIONS)
         for name, least in (("samples", 1), ("seq_len", 2), ("batch", 0), ("seed", 0)):
             if (value := getattr(self, name)) < least:
                 raise RecipeError(f"{name} {value}: at least {least} is needed")

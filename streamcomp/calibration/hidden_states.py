@@ -72,9 +72,7 @@ class HiddenStates:
     def read(self, start: int, stop: int) -> Tensor:
         """Windows ``start`` to ``stop`` (exclusive), (stop - start, seq, hidden), on the CPU."""
         shape = self.shape
-        buffer = torch.empty(
-            stop - start, shape.seq_len, shape.hidden, dtype=shape.dtype
-        )
+        buffer = torch.empty(stop - start, shape.seq_len, shape.hidden, dtype=shape.dtype)
         view = memoryview(buffer.view(torch.uint8).numpy()).cast("B")
         offset, done = start * shape.window_bytes, 0
         while done < len(view):

@@ -64,6 +64,10 @@ class TensorInfo:
         return math.prod(self.shape)
 
     @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         if self.dtype not in DTYPES:
             raise SourceError(f"{self.name}: dtype {self.dtype} of {self.shard} is not supported")
@@ -89,8 +93,8 @@ class CheckpointIndex:
 
     @property
     def numel(self) -> int:
-        """Numbers in all tensors."""
-        return sum(info.numel for info in self.tensors.values())
+        """Parameters: the numbers in all tensors of floats."""
+        return sum(info.numel for info in self.tensors.values() if info.is_float)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -144,7 +148,9 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
     tensors = {}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise MissingShardError(f"{INDEX_FILE} places {name} in {shard}, which does not hold it")
+            raise MissingShardError(
+                f"{INDEX_FILE} places {name} in {shard}, which does not hold it"
+            )
         tensors[name] = headers[shard][name]
     return tensors
 

@@ -110,6 +110,4 @@ class TensorReader:
             done += count
 
     def _forget(self, info: TensorInfo) -> None:
-        os.posix_fadvise(
-            self._descriptor(info), info.start, info.nbytes, os.POSIX_FADV_DONTNEED
-        )
+        os.posix_fadvise(self._descriptor(info), info.start, info.nbytes, os.POSIX_FADV_DONTNEED)

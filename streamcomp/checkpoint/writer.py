@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +17,7 @@ from streamcomp.checkpoint.atomic import atomic_file
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
 from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader
 
-__all__ = ["DIRTY_BYTES", "Entry", "open_shard", "write_shard"]
+__all__ = ["DIRTY_BYTES", "Computed", "Entry", "write_shard"]
 
 # Written bytes are flushed to disk and dropped from the page cache this often, so that no
 # more than this is dirty at any time.
@@ -28,17 +27,26 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
+class Computed:
+    """A tensor made when its turn comes, of a dtype and shape known before."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: held in memory, or copied from another shard."""
+    """A tensor to be written: held in memory, copied from another shard, or computed."""
 
     name: str
-    source: Tensor | TensorInfo
+    source: Tensor | TensorInfo | Computed
 
     @property
     def dtype(self) -> str:
-        if isinstance(self.source, TensorInfo):
-            return self.source.dtype
-        return _NAMES[self.source.dtype]
+        return (
+            self.source.dtype if isinstance(self.source, TensorInfo) else _NAMES[self.source.dtype]
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,7 +56,7 @@ class Entry:
     def nbytes(self) -> int:
         if isinstance(self.source, TensorInfo):
             return self.source.nbytes
-        return self.source.numel() * self.source.element_size()
+        return math.prod(self.shape) * self.source.dtype.itemsize
 
     @property
     def item_bytes(self) -> int:
@@ -62,34 +70,41 @@ def write_shard(path: Path, entries: Iterable[Entry]) -> None:
     same tensors always give the same bytes. Holds ``COPY_BYTES`` beside what the caller holds.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.item_bytes, entry.name))
-    with open_shard(path, ordered) as write, TensorReader() as reader:
+    header = _header(ordered)
+    with atomic_file(path) as file, TensorReader() as reader:
+        write = _Write(file)
+        write(header)
         for entry in ordered:
-            if isinstance(entry.source, TensorInfo):
-                for chunk in reader.chunks(entry.source):
-                    write(chunk)
-            else:
-                for chunk in _tensor_chunks(entry.source):
-                    write(chunk)
+            for chunk in _chunks(entry, reader):
+                write(chunk)
 
 
-@contextmanager
-def open_shard(path: Path, entries: Sequence[Entry]) -> Iterator[_Write]:
-    """Open ``path`` with a header for ``entries``; the caller writes their bytes in that order."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(entries: Iterable[Entry]) -> bytes:
+    """Length and JSON of a safetensors header for ``entries`` lying back to back."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
-        header[entry.name] = {
+        table[entry.name] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
             "data_offsets": [offset, offset + entry.nbytes],
         }
         offset += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
-        write = _Write(file)
-        write(len(text).to_bytes(8, "little") + text)
-        yield write
+    return len(text).to_bytes(8, "little") + text
+
+
+def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
+    if isinstance(entry.source, TensorInfo):
+        yield from reader.chunks(entry.source)
+    elif isinstance(entry.source, Computed):
+        tensor = entry.source.make()
+        if tensor.dtype != entry.source.dtype or tuple(tensor.shape) != entry.source.shape:
+            raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
+        yield from _tensor_chunks(tensor)
+    else:
+        yield from _tensor_chunks(entry.source)
 
 
 class _Write:

@@ -8,19 +8,130 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from streamcomp.checkpoint.atomic import make_folder, write_json
-from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo, read_header
+from streamcomp.checkpoint.atomic import make_folder, write_json, write_text
+from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo, read_json
 from streamcomp.checkpoint.reader import TensorReader
-from streamcomp.checkpoint.writer import Entry, write_shard
-from streamcomp.errors import OutputError, RecipeError, SourceError, UnsupportedModelError
+from streamcomp.checkpoint.writer import Computed, Entry, write_shard
+from streamcomp.errors import OutputError, RecipeError, UnsupportedModelError
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.publish import copy_companions, quantization_config, write_index
-from streamcomp.modeling.modules import FORMS, FactoredLinear
+from streamcomp.modeling.modules import FactoredLinear, factored
 from streamcomp.modeling.skeleton import Skeleton
 
 __all__ = ["export_checkpoint"]
 
 _FORMS = ("dense", "uv")
 _MARKER = ".streamcomp-export.json"
+
+
+def export_checkpoint(
+    index: CheckpointIndex,
+    destination: Path,
+    form: str,
+    extra: dict[str, str],
+    progress: JobProgress,
+) -> Path:
+    """Write ``index``, a compressed model, to ``destination`` with every linear in ``form``.
+
+    ``dense`` multiplies the factors out; ``uv`` turns pivots into a plain left factor. One
+    linear is in memory at a time. ``extra`` are small files that only ``uv`` needs. A run
+    that was interrupted goes on after its last whole shard.
+    """
+    if form not in _FORMS:
+        raise RecipeError(f"form {form!r} unknown; one of: {', '.join(_FORMS)}")
+    if not Skeleton(index).compressed:
+        raise UnsupportedModelError(f"{index.folder} is not compressed: there is nothing to export")
+    if destination.resolve() == index.folder.resolve():
+        raise OutputError(f"{destination} is the model's own folder: give another DEST")
+    modules: dict[str, dict[str, Any]] = index.config["quantization_config"]["modules"]
+    _claim(index, destination, form)
+    shards = []
+    progress.begin("export", [1.0] * len(index.shards), 0, 0)
+    try:
+        for number, shard in enumerate(index.shards):
+            started = time.perf_counter()
+            target = destination / shard.name
+            if not target.exists():
+                progress.stage(number, shard.name, "writing", 0.0)
+                write_shard(target, _entries(index, shard, modules, form))
+            shards.append(target)
+            progress.finish_step(number, shard.name, time.perf_counter() - started, "")
+    finally:
+        progress.end()
+    copy_companions(index.folder, destination)
+    config = {k: v for k, v in index.config.items() if k != "quantization_config"}
+    config.pop("auto_map", None)
+    if form == "uv":
+        for name, text in extra.items():
+            write_text(destination / name, text)
+        linears = [{"name": name, "rank": spec["rank"]} for name, spec in modules.items()]
+        dtypes = {name: info.dtype for name, info in index.tensors.items()}
+        config["quantization_config"] = quantization_config(linears, "uv", dtypes)
+        config["auto_map"] = index.config.get("auto_map")
+    write_index(destination, shards)
+    write_json(destination / "config.json", config)
+    (destination / _MARKER).unlink(missing_ok=True)
+    return destination
+
+
+def _claim(index: CheckpointIndex, destination: Path, form: str) -> None:
+    """Mark an empty ``destination`` as ours, or recognise our own unfinished one."""
+    marks = [[s.name, s.stat().st_size, s.stat().st_mtime_ns] for s in index.shards]
+    marker = {"source": str(index.folder.resolve()), "form": form, "shards": marks}
+    path = destination / _MARKER
+    if path.is_file():
+        if read_json(path) == marker:
+            return
+        raise OutputError(f"{destination} holds another unfinished export: give another DEST")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise OutputError(f"{destination} is not an empty folder: give another DEST")
+    make_folder(destination)
+    write_json(path, marker)
+
+
+def _entries(
+    index: CheckpointIndex, shard: Path, modules: dict[str, dict[str, Any]], form: str
+) -> Iterator[Entry]:
+    """The tensors that take the place of those in ``shard``."""
+    for name, info in index.tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if info.shard != shard:
+            continue
+        if owner not in modules or leaf == "bias":
+            yield Entry(name, info)
+        elif leaf == "weight":
+            yield from _factored_entries(index, owner, modules[owner], info, form)
+
+
+def _factored_entries(
+    index: CheckpointIndex, owner: str, spec: dict[str, Any], weight: TensorInfo, form: str
+) -> Iterator[Entry]:
+    """One linear's tensors in ``form``, computed when their turn comes."""
+    rank, columns = weight.shape
+    left = index.tensors[f"{owner}.{'U' if spec['form'] == 'uv' else 'pivots'}"]
+    rows, dtype = left.shape[0], weight.torch_dtype
+
+    def load() -> FactoredLinear:
+        return _load(index, owner, spec, rows, columns)
+
+    if form == "dense":
+        shape = (rows, columns)
+        product = Computed(dtype, shape, lambda: load().dense_weight().to(dtype))
+        yield Entry(f"{owner}.weight", product)
+    else:
+        yield Entry(f"{owner}.weight", weight)
+        factor = Computed(dtype, (rows, rank), lambda: load().left_factor().to(dtype))
+        yield Entry(f"{owner}.U", factor)
+
+
+def _load(
+    index: CheckpointIndex, owner: str, spec: dict[str, Any], rows: int, columns: int
+) -> FactoredLinear:
+    """The linear ``owner`` with its factors; holds them and nothing else."""
+    with torch.device("meta"):
+        module = factored(torch.nn.Linear(columns, rows, bias=False), spec)
+    with TensorReader() as reader:
+        state = {leaf: reader.read(index.tensors[f"{owner}.{leaf}"]) for leaf in module.tensors()}
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False)

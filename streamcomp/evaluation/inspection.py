@@ -104,19 +104,15 @@ def _members(skeleton: Skeleton, number: int) -> list[_Member]:
         assert isinstance(module, torch.nn.Linear)
         prefix = f"{skeleton.block_name(number)}.{name}."
         nbytes = sum(
-            info.nbytes for key, infos in parameters.items() if key.startswith(prefix) for info in infos
+            info.nbytes
+            for key, infos in parameters.items()
+            if key.startswith(prefix)
+            for info in infos
         )
-        factored = isinstance(module, FactoredLinear)
-        members.append(
-            _Member(
-                name,
-                module.out_features,
-                module.in_features,
-                module.form if isinstance(module, FactoredLinear) else "dense",
-                module.rank if factored else None,
-                nbytes,
-            )
-        )
+        form, rank = ("dense", None)
+        if isinstance(module, FactoredLinear):
+            form, rank = module.form, module.rank
+        members.append(_Member(name, module.out_features, module.in_features, form, rank, nbytes))
     return members
 
 

@@ -160,9 +160,7 @@ class _Run:
             source.remove()
             target.close()
             source = target
-            self.progress.finish_step(
-                number, f"block {number}", time.perf_counter() - started, ""
-            )
+            self.progress.finish_step(number, f"block {number}", time.perf_counter() - started, "")
         return source
 
     def nll(self, states: HiddenStates, head_tokens: int) -> float:

@@ -31,8 +31,7 @@ def job_report(
     """
     linears = [linear for step in steps for linear in step.get("linears", [])]
     eligible = sum(linear.numel for linear in plan.linears)
-    floats = [info for info in written if info.dtype != "I32"]
-    removed = index.numel - sum(info.numel for info in floats)
+    removed = index.numel - sum(info.numel for info in written if info.is_float)
     stages: dict[str, float] = {}
     for step in steps:
         for name, seconds in step["stages"].items():

@@ -27,7 +27,16 @@ __all__ = [
 REPORT = "streamcomp_report.json"
 
 # What lies beside the weights and belongs to the model. Never code, never weights.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_COMPANIONS = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 _NOT_COPIED = ("config.json", REPORT)
 
 

@@ -176,9 +176,7 @@ class Job:
         blocks = [self._block_step(block) for block in self.plan.blocks]
         return [self._tokenize, self._embed, *blocks, self._copy_rest]
 
-    def _step(
-        self, number: int, name: str, work: Callable[[_Stage], dict[str, Any]]
-    ) -> None:
+    def _step(self, number: int, name: str, work: Callable[[_Stage], dict[str, Any]]) -> None:
         self.meter.restart()
         stage = _Stage(self.progress, number, name)
         results = work(stage)
@@ -287,7 +285,9 @@ class Job:
                     }
                 )
                 if self.recipe.statistics == "compressed":
-                    loaded.replace(linear.name, _with_tensors(dense, self.recipe.form, rank, tensors))
+                    loaded.replace(
+                        linear.name, _with_tensors(dense, self.recipe.form, rank, tensors)
+                    )
             del moment
         return entries, results
 
@@ -415,7 +415,9 @@ def _with_tensors(
     """A factored linear that holds ``tensors`` and the bias of ``dense``."""
     with torch.device("meta"):
         module = factored(dense, {"form": form, "rank": rank})
-    state = {k: v.to(dense.weight.dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    state = {
+        k: v.to(dense.weight.dtype) if v.is_floating_point() else v for k, v in tensors.items()
+    }
     if dense.bias is not None:
         state["bias"] = dense.bias.detach()
     module.load_state_dict(state, assign=True)

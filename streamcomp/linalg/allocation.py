@@ -30,9 +30,7 @@ def largest_rank(form: str, rows: int, columns: int, numbers: float) -> int:
     return rank
 
 
-def uniform_ranks(
-    shapes: Sequence[tuple[int, int]], ratio: float, form: str
-) -> list[int | None]:
+def uniform_ranks(shapes: Sequence[tuple[int, int]], ratio: float, form: str) -> list[int | None]:
     """One share of its numbers for every linear; ``None`` where it stays dense.
 
     A linear stays dense when no rank is smaller than its dense form, and its share is

@@ -143,7 +143,9 @@ def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
     return left @ torch.cholesky_solve(cross, factor).T
 
 
-def _decomposition(values: Tensor, vectors: Tensor, *, mixes: bool, damping: float) -> Decomposition:
+def _decomposition(
+    values: Tensor, vectors: Tensor, *, mixes: bool, damping: float
+) -> Decomposition:
     """Turn eigh's ascending order around; rounding below zero counts as zero."""
     return Decomposition(values.flip(0).clamp_min(0), vectors.flip(1), mixes, damping)
 

@@ -58,6 +58,10 @@ class FactoredLinear(nn.Linear):
 
     def dense_weight(self) -> Tensor:
         """The product of the factors, (m, n), in fp32 at least."""
+        return self.left_factor() @ _wide(self.weight)
+
+    def left_factor(self) -> Tensor:
+        """The m x r factor that ``weight`` is multiplied by, in fp32 at least."""
         raise NotImplementedError
 
 
@@ -75,8 +79,8 @@ class LowRankLinear(FactoredLinear):
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.linear(input, self.weight), self.U, self.bias)
 
-    def dense_weight(self) -> Tensor:
-        return _wide(self.U) @ _wide(self.weight)
+    def left_factor(self) -> Tensor:
+        return _wide(self.U)
 
 
 class PivotLinear(FactoredLinear):
@@ -102,9 +106,10 @@ class PivotLinear(FactoredLinear):
         output = torch.cat((pivot, rest), dim=-1).index_select(-1, self.pivots)  # (..., m)
         return output if self.bias is None else output + self.bias
 
-    def dense_weight(self) -> Tensor:
-        pivot = _wide(self.weight)
-        return torch.cat((pivot, _wide(self.coef) @ pivot)).index_select(0, self.pivots)
+    def left_factor(self) -> Tensor:
+        coef = _wide(self.coef)
+        identity = torch.eye(self.rank, dtype=coef.dtype, device=coef.device)
+        return torch.cat((identity, coef)).index_select(0, self.pivots)
 
 
 FORMS: dict[str, type[FactoredLinear]] = {

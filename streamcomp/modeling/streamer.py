@@ -84,7 +84,9 @@ class BlockStreamer:
             loaded.digest = self._load(lambda parameter: parameter.startswith(name + "."))
             missing = [n for n, value in module.state_dict().items() if value.is_meta]
             if missing:
-                raise MissingShardError(f"{name}.{missing[0]} is in no shard: checkpoint incomplete")
+                raise MissingShardError(
+                    f"{name}.{missing[0]} is in no shard: checkpoint incomplete"
+                )
             _check_finite(name, module)
             yield loaded
         finally:
@@ -166,7 +168,9 @@ class BlockStreamer:
                     f"{name} is {list(found)} on disk, config.json makes it {list(expected)}"
                 )
             if info.conversion_errors:
-                raise CorruptShardError(f"cannot be converted: {next(iter(info.conversion_errors))}")
+                raise CorruptShardError(
+                    f"cannot be converted: {next(iter(info.conversion_errors))}"
+                )
             return reader.digest()
 
 

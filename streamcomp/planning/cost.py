@@ -114,7 +114,9 @@ class BlockCost:
                 )
             )
         phases.append(
-            Phase("write", {"weights": self.weight_bytes, "factors": factors, "buffers": COPY_BYTES})
+            Phase(
+                "write", {"weights": self.weight_bytes, "factors": factors, "buffers": COPY_BYTES}
+            )
         )
         return phases
 

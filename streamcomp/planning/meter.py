@@ -17,7 +17,14 @@ import torch
 from streamcomp.errors import RecipeError
 from streamcomp.units import parse_bytes
 
-__all__ = ["PeakMeter", "budget_bytes", "is_memory_backed", "machine_bytes", "resident_bytes", "settle"]
+__all__ = [
+    "PeakMeter",
+    "budget_bytes",
+    "is_memory_backed",
+    "machine_bytes",
+    "resident_bytes",
+    "settle",
+]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -122,7 +129,12 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     square = torch.eye(64, dtype=dtype, device=device)
     torch.nn.functional.linear(square, square)
     wide = torch.eye(64, dtype=torch.float64, device=device)
-    for solve in (torch.linalg.eigh, torch.linalg.cholesky, torch.linalg.lu_factor, torch.linalg.qr):
+    for solve in (
+        torch.linalg.eigh,
+        torch.linalg.cholesky,
+        torch.linalg.lu_factor,
+        torch.linalg.qr,
+    ):
         solve(wide)
     wide.float() @ wide.float()
 

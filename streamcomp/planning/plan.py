@@ -144,8 +144,13 @@ class Plan:
 
 
 def make_plan(
-    skeleton: Skeleton, recipe: Recipe, budget_bytes: int, rates: MachineRates, *,
-    batch: int | None = None, memory_backed: bool = False,
+    skeleton: Skeleton,
+    recipe: Recipe,
+    budget_bytes: int,
+    rates: MachineRates,
+    *,
+    batch: int | None = None,
+    memory_backed: bool = False,
 ) -> Plan:
     """Plan a compression within ``budget_bytes``; BudgetError with the least that would do.
 
@@ -193,7 +198,8 @@ def make_evaluation_plan(
         return baseline + _with_slack(
             max(
                 max(
-                    b.cost.weight_bytes + 2 * batch * (b.cost.activation_bytes + stream.window_bytes)
+                    b.cost.weight_bytes
+                    + 2 * batch * (b.cost.activation_bytes + stream.window_bytes)
                     for b in blocks
                 ),
                 cost.embed_bytes(stream, batch, vocabulary),
@@ -367,9 +373,7 @@ class _Planner:
         )
         return tuple(steps)
 
-    def plan(
-        self, steps: tuple[StepPlan, ...], batch: int, budget: int, minimum: int
-    ) -> Plan:
+    def plan(self, steps: tuple[StepPlan, ...], batch: int, budget: int, minimum: int) -> Plan:
         output = sum(map(self._block_bytes, self.blocks)) + steps[-1].written_bytes
         eligible = [linear for block in self.blocks for linear in block.linears.eligible]
         ranks = {name: rank for block in self.blocks for name, rank in block.ranks.items()}

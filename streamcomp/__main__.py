@@ -1,0 +1,3 @@
+from streamcomp.cli import main
+
+main()

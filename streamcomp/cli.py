@@ -1,0 +1,534 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from streamcomp.errors import RecipeError, StreamcompError
+from streamcomp.recipe import ALLOCATIONS, FORMS, STATISTICS, Recipe, Resources
+from streamcomp.units import format_bytes, format_seconds
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["main"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_DEFAULT = Recipe()
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help page."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_max_ram = click.option(
+    "--max-ram",
+    metavar="SIZE",
+    help="Resident memory that is never exceeded: 32G, 900MiB, 75% of the machine.  "
+    "[default: 80% of what is free]  Example: --max-ram 32G",
+)
+_device = click.option(
+    "--device",
+    metavar="auto|cpu|cuda[:N]",
+    default="auto",
+    show_default=True,
+    help="Where blocks run and are decomposed; streams stay on the host.  Example: --device cuda:1",
+)
+_threads = click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=0,
+    help="CPU threads; 0 = all cores.  [default: 0]  Example: --threads 8",
+)
+_work_dir = click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder for hidden states and the journal, best on a fast disk.  "
+    "[default: OUT/.streamcomp]  Example: --work-dir /scratch/job",
+)
+_revision = click.option(
+    "--revision",
+    metavar="REV",
+    help="Branch, tag or commit of a hub model.  [default: main]  Example: --revision v1.0",
+)
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON, nothing else."
+)
+_quiet = click.option(
+    "--quiet", "-q", is_flag=True, help="No progress; only the result and errors."
+)
+
+_resources = _options(_max_ram, _device, _threads, _work_dir)
+_output = _options(_json, _quiet)
+
+_recipe = _options(
+    click.option(
+        "--ratio",
+        type=float,
+        metavar="SHARE",
+        help="Share of the linears' parameters to remove, between 0 and 1.  "
+        f"[default: {_DEFAULT.ratio}]  Example: --ratio 0.4",
+    ),
+    click.option(
+        "--method",
+        metavar="NAME",
+        help=f"Method of decomposition: svd-llm.  [default: {_DEFAULT.method}]",
+    ),
+    click.option(
+        "--form",
+        type=click.Choice(FORMS),
+        help="How factors are stored: pivot holds a higher rank in the same bytes, uv is plain "
+        f"low rank.  [default: {_DEFAULT.form}]",
+    ),
+    click.option(
+        "--calibration",
+        multiple=True,
+        metavar="SOURCE",
+        help="Text file, folder or hub dataset; repeat it to mix evenly.  "
+        "[default: Python's language reference]  Example: --calibration wiki.txt",
+    ),
+    click.option(
+        "--samples",
+        type=int,
+        metavar="WINDOWS",
+        help=f"Calibration windows.  [default: {_DEFAULT.samples}]  Example: --samples 256",
+    ),
+    click.option(
+        "--seq-len",
+        type=int,
+        metavar="TOKENS",
+        help=f"Tokens per window.  [default: {_DEFAULT.seq_len}]  Example: --seq-len 2048",
+    ),
+    click.option(
+        "--batch",
+        type=int,
+        metavar="WINDOWS",
+        help="Windows per forward; 0 = as many as are useful and fit.  "
+        f"[default: {_DEFAULT.batch}]  Example: --batch 4",
+    ),
+    click.option(
+        "--statistics",
+        type=click.Choice(STATISTICS),
+        help="Take moments from the dense model's hidden states, or from those of the blocks "
+        f"compressed so far.  [default: {_DEFAULT.statistics}]",
+    ),
+    click.option(
+        "--allocation",
+        type=click.Choice(ALLOCATIONS),
+        help=f"How the ratio is shared among linears.  [default: {_DEFAULT.allocation}]",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"Draws the calibration windows.  [default: {_DEFAULT.seed}]",
+    ),
+    click.option(
+        "--include",
+        metavar="REGEX",
+        help="Only linears whose name matches.  [default: all]  Example: --include 'mlp\\.'",
+    ),
+    click.option(
+        "--exclude",
+        metavar="REGEX",
+        help="Not the linears whose name matches.  [default: none]  Example: --exclude k_proj",
+    ),
+    click.option(
+        "--config",
+        type=click.Path(path_type=Path, dir_okay=False, exists=True),
+        metavar="FILE",
+        help="TOML file with any of these settings; options given here go first.  "
+        "Example: --config recipe.toml",
+    ),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@_resources
+@_quiet
+@click.version_option(package_name="streamcomp")
+@click.pass_context
+def cli(context: click.Context, **common: Any) -> None:
+    """Compress large language models one block at a time, within a fixed RAM budget.
+
+    \b
+    streamcomp plan     MODEL            what it would take
+    streamcomp compress MODEL OUT        do it; run it again after a crash and it goes on
+    streamcomp eval     OUT              perplexity, under the same budget
+
+    Options before the command hold for whatever command follows.
+    """
+    given = {name: value for name, value in common.items() if value}
+    assert isinstance(context.command, click.Group)
+    context.default_map = {
+        name: {key: value for key, value in given.items() if key in _names(command)}
+        for name, command in context.command.commands.items()
+    }
+
+
+def _names(command: click.Command) -> set[str]:
+    return {parameter.name for parameter in command.params if parameter.name}
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@_recipe
+@_resources
+@_revision
+@_output
+def compress(model: str, out: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Compress MODEL (a folder, or a name on the hub) into the folder OUT.
+
+    Run it again with the same settings and it goes on where it stopped; on a finished OUT
+    it prints the summary. --max-ram, --device and --threads may change in between.
+
+    Example: streamcomp compress meta-llama/Llama-3.3-70B out/ --max-ram 32G
+    """
+    import streamcomp
+    from streamcomp.job.progress import console_progress
+
+    result = streamcomp.compress(
+        model,
+        out,
+        _make_recipe(settings),
+        _make_resources(settings),
+        revision=settings["revision"],
+        progress=console_progress(quiet or as_json),
+    )
+    if as_json:
+        _print_json({"out": str(result.out), "already_done": result.already_done} | result.report)
+        return
+    if result.already_done:
+        click.echo(f"{out} is already done; to compress anew, remove it or give another OUT")
+    _print_summary(result.out, result.report)
+
+
+@cli.command()
+@click.argument("model")
+@_recipe
+@_resources
+@_revision
+@_output
+def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Show what compressing MODEL would take: bytes, seconds and disk of each step.
+
+    Reads headers only. Exits with 5 and the least budget where --max-ram is too small.
+
+    Example: streamcomp plan meta-llama/Llama-3.3-70B --max-ram 32G
+    """
+    import streamcomp
+
+    made = streamcomp.plan(
+        model, _make_recipe(settings), _make_resources(settings), revision=settings["revision"]
+    )
+    if as_json:
+        _print_json(made.to_dict())
+        return
+    table = Table("step", "peak RAM", "at", "time", "written", title=f"plan for {model}")
+    for step in _merged(made.steps):
+        table.add_row(
+            step[0],
+            format_bytes(step[1].peak_bytes),
+            step[1].peak_phase,
+            format_seconds(step[2]),
+            format_bytes(step[3]),
+        )
+    console = Console()
+    console.print(table)
+    _print_rows(
+        console,
+        {
+            "peak RAM": f"{format_bytes(made.peak_bytes)} of {format_bytes(made.budget_bytes)}",
+            "least budget": f"{format_bytes(made.minimum_bytes)} "
+            f"(--max-ram {made.minimum_bytes // 2**20}M)",
+            "time": f"about {format_seconds(made.seconds)}",
+            "disk": f"{format_bytes(made.disk_bytes)} at most, {format_bytes(made.output_bytes)} "
+            "of it the result",
+            "forward": f"{made.batch} windows of {made.stream.seq_len} tokens at a time",
+            "linears": f"{len(made.linears)} eligible, ratio {made.ratio:.4f}, "
+            f"{len(made.left)} other modules left as they are",
+        },
+    )
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@_work_dir
+@_output
+def status(out: Path, work_dir: Path | None, as_json: bool, quiet: bool) -> None:
+    """Show where the job in OUT stands: done, used, left.
+
+    Example: streamcomp status out/
+    """
+    import streamcomp
+
+    found = streamcomp.status(out, work_dir=work_dir)
+    if as_json:
+        _print_json(dataclasses.asdict(found) | {"out": str(found.out)})
+        return
+    state = "finished" if found.finished else "unfinished: the same compress command continues it"
+    _print_rows(
+        Console(),
+        {
+            "state": state,
+            "steps": f"{found.steps_done} of {found.steps_total}, last {found.last_step or 'none'}",
+            "time": f"{format_seconds(found.seconds)} used, about "
+            f"{format_seconds(found.seconds_left)} left",
+            "peak RAM": format_bytes(found.peak_bytes),
+            "recipe": ", ".join(f"{k}={v}" for k, v in found.recipe.items() if v not in ("", [])),
+        },
+    )
+
+
+@cli.command("eval")
+@click.argument("model")
+@click.option(
+    "--text",
+    metavar="SOURCE",
+    help="Text file, folder or hub dataset.  [default: the part of Python's language reference "
+    "that calibration never sees]  Example: --text wiki.test.txt",
+)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    metavar="TOKENS",
+    help="Tokens per window; each is predicted from its window alone.  Example: --seq-len 2048",
+)
+@click.option(
+    "--windows",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Windows from the beginning of the text; 0 = all.  Example: --windows 0",
+)
+@_resources
+@_revision
+@_output
+def evaluate(
+    model: str,
+    text: str | None,
+    seq_len: int,
+    windows: int,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Perplexity of MODEL, dense or compressed, streamed block by block.
+
+    Example: streamcomp eval out/ --text wiki.test.txt --max-ram 4G
+    """
+    import streamcomp
+    from streamcomp.job.progress import console_progress
+
+    found = streamcomp.evaluate(
+        model,
+        text,
+        seq_len=seq_len,
+        windows=windows,
+        resources=_make_resources(settings),
+        revision=settings["revision"],
+        progress=console_progress(quiet or as_json),
+    )
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    _print_rows(
+        Console(),
+        {
+            "perplexity": f"{found.perplexity:.3f}  ({found.nll:.4f} nats per token)",
+            "text": f"{found.text}, {found.windows} windows of {found.seq_len} tokens",
+            "parameters": f"{found.parameters:,} in {format_bytes(found.checkpoint_bytes)}",
+            "peak RAM": f"{format_bytes(found.peak_bytes)} of {format_bytes(found.budget_bytes)} "
+            f"(predicted {format_bytes(found.predicted_bytes)})",
+            "time": format_seconds(found.seconds),
+        },
+    )
+
+
+@cli.command()
+@click.argument("out")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option(
+    "--form",
+    type=click.Choice(("dense", "uv")),
+    default="dense",
+    show_default=True,
+    help="dense: factors multiplied out, a plain checkpoint; uv: two factors per linear.",
+)
+@_output
+def export(out: str, dest: Path, form: str, as_json: bool, quiet: bool) -> None:
+    """Write the compressed model OUT to DEST for tools that know no pivots or factors.
+
+    Example: streamcomp export out/ dense/
+    """
+    import streamcomp
+    from streamcomp.job.progress import console_progress
+
+    path = streamcomp.export(out, dest, form=form, progress=console_progress(quiet or as_json))
+    if as_json:
+        _print_json({"out": str(path), "form": form})
+    else:
+        click.echo(f"{path} holds {out} in form {form}")
+
+
+@cli.command()
+@click.argument("model")
+@_revision
+@_output
+def inspect(model: str, revision: str | None, as_json: bool, quiet: bool) -> None:
+    """List the linears of MODEL, dense or compressed, by family. Reads headers only.
+
+    Example: streamcomp inspect out/
+    """
+    import streamcomp
+
+    found = streamcomp.inspect(model, revision=revision)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    table = Table(
+        "linear",
+        "shape",
+        "count",
+        "form",
+        "rank",
+        "bytes",
+        "shares its input with",
+        title=f"{model}: {found.model_type}, {found.dtype}, {found.blocks} blocks",
+    )
+    for family in found.families:
+        table.add_row(
+            family.name,
+            f"{family.rows} x {family.columns}",
+            str(family.count),
+            family.form,
+            "" if family.ranks is None else "-".join(str(r) for r in sorted(set(family.ranks))),
+            format_bytes(family.nbytes),
+            ", ".join(name.rpartition(".")[2] for name in family.shares_with),
+        )
+    console = Console()
+    console.print(table)
+    for name, (why, count) in found.left.items():
+        console.print(f"left as it is: {name} ({why}), {count}x", highlight=False)
+    console.print(
+        f"{found.parameters:,} parameters, {format_bytes(found.nbytes)} in {found.shards} shards",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and their exit code."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        cli(standalone_mode=False)
+    except StreamcompError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: the finished steps are kept, the same command goes on", err=True)
+        sys.exit(130)
+
+
+def _make_recipe(settings: dict[str, Any]) -> Recipe:
+    """The TOML file's settings, then those of the command line over them."""
+    values: dict[str, Any] = {}
+    if settings["config"]:
+        try:
+            values = tomllib.loads(settings["config"].read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"{settings['config']} cannot be read as TOML: {error}") from None
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    given = {k: v for k, v in settings.items() if k in names and v not in (None, ())}
+    return Recipe.from_mapping({**values, **given}, str(settings["config"] or "command line"))
+
+
+def _make_resources(settings: dict[str, Any]) -> Resources:
+    names = [field.name for field in dataclasses.fields(Resources)]
+    return Resources(**{name: settings[name] for name in names})
+
+
+def _merged(steps: Any) -> list[tuple[str, Any, float, int]]:
+    """Runs of steps with the same needs as one row: name, example, seconds, bytes written."""
+    rows: list[list[Any]] = []
+    for step in steps:
+        last = rows[-1] if rows else None
+        if last and step.name.startswith("block") and last[1].name.startswith("block"):
+            if (last[1].peak_bytes, last[1].peak_phase) == (step.peak_bytes, step.peak_phase):
+                last[2:] = [last[2] + step.seconds, last[3] + step.written_bytes, step.name]
+                continue
+        rows.append([step.name, step, step.seconds, step.written_bytes, step.name])
+    return [
+        (row[0] if row[0] == row[4] else f"{row[0]} to {row[4].split()[-1]}", *row[1:4])
+        for row in rows
+    ]
+
+
+def _print_summary(out: Path, report: dict[str, Any]) -> None:
+    model, memory = report["model"], report["memory"]
+    stages = ", ".join(f"{k} {format_seconds(v)}" for k, v in report["stages"].items() if v >= 0.1)
+    damped = [linear for linear in report["linears"] if linear["damping"]]
+    rows = {
+        "linear parameters": f"{model['linear_parameters']:,} -> {model['linear_parameters_kept']:,}"
+        f"  (ratio {model['ratio']:.4f})",
+        "all parameters": f"{model['parameters']:,} -> {model['parameters_kept']:,}"
+        f"  (ratio {model['model_ratio']:.4f})",
+        "bytes on disk": f"{format_bytes(model['bytes'])} -> {format_bytes(model['bytes_kept'])}",
+        "peak RAM": f"{format_bytes(memory['peak_bytes'])} measured, "
+        f"{format_bytes(memory['predicted_bytes'])} predicted, "
+        f"{format_bytes(memory['budget_bytes'])} allowed",
+        "time": f"{format_seconds(report['seconds'])}  ({stages})",
+    }
+    if damped:
+        worst = max(damped, key=lambda linear: linear["damping"])
+        rows["damped"] = f"{len(damped)} linears, most {worst['damping']:.0e} at {worst['name']}"
+    if report["left"]:
+        rows["left as it is"] = f"{len(report['left'])} modules, see {out}/streamcomp_report.json"
+    console = Console()
+    _print_rows(console, rows, title=str(out))
+    console.print(
+        f"load it:  import streamcomp; AutoModelForCausalLM.from_pretrained({str(out)!r})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_rows(console: Console, rows: dict[str, str], title: str | None = None) -> None:
+    table = Table(show_header=False, title=title, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}", value)
+    console.print(table)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))

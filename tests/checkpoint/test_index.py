@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from streamcomp.checkpoint.index import INDEX_FILE, SINGLE_FILE, TensorInfo, read_index
+from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
+from tests.checkpoint.safetensors_bytes import FOUR_FLOATS, write_parts
+from tests.pico import save_pico
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a config and no weights yet."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    return tmp_path
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / INDEX_FILE
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+# -- what is there
+
+
+def test_every_tensor_of_a_sharded_model_is_found_where_it_lies(
+    pico: Callable[..., Path],
+) -> None:
+    folder = pico("llama")
+
+    index = read_index(folder)
+
+    assert len(index.shards) > 3
+    count = 0
+    for shard in index.shards:
+        for name, tensor in load_file(shard).items():
+            info = index.tensors[name]
+            assert (info.name, info.shard) == (name, shard)
+            assert info.shape == tuple(tensor.shape)
+            assert info.torch_dtype == tensor.dtype
+            assert shard.read_bytes()[info.start : info.stop] == tensor.numpy().tobytes()
+            count += 1
+    assert count == len(index.tensors)
+    assert index.config["model_type"] == "llama"
+
+
+def test_a_block_of_a_pico_model_spreads_over_several_shards(pico: Callable[..., Path]) -> None:
+    index = read_index(pico("llama"))
+
+    shards = {i.shard for name, i in index.tensors.items() if ".layers.0." in name}
+
+    assert len(shards) > 1
+
+
+def test_a_single_file_holds_the_same_tensors(pico: Callable[..., Path]) -> None:
+    sharded, single = read_index(pico("llama")), read_index(pico("llama", shard_size="1GB"))
+
+    assert len(single.shards) == 1
+    assert single.tensors.keys() == sharded.tensors.keys()
+    assert single.nbytes == sharded.nbytes
+    assert single.numel == sharded.numel == single.nbytes // 4
+
+
+def test_tensors_of_no_size_and_of_no_dimension_are_found(folder: Path) -> None:
+    tensors = {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
+    save_file(tensors, folder / SINGLE_FILE)
+
+    index = read_index(folder)
+
+    assert (index.tensors["empty"].shape, index.tensors["empty"].nbytes) == ((0, 3), 0)
+    assert (index.tensors["scalar"].shape, index.tensors["scalar"].numel) == ((), 1)
+
+
+def test_a_dtype_torch_does_not_know_is_refused_when_it_is_needed(folder: Path) -> None:
+    entry = {"dtype": "F4_NEW", "shape": [2, 2], "data_offsets": [0, 16]}
+    write_parts(folder / SINGLE_FILE, {"a": entry})
+
+    info = read_index(folder).tensors["a"]
+
+    with pytest.raises(SourceError, match="a: dtype F4_NEW"):
+        _ = info.torch_dtype
+
+
+# -- folders that are no checkpoint
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="not a folder"):
+        read_index(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match="not a folder"):
+        read_index(tmp_path / "file")
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    write_parts(tmp_path / SINGLE_FILE, {"a": FOUR_FLOATS})
+
+    with pytest.raises(SourceError, match=r"config\.json is missing"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("config", [b"{", b"", b"\xff\xfe", b"[1]", b'"llama"'])
+def test_a_config_that_is_no_json_object_is_refused(folder: Path, config: bytes) -> None:
+    write_parts(folder / SINGLE_FILE, {"a": FOUR_FLOATS})
+    (folder / "config.json").write_bytes(config)
+
+    with pytest.raises(SourceError, match=r"config\.json"):
+        read_index(folder)
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    with pytest.raises(MissingShardError, match="holds neither"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_never_read(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"cos\nsystem\n")
+
+    with pytest.raises(SourceError, match=f"only pickled weights .{name}.*convert them"):
+        read_index(folder)
+
+
+# -- indexes that lie
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+
+    with pytest.raises(MissingShardError, match=f"1 of .* first {shard.name}"):
+        read_index(folder)
+
+
+def test_a_tensor_that_is_not_in_its_shard_is_named(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path)
+    edit_index(folder, lambda shards: shards.update(ghost=next(iter(shards.values()))))
+
+    with pytest.raises(MissingShardError, match="places ghost in .* does not hold it"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../other.safetensors",
+        "sub/../../other.safetensors",
+        "/etc/passwd",
+        "..\\other.safetensors",
+        "C:\\other.safetensors",
+        "a\0b",
+        "..",
+        ".",
+        "",
+        None,
+        3,
+        ["model.safetensors"],
+    ],
+)
+def test_a_shard_outside_of_the_folder_is_refused(folder: Path, shard: object) -> None:
+    inside = folder / "model"
+    inside.mkdir()
+    (inside / "config.json").write_text("{}")
+    write_parts(folder / "other.safetensors", {"a": FOUR_FLOATS})
+    (inside / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": shard}}))
+
+    with pytest.raises(SourceError, match="refused|is no string"):
+        read_index(inside)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])
+def test_an_index_without_weight_map_is_refused(folder: Path, index: object) -> None:
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+
+    with pytest.raises(SourceError, match="no weight_map"):
+        read_index(folder)
+
+
+# -- shards that are damaged
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 100, -1])
+def test_a_shard_cut_short_is_refused_wherever_it_ends(
+    folder: Path, kept: int, pico: Callable[..., Path]
+) -> None:
+    whole = (pico("llama", shard_size="1GB") / SINGLE_FILE).read_bytes()
+    (folder / SINGLE_FILE).write_bytes(whole[:kept])
+
+    with pytest.raises(CorruptShardError, match="cut short"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json at all!",
+        b"\xff\xfe\xff\xfe",
+        b"[]",
+        b'"text"',
+        b"17",
+        b'{"a": ',
+        pytest.param(
+            b"[" * 100_000,
+            marks=pytest.mark.xfail(strict=True, raises=RecursionError, reason="nested too deep"),
+        ),
+    ],
+    ids=lambda header: header[:12].decode(errors="replace"),
+)
+def test_a_header_of_garbage_is_refused(folder: Path, header: bytes) -> None:
+    write_parts(folder / SINGLE_FILE, header)
+
+    with pytest.raises(CorruptShardError, match="damaged"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize("length", [10_000, 2**40, 2**63, 2**64 - 1])
+def test_a_header_longer_than_the_file_is_refused(folder: Path, length: int) -> None:
+    write_parts(folder / SINGLE_FILE, {"a": FOUR_FLOATS}, length=length)
+
+    with pytest.raises(CorruptShardError, match=f"header of {length}"):
+        read_index(folder)
+
+
+def test_a_header_longer_than_the_format_allows_is_not_read(folder: Path) -> None:
+    path = folder / SINGLE_FILE
+    path.write_bytes((200_000_000).to_bytes(8, "little"))
+    os.truncate(path, 300_000_000)  # a hole: takes no space
+
+    with pytest.raises(CorruptShardError, match="header of 200000000"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 20]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [4, 20]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 10**30]},
+    ],
+)
+def test_offsets_beyond_the_end_are_refused(folder: Path, entry: object) -> None:
+    write_parts(folder / SINGLE_FILE, {"a": entry})
+
+    with pytest.raises(CorruptShardError, match="cut short: a ends at byte"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 16]},
+        {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 16]},
+        {"dtype": "U32", "shape": [2], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [-16, 0]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [16, 0]},
+        {"dtype": "F32", "shape": [2, -2], "data_offsets": [0, 16]},
+        pytest.param(
+            {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]},
+            marks=pytest.mark.xfail(strict=True, reason="two negative sides multiply to a count"),
+        ),
+    ],
+    ids=lambda entry: f"{entry['dtype']} {entry['shape']} {entry['data_offsets']}",
+)
+def test_a_shape_that_does_not_match_its_bytes_is_refused(folder: Path, entry: object) -> None:
+    write_parts(folder / SINGLE_FILE, {"a": entry})
+
+    with pytest.raises(CorruptShardError, match="a F?U?.* does not match"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"dtype": "F32", "shape": [2, 2]},
+        {"shape": [2, 2], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [None], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 8, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": ["a", "b"]},
+        {"dtype": "F32", "shape": [float("nan")], "data_offsets": [0, 16]},
+        pytest.param(
+            {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 16]},
+            marks=pytest.mark.xfail(strict=True, raises=OverflowError, reason="int(inf)"),
+        ),
+        [],
+        "F32",
+        None,
+        7,
+    ],
+    ids=str,
+)
+def test_a_damaged_header_entry_is_refused(folder: Path, entry: object) -> None:
+    write_parts(folder / SINGLE_FILE, {"a": entry})
+
+    with pytest.raises(CorruptShardError, match="entry of a is damaged"):
+        read_index(folder)
+
+
+def test_a_damaged_shard_of_several_is_named(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path)
+    shard = sorted(folder.glob("*.safetensors"))[2]
+    os.truncate(shard, shard.stat().st_size - 1)
+
+    with pytest.raises(CorruptShardError, match=shard.name):
+        read_index(folder)
+
+
+def test_an_info_counts_its_numbers_and_bytes() -> None:
+    info = TensorInfo("a", "BF16", (3, 4), Path("x"), 100, 124)
+
+    assert (info.numel, info.nbytes, info.torch_dtype) == (12, 24, torch.bfloat16)

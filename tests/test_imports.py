@@ -1,0 +1,93 @@
+"""Imports inside the package point one way, also those inside functions."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import streamcomp
+
+PACKAGE = Path(streamcomp.__path__[0])
+
+_BASE = {"errors", "units", "recipe"}
+_MATHS = _BASE | {"linalg", "methods"}
+_MODELS = _MATHS | {"checkpoint", "modeling"}
+_JOBS = _MODELS | {"calibration", "planning", "job"}
+
+# A room -> the rooms it may import, beside itself.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "units": {"errors"},
+    "recipe": {"errors", "units"},
+    "linalg": {"errors"},
+    "methods": _BASE | {"linalg"},
+    "checkpoint": _BASE,
+    "modeling": _MATHS | {"checkpoint"},
+    "calibration": _MODELS,
+    "planning": _MODELS | {"calibration"},
+    "job": _MODELS | {"calibration", "planning"},
+    "evaluation": _JOBS,
+    "integrations": _JOBS,
+    "api": _JOBS | {"evaluation", "integrations"},
+    "cli": _JOBS | {"evaluation", "integrations", "api"},
+    "__main__": {"cli"},
+}
+
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of all that a module imports, wherever in it the import stands."""
+    here = ("streamcomp", *path.parent.parts)
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = here[: len(here) - node.level + 1] if node.level else ()
+            module = ".".join((*start, *([node.module] if node.module else [])))
+            # "from streamcomp import linalg" imports a room too
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def room_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def rooms_imported(path: Path) -> set[str]:
+    names = (name.split(".") for name in imported(path))
+    return {parts[1] for parts in names if parts[0] == "streamcomp" and len(parts) > 1}
+
+
+def test_every_room_has_its_place() -> None:
+    assert len(MODULES) > 20
+    assert {room_of(path) for path in MODULES} <= {*ALLOWED, "__init__"}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if room_of(p) != "__init__"], ids=str)
+def test_imports_point_one_way(path: Path) -> None:
+    room = room_of(path)
+
+    assert rooms_imported(path) - {room} <= ALLOWED[room]
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if room_of(p) == "linalg"], ids=str)
+def test_linalg_imports_torch_and_the_standard_library_alone(path: Path) -> None:
+    packages = {name.split(".")[0] for name in imported(path)}
+
+    assert packages - set(sys.stdlib_module_names) <= {"torch", "streamcomp"}
+
+
+@pytest.mark.parametrize("room", ["errors", "units", "recipe"])
+def test_the_ground_floor_needs_the_standard_library_alone(room: str) -> None:
+    packages = {name.split(".")[0] for name in imported(Path(f"{room}.py"))}
+
+    assert packages - set(sys.stdlib_module_names) <= {"streamcomp"}
+
+
+def test_the_order_of_rooms_has_no_circle() -> None:
+    for room, below in ALLOWED.items():
+        assert all(room not in ALLOWED[other] for other in below), room
