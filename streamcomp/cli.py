@@ -170,7 +170,7 @@ _recipe = _options(
 @_quiet
 @click.version_option(package_name="streamcomp")
 @click.pass_context
-def cli(context: click.Context, **common: Any) -> None:
+def cli(context: click.Context, /, **common: Any) -> None:
     """Compress large language models one block at a time, within a fixed RAM budget.
 
     \b
@@ -483,10 +483,14 @@ def _merged(steps: Any) -> list[tuple[str, Any, float, int]]:
     rows: list[list[Any]] = []
     for step in steps:
         last = rows[-1] if rows else None
-        if last and step.name.startswith("block") and last[1].name.startswith("block"):
-            if (last[1].peak_bytes, last[1].peak_phase) == (step.peak_bytes, step.peak_phase):
-                last[2:] = [last[2] + step.seconds, last[3] + step.written_bytes, step.name]
-                continue
+        if (
+            last
+            and step.name.startswith("block")
+            and last[1].name.startswith("block")
+            and (last[1].peak_bytes, last[1].peak_phase) == (step.peak_bytes, step.peak_phase)
+        ):
+            last[2:] = [last[2] + step.seconds, last[3] + step.written_bytes, step.name]
+            continue
         rows.append([step.name, step, step.seconds, step.written_bytes, step.name])
     return [
         (row[0] if row[0] == row[4] else f"{row[0]} to {row[4].split()[-1]}", *row[1:4])
@@ -499,7 +503,8 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
     stages = ", ".join(f"{k} {format_seconds(v)}" for k, v in report["stages"].items() if v >= 0.1)
     damped = [linear for linear in report["linears"] if linear["damping"]]
     rows = {
-        "linear parameters": f"{model['linear_parameters']:,} -> {model['linear_parameters_kept']:,}"
+        "linear parameters": f"{model['linear_parameters']:,} -> "
+        f"{model['linear_parameters_kept']:,}"
         f"  (ratio {model['ratio']:.4f})",
         "all parameters": f"{model['parameters']:,} -> {model['parameters_kept']:,}"
         f"  (ratio {model['model_ratio']:.4f})",

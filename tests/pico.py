@@ -162,5 +162,8 @@ def pico_tokens(windows: int = 3, seq_len: int = 16, *, seed: int = 0) -> Tensor
 def whole_logits(folder: Path, tokens: Tensor) -> Tensor:
     """Logits (windows, seq, vocabulary) of the model as transformers itself loads it."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    for parameter in model.parameters():
+        # Views of the file's map lie at odd addresses, and BLAS rounds by the address.
+        parameter.data = parameter.data.clone()
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits

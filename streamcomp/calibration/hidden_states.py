@@ -73,7 +73,7 @@ class HiddenStates:
         """Windows ``start`` to ``stop`` (exclusive), (stop - start, seq, hidden), on the CPU."""
         shape = self.shape
         buffer = torch.empty(stop - start, shape.seq_len, shape.hidden, dtype=shape.dtype)
-        view = memoryview(buffer.view(torch.uint8).numpy()).cast("B")
+        view = memoryview(buffer.view(torch.uint8).numpy().data).cast("B")
         offset, done = start * shape.window_bytes, 0
         while done < len(view):
             count = os.preadv(self._descriptor, [view[done:]], offset + done)
@@ -85,7 +85,7 @@ class HiddenStates:
     def write(self, start: int, states: Tensor) -> None:
         """Put ``states`` (batch, seq, hidden) at window ``start``."""
         host = states.detach().to("cpu", self.shape.dtype).contiguous()
-        view = memoryview(host.view(torch.uint8).numpy()).cast("B")
+        view = memoryview(host.view(torch.uint8).numpy().data).cast("B")
         offset, done = start * self.shape.window_bytes, 0
         with output_errors(self.path):
             while done < len(view):

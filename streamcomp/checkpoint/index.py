@@ -172,7 +172,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(_LONGEST_HEADER, size - 8):
                 raise CorruptShardError(
-                    f"{path} is no safetensors file, or was cut short: {size} bytes, header of {length}"
+                    f"{path} is no safetensors file, or was cut short: "
+                    f"{size} bytes, header of {length}"
                 )
             header = json.loads(file.read(length))
     except OSError as error:

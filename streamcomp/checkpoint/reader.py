@@ -56,7 +56,7 @@ class TensorReader:
     def read(self, info: TensorInfo) -> Tensor:
         """The whole tensor, on the CPU. Holds its bytes and nothing else."""
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy().data)
         self._fill(info, view, info.start)
         self._digests[info.name] = hashlib.blake2b(view, digest_size=16).digest()
         self._forget(info)
@@ -67,7 +67,7 @@ class TensorReader:
         width = info.nbytes // info.shape[0]
         buffer = torch.empty(len(rows), width, dtype=torch.uint8)
         for row, view in zip(rows.tolist(), buffer.numpy(), strict=True):
-            self._fill(info, memoryview(view), info.start + row * width)
+            self._fill(info, view.data, info.start + row * width)
         self._forget(info)
         return buffer.view(info.torch_dtype)
 

@@ -128,6 +128,6 @@ def _tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     flat = tensor.detach().contiguous().cpu().view(-1)
     if not flat.numel():
         return
-    data = memoryview(flat.view(torch.uint8).numpy())
+    data = flat.view(torch.uint8).numpy().data
     for start in range(0, len(data), COPY_BYTES):
         yield data[start : start + COPY_BYTES]

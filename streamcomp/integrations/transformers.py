@@ -42,7 +42,7 @@ AUTO_MAP = {
 }
 
 
-class StreamCompConfig(QuantizationConfigMixin):
+class StreamCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of a compressed model: form and rank of each factored linear."""
 
     def __init__(
@@ -63,7 +63,7 @@ class StreamCompConfig(QuantizationConfigMixin):
         self.modules = modules or {}
 
 
-class StreamCompQuantizer(HfQuantizer):
+class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts factored linears into the empty model before its weights are loaded."""
 
     requires_calibration = True  # nothing is compressed while loading

@@ -139,7 +139,8 @@ def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
     gram = wide @ wide.T  # (r, r)
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):  # dependent rows: the least-norm solution is as good as any
-        return left @ (torch.linalg.pinv(gram, hermitian=True) @ cross).T
+        solved: Tensor = torch.linalg.pinv(gram, hermitian=True) @ cross
+        return left @ solved.T
     return left @ torch.cholesky_solve(cross, factor).T
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -176,11 +176,8 @@ class Skeleton:
         seq, hidden) and each block's call. The outer parameters must be in place.
         """
         self._tape.start()
-        with self._tapped():
-            try:
-                self.model(input_ids=tokens, use_cache=False)
-            except _Stop:
-                pass
+        with self._tapped(), suppress(_Stop):
+            self.model(input_ids=tokens, use_cache=False)
         if self._tape.hidden is None or self._tape.hidden.shape[:-1] != tokens.shape:
             raise UnsupportedModelError(
                 f"{self.config.model_type}: hidden states are not (batch, tokens, hidden)"
@@ -195,7 +192,7 @@ class Skeleton:
         used: set[str] = set()
         hooks = [
             self.model.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, name=name: used.add(name)  # type: ignore[misc]
+                lambda module, args, name=name: used.add(name)
             )
             for name in self.outer_modules
         ]
@@ -381,7 +378,7 @@ def _check_call(model_type: str, call: Call) -> None:
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, other in model.named_modules() if other is module)
+    return str(next(name for name, other in model.named_modules() if other is module))
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: ends a forward early

@@ -7,6 +7,7 @@ are alive at the peak, and how many floating-point operations it takes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class BlockTrace:
 
 
 def trace_block(
-    block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, call: Call
+    block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: Call
 ) -> BlockTrace:
     """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
 
@@ -48,7 +49,7 @@ def trace_block(
 
 
 def _trace(
-    block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, call: Call
+    block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: Call
 ) -> BlockTrace:
     groups: list[list[str]] = []
     by_input = WeakIdKeyDictionary()  # weak, so that watching keeps no tensor alive
@@ -85,10 +86,10 @@ def _trace(
     )
 
 
-def _estimate(block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor) -> BlockTrace:
+def _estimate(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor) -> BlockTrace:
     """No sharing; every linear's output in fp32 and four copies of the input alive at once."""
     tokens = hidden.shape[0] * hidden.shape[1]
-    outputs = sum(module.out_features for module in linears.values())
+    outputs = sum(m.out_features for m in linears.values() if isinstance(m, nn.Linear))
     numbers = sum(value.numel() for value in block.parameters())
     return BlockTrace(
         tuple((name,) for name in linears),
@@ -102,7 +103,7 @@ class _LiveBytes(TorchDispatchMode):
     """Follows the bytes of all storages made while it is on; ``peak`` is their maximum."""
 
     def __init__(self, held: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive = WeakIdKeyDictionary()
         self.peak = 0
         for tensor in held:

@@ -91,7 +91,7 @@ def settle() -> None:
 
 def machine_bytes() -> int:
     """Memory of this machine, or of the container (cgroup v1 or v2) where that is less."""
-    return min([psutil.virtual_memory().total, *_cgroup_limits()])
+    return min([int(psutil.virtual_memory().total), *_cgroup_limits()])
 
 
 def budget_bytes(max_ram: str | None) -> int:

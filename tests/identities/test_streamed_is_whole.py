@@ -1,0 +1,75 @@
+"""A model run block by block gives the bits of the whole model, on any architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.modeling.folders import streamed_logits
+from tests.pico import ARCHITECTURES, pico_tokens, whole_logits
+
+
+@pytest.mark.parametrize("shard_size", ["20KB", "1GB"], ids=["sharded", "single"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_streamed_logits_are_those_of_the_whole_model(
+    architecture: str, shard_size: str, pico: Callable[..., Path]
+) -> None:
+    folder = pico(architecture, shard_size=shard_size)
+    files = len(list(folder.glob("*.safetensors")))
+    assert files == 1 if shard_size == "1GB" else files > 3
+
+    expected = whole_logits(folder, pico_tokens())
+
+    assert expected.std() > 0.1
+    assert torch.equal(streamed_logits(folder, pico_tokens()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_they_are_also_in_half_precision(
+    architecture: str, dtype: torch.dtype, pico: Callable[..., Path]
+) -> None:
+    folder = pico(architecture, dtype=dtype)
+
+    streamed = streamed_logits(folder, pico_tokens())
+
+    assert streamed.dtype == dtype
+    assert streamed.isfinite().all()
+    assert torch.equal(streamed, whole_logits(folder, pico_tokens()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_they_are_also_where_the_head_is_tied_to_the_embedding(
+    architecture: str, pico: Callable[..., Path]
+) -> None:
+    tied, untied = pico(architecture, tie=True), pico(architecture)
+
+    streamed = streamed_logits(tied, pico_tokens())
+
+    assert torch.equal(streamed, whole_logits(tied, pico_tokens()))
+    assert not torch.equal(streamed, streamed_logits(untied, pico_tokens()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (5, 16), (2, 100)])
+def test_they_are_for_batches_of_any_shape(
+    shape: tuple[int, int], pico: Callable[..., Path]
+) -> None:
+    for architecture in ("llama", "gemma3", "opt"):
+        folder, tokens = pico(architecture), pico_tokens(*shape)
+
+        assert torch.equal(streamed_logits(folder, tokens), whole_logits(folder, tokens))
+
+
+def test_they_are_for_a_model_of_more_blocks(pico: Callable[..., Path]) -> None:
+    folder = pico("gemma2", blocks=5)
+
+    assert torch.equal(streamed_logits(folder, pico_tokens()), whole_logits(folder, pico_tokens()))
+
+
+def test_the_pico_models_differ_from_seed_to_seed(pico: Callable[..., Path]) -> None:
+    first, second = (whole_logits(pico("llama", seed=seed), pico_tokens()) for seed in (0, 1))
+
+    assert not torch.allclose(first, second)
