@@ -20,7 +20,7 @@ logging.disable_progress_bar()
 
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``pico("llama", tie=True)``: a folder as ``save_pico`` makes it, made once; not to be changed."""
+    """Makes ``pico("llama", tie=True)``, a folder of ``save_pico``, once; not to be changed."""
     folders: dict[str, Path] = {}
 
     def make(architecture: str = "llama", **settings: object) -> Path:

@@ -55,9 +55,7 @@ def test_the_spectrum_is_the_squared_singular_values_of_the_outputs(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_energies_cut_are_the_loss_measured(
-    shape: tuple[int, int], random: Generator
-) -> None:
+def test_the_energies_cut_are_the_loss_measured(shape: tuple[int, int], random: Generator) -> None:
     weight, inputs, moment = problem(shape, random)
     result = decompose_inputs(weight, moment)
 
@@ -69,9 +67,7 @@ def test_the_energies_cut_are_the_loss_measured(
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (16, 16)])
-def test_the_inputs_side_equals_the_outputs_side(
-    shape: tuple[int, int], random: Generator
-) -> None:
+def test_the_inputs_side_equals_the_outputs_side(shape: tuple[int, int], random: Generator) -> None:
     weight, inputs, moment = problem(shape, random)
     outputs = weight @ inputs
 
@@ -110,9 +106,7 @@ def test_it_is_the_svd_llm_of_the_paper(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_other_matrix_of_the_rank_loses_less(
-    shape: tuple[int, int], random: Generator
-) -> None:
+def test_no_other_matrix_of_the_rank_loses_less(shape: tuple[int, int], random: Generator) -> None:
     weight, inputs, moment = problem(shape, random)
     result = decompose_inputs(weight, moment)
     basis = result.basis(weight, 4)

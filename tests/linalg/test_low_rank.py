@@ -40,9 +40,7 @@ def test_regular_moments_are_not_damped(shape: tuple[int, int], random: Generato
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_singular_moment_is_damped_and_says_so(
-    shape: tuple[int, int], random: Generator
-) -> None:
+def test_a_singular_moment_is_damped_and_says_so(shape: tuple[int, int], random: Generator) -> None:
     weight, inputs = normal(*shape, random=random), normal(shape[1], 4, random=random)
 
     result = decompose_inputs(weight, inputs @ inputs.T)  # four tokens: rank 4
@@ -175,9 +173,7 @@ def test_relative_loss_is_a_share_that_falls_with_rank(random: Generator) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_left_factor_solves_the_normal_equations(
-    dtype: torch.dtype, random: Generator
-) -> None:
+def test_the_left_factor_solves_the_normal_equations(dtype: torch.dtype, random: Generator) -> None:
     left, right = normal(9, 5, random=random), normal(5, 14, random=random)
     rounded = right.to(dtype).double()
 

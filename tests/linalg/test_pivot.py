@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -9,7 +11,10 @@ from streamcomp.linalg.pivot import MOST_COEFFICIENT, interpolate
 
 
 def orthonormal(rows: int, rank: int, random: Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(rows, rank, dtype=torch.float64, generator=random)).Q
+    basis: Tensor = torch.linalg.qr(
+        torch.randn(rows, rank, dtype=torch.float64, generator=random)
+    ).Q
+    return basis
 
 
 def wilkinson(rows: int, rank: int) -> Tensor:
@@ -23,15 +28,18 @@ def coefficients_of_lu(basis: Tensor) -> Tensor:
     """What partial pivoting alone gives."""
     rank = basis.shape[1]
     lower = torch.linalg.lu(basis).L
-    return torch.linalg.solve(lower[:rank].T, lower[rank:].T).T
+    coefficients: Tensor = torch.linalg.solve(lower[:rank].T, lower[rank:].T).T
+    return coefficients
 
 
-CASES = {
+CASES: dict[str, Callable[[Generator], Tensor]] = {
     "tall": lambda random: orthonormal(40, 9, random),
     "nearly square": lambda random: orthonormal(20, 19, random),
     "one column": lambda random: orthonormal(20, 1, random),
     "sparse": lambda random: torch.eye(30, dtype=torch.float64)[:, ::3],
-    "steep": lambda random: orthonormal(40, 9, random) * torch.logspace(0, -9, 40).double()[:, None],
+    "steep": lambda random: (
+        orthonormal(40, 9, random) * torch.logspace(0, -9, 40).double()[:, None]
+    ),
     "wilkinson": lambda random: wilkinson(40, 16),
     "long wilkinson": lambda random: wilkinson(70, 40),
     "orthonormal wilkinson": lambda random: torch.linalg.qr(wilkinson(40, 16)).Q,

@@ -160,9 +160,7 @@ def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{"model_type": None}, {"model_type": ""}, {"num_attention_heads": "four"}]
 )
-def test_a_config_that_makes_no_sense_is_refused(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_a_config_that_makes_no_sense_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = edit_config(save_pico(tmp_path), **settings)
 
     with pytest.raises(SourceError, match=r"config\.json"):

@@ -43,9 +43,7 @@ def spoiling(name: str, value: float) -> Callable[[dict[str, Tensor]], object]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_only_the_block_in_use_is_in_memory(
-    architecture: str, pico: Callable[..., Path]
-) -> None:
+def test_only_the_block_in_use_is_in_memory(architecture: str, pico: Callable[..., Path]) -> None:
     skeleton = open_skeleton(pico(architecture))
     streamer = BlockStreamer(skeleton, CPU)
     outside = weights_in_memory(skeleton.model)
@@ -249,9 +247,7 @@ def test_a_weight_that_is_not_finite_is_named_also_outside_of_the_blocks(
 
 def test_large_finite_weights_are_no_damage(tmp_path: Path) -> None:
     name = f"{UP}.weight"
-    folder = save_edited(
-        tmp_path, lambda tensors: tensors[name].fill_(60000), dtype=torch.float16
-    )
+    folder = save_edited(tmp_path, lambda tensors: tensors[name].fill_(60000), dtype=torch.float16)
     streamer = BlockStreamer(open_skeleton(folder), CPU)
 
     with streamer.block(1) as block:

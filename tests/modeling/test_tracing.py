@@ -22,7 +22,7 @@ def trace(folder: Path, batch: int, seq_len: int = 32) -> BlockTrace:
     linears = {linear.name: linear for linear in find_linears(skeleton, 0).eligible}
     modules = {name: block.get_submodule(name) for name in linears}
     assert all(isinstance(module, nn.Linear) for module in modules.values())
-    return trace_block(block, modules, hidden, calls[0])  # type: ignore[arg-type]
+    return trace_block(block, modules, hidden, calls[0])
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,7 @@ def test_operations_are_at_least_those_of_the_linears(pico: Callable[..., Path])
 
 
 def test_half_precision_needs_half_of_the_bytes(pico: Callable[..., Path]) -> None:
-    wide, narrow = (
-        trace(pico("opt", dtype=dtype), 2) for dtype in (torch.float32, torch.bfloat16)
-    )
+    wide, narrow = (trace(pico("opt", dtype=dtype), 2) for dtype in (torch.float32, torch.bfloat16))
 
     assert narrow.flops == wide.flops
     assert 0.4 * wide.activation_bytes < narrow.activation_bytes < 0.8 * wide.activation_bytes
@@ -129,7 +127,7 @@ def test_tracing_touches_no_weight_and_leaves_no_hook(pico: Callable[..., Path])
     hidden, calls = skeleton.dry_record(1, 8)
     linears = {"mlp.up_proj": block.get_submodule("mlp.up_proj")}
 
-    trace_block(block, linears, hidden, calls[0])  # type: ignore[arg-type]
+    trace_block(block, linears, hidden, calls[0])
 
     assert all(value.is_meta for value in block.parameters())
     assert not any(module._forward_pre_hooks for module in block.modules())

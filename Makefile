@@ -1,0 +1,27 @@
+# make demo    compress and evaluate a real model under 1 GiB of RAM
+# make test    linters, type checker and the whole test suite
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := .cache/SmolLM2-135M
+OUT := out/SmolLM2-135M
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	$(BIN)/python benchmarks/smollm2.py $(MODEL)
+	$(BIN)/python benchmarks/demo.py $(MODEL) $(OUT)
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# Built anew whenever what it is made of changes; "ready" is written last.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .cache out

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamcomp.calibration import corpus
+from streamcomp.calibration.corpus import HELD_OUT, REFERENCE, load_windows, reference_text
+from streamcomp.errors import CalibrationError
+from tests.modeling.folders import edit_config
+from tests.pico import BOS, make_tokenizer, pico_text, save_pico
+
+
+@pytest.fixture
+def model(pico: Callable[..., Path]) -> Path:
+    """Every byte is a token, and no BOS is added."""
+    return pico("llama")
+
+
+def all_bytes(tokens: Tensor) -> bytes:
+    """The text behind ``tokens``; an alphabet of letters has its bytes as characters."""
+    text: str = make_tokenizer().decode(tokens.flatten().tolist())
+    return text.encode()
+
+
+def windows_of(path: Path, seq_len: int) -> list[bytes]:
+    data = path.read_bytes()
+    return [data[start : start + seq_len] for start in range(0, len(data), seq_len)]
+
+
+# -- cutting and drawing
+
+
+def test_windows_never_overlap_and_never_repeat(model: Path, tmp_path: Path) -> None:
+    text = pico_text(tmp_path / "a.txt", 1000)
+    whole = windows_of(text, 16)
+    assert len(set(whole)) == len(whole)
+
+    tokens = load_windows(model, [str(text)], 50, 16, seed=0).tokens
+
+    places = [whole.index(all_bytes(window)) for window in tokens]
+    assert tokens.shape == (50, 16)
+    assert tokens.dtype == torch.int32
+    assert len(set(places)) == 50
+
+
+def test_a_seed_draws_the_same_windows_again(model: Path, tmp_path: Path) -> None:
+    text = str(pico_text(tmp_path / "a.txt", 2000))
+
+    def draw(seed: int) -> Tensor:
+        return load_windows(model, [text], 20, 16, seed).tokens
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+def test_a_seed_draws_from_the_whole_text(model: Path, tmp_path: Path) -> None:
+    text = pico_text(tmp_path / "a.txt", 16 * 100)
+    whole = windows_of(text, 16)
+
+    tokens = load_windows(model, [str(text)], 20, 16, seed=0).tokens
+
+    places = [whole.index(all_bytes(window)) for window in tokens]
+    assert min(places) < 25 and max(places) >= 75
+
+
+def test_drawing_leaves_the_global_random_state_alone(model: Path, tmp_path: Path) -> None:
+    text = str(pico_text(tmp_path / "a.txt", 1000))
+    before = torch.get_rng_state()
+
+    load_windows(model, [text], 20, 16, seed=0)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_seed_the_first_windows_are_taken(model: Path, tmp_path: Path) -> None:
+    text = pico_text(tmp_path / "a.txt", 1000)
+
+    tokens = load_windows(model, [str(text)], 20, 16, seed=None).tokens
+
+    assert all_bytes(tokens) == text.read_bytes()[: 20 * 16]
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_no_number_of_samples_means_all(model: Path, tmp_path: Path, seed: int | None) -> None:
+    text = pico_text(tmp_path / "a.txt", 1000)
+
+    windows = load_windows(model, [str(text)], 0, 16, seed)
+
+    assert all_bytes(windows.tokens) == text.read_bytes()[: 62 * 16]  # 1000 = 62 * 16 + 8
+    assert windows.notes == ()
+
+
+@pytest.mark.parametrize("chars", [1, 7, 100])
+def test_the_tokens_do_not_depend_on_how_the_text_is_read(
+    model: Path, tmp_path: Path, chars: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = str(pico_text(tmp_path / "a.txt", 1000))
+    whole = load_windows(model, [text], 0, 16, None).tokens
+    monkeypatch.setattr(corpus, "_PIECE_CHARS", chars)
+
+    assert torch.equal(load_windows(model, [text], 0, 16, None).tokens, whole)
+
+
+def test_no_more_text_is_read_than_the_bound(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = pico_text(tmp_path / "a.txt", 1000)
+    monkeypatch.setattr(corpus, "_MOST_CHARS_PER_SOURCE", 320)
+    monkeypatch.setattr(corpus, "_PIECE_CHARS", 100)
+
+    tokens = load_windows(model, [str(text)], 0, 16, None).tokens
+
+    assert all_bytes(tokens) == text.read_bytes()[:320]
+
+
+# -- BOS
+
+
+def test_every_window_is_opened_as_the_tokenizer_opens_a_text(
+    pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = pico_text(tmp_path / "a.txt", 1000)
+
+    tokens = load_windows(pico("llama", bos=True), [str(text)], 0, 16, None).tokens
+
+    assert tokens.shape == (1000 // 15, 16)
+    assert (tokens[:, 0] == BOS).all()
+    assert not (tokens[:, 1:] == BOS).any()
+    assert all_bytes(tokens[:, 1:]) == text.read_bytes()[: 66 * 15]
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none(model: Path, tmp_path: Path) -> None:
+    tokens = load_windows(model, [str(pico_text(tmp_path / "a.txt", 1000))], 0, 16, None).tokens
+
+    assert not (tokens == BOS).any()
+
+
+# -- several sources
+
+
+def test_sources_are_mixed_evenly(model: Path, tmp_path: Path) -> None:
+    for letter in "abc":
+        (tmp_path / letter).write_text(letter * 1000)
+
+    windows = load_windows(model, [str(tmp_path / letter) for letter in "abc"], 8, 16, seed=0)
+
+    found = [all_bytes(window) for window in windows.tokens]
+    assert found == [b"a" * 16] * 3 + [b"b" * 16] * 3 + [b"c" * 16] * 2
+    assert windows.notes == ()
+
+
+def test_a_short_source_gives_what_it_has_and_is_noted(model: Path, tmp_path: Path) -> None:
+    long = pico_text(tmp_path / "long.txt", 1000)
+    short = pico_text(tmp_path / "short.txt", 40)
+
+    windows = load_windows(model, [str(short), str(long)], 20, 16, seed=0)
+
+    assert len(windows.tokens) == 2 + 10
+    assert windows.notes == (f"{short} is short: 2 windows instead of 10",)
+
+
+def test_more_sources_than_samples_are_noted(model: Path, tmp_path: Path) -> None:
+    sources = [str(pico_text(tmp_path / name, 100)) for name in "abc"]
+
+    windows = load_windows(model, sources, 2, 16, seed=0)
+
+    assert len(windows.tokens) == 2
+    assert windows.notes == (f"{sources[2]}: no window, there are more sources than samples",)
+
+
+# -- what a source may be
+
+
+def test_a_folder_is_all_of_its_text_files(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "below").mkdir(parents=True)
+    (folder / "b.md").write_text("b" * 32)
+    (folder / "a.txt").write_text("a" * 32)
+    (folder / "below" / "c.rst").write_text("c" * 32)
+    (folder / "z.jsonl").write_text('{"text": "dddddddddddddd"}\n\n{"text": "eeeeeeeeeeeeee"}\n')
+    (folder / "weights.bin").write_bytes(b"\xff" * 32)
+
+    tokens = load_windows(model, [str(folder)], 0, 16, None).tokens
+
+    assert all_bytes(tokens) == b"a" * 32 + b"b" * 32 + b"c" * 32 + (
+        b"dddddddddddddd\n\neeeeeeeeeeeeee\n\n"
+    )
+
+
+def test_jsonl_may_hold_other_fields(model: Path, tmp_path: Path) -> None:
+    lines = [{"id": 1, "text": "größe"}, {"text": "x" * 30, "url": None}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+
+    tokens = load_windows(model, [str(path)], 0, 8, None).tokens
+
+    assert all_bytes(tokens) == ("größe\n\n" + "x" * 30 + "\n\n").encode()[:40]
+
+
+def test_many_lines_are_read_in_order(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{number:07}\n" for number in range(10_000)))
+
+    tokens = load_windows(model, [str(path)], 0, 8, None).tokens
+
+    assert all_bytes(tokens) == path.read_bytes()
+
+
+# -- what is refused
+
+
+def test_a_text_too_short_for_one_window_is_refused(model: Path, tmp_path: Path) -> None:
+    text = pico_text(tmp_path / "a.txt", 15)
+
+    with pytest.raises(CalibrationError, match="15 tokens, a window needs 16.*smaller --seq-len"):
+        load_windows(model, [str(text)], 1, 16, seed=0)
+
+
+def test_a_text_that_fills_one_window_is_enough(
+    model: Path, tmp_path: Path, pico: Callable[..., Path]
+) -> None:
+    text = pico_text(tmp_path / "a.txt", 15)
+
+    assert load_windows(model, [str(text)], 1, 15, seed=0).tokens.shape == (1, 15)
+    with_bos = load_windows(pico("llama", bos=True), [str(text)], 1, 16, seed=0)
+    assert with_bos.tokens.shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine so far \xff\xfe", "is no UTF-8 text"),
+        ("a.txt", b"", "holds 0 tokens"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', 'every line must be {"text"'),
+        ("a.jsonl", b'{"content": "a"}\n', "every line must be"),
+        ("a.jsonl", b'{"text": 3}\n', "every line must be"),
+        ("a.jsonl", b'["a"]\n', "every line must be"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(
+    model: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(CalibrationError, match=message):
+        load_windows(model, [str(tmp_path / name)], 1, 16, seed=0)
+
+
+def test_a_file_that_is_not_there_is_named(model: Path, tmp_path: Path) -> None:
+    for name in (str(tmp_path / "none.txt"), "./none.txt", "none.txt"):
+        with pytest.raises(CalibrationError, match=r"none\.txt: no such file or folder"):
+            load_windows(model, [name], 1, 16, seed=0)
+
+
+def test_a_folder_without_text_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").touch()
+
+    with pytest.raises(CalibrationError, match=r"holds no text file \(\.txt, \.md"):
+        load_windows(model, [str(tmp_path)], 1, 16, seed=0)
+
+
+def test_a_hub_dataset_without_network_is_refused(model: Path) -> None:
+    with pytest.raises(CalibrationError, match="nobody/nothing is no file here, and as a hub"):
+        load_windows(model, ["nobody/nothing"], 1, 16, seed=0)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+    with pytest.raises(CalibrationError, match="the tokenizer in .* cannot be loaded"):
+        load_windows(folder, [REFERENCE], 1, 16, seed=0)
+
+
+def test_the_code_of_a_tokenizer_is_never_run(tmp_path: Path) -> None:
+    folder, marker = save_pico(tmp_path / "model"), tmp_path / "marker"
+    (folder / "tokenization_custom.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    edit_config(folder, model_type="custom")
+    path = folder / "tokenizer_config.json"
+    settings = {
+        **json.loads(path.read_text()),
+        "tokenizer_class": "CustomTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_custom.CustomTokenizer", None]},
+    }
+    path.write_text(json.dumps(settings))
+
+    with pytest.raises(CalibrationError, match="cannot be loaded"):
+        load_windows(folder, [REFERENCE], 1, 16, seed=0)
+
+    assert not marker.exists()
+
+
+# -- the reference that comes with Python
+
+
+def paragraphs(texts: list[str]) -> set[str]:
+    return {p.strip() for text in texts for p in text.split("\n\n")} - {""}
+
+
+def test_the_held_out_reference_shares_no_paragraph_with_the_other_part() -> None:
+    kept, held_out = (paragraphs(reference_text(held_out)) for held_out in (False, True))
+
+    assert kept and held_out
+    assert not kept & held_out
+
+
+def test_both_parts_of_the_reference_are_large_enough_to_be_of_use() -> None:
+    kept, held_out = (sum(map(len, reference_text(part))) for part in (False, True))
+
+    assert kept > 200_000
+    assert 30_000 < held_out < kept
+
+
+def test_the_reference_is_the_default(model: Path) -> None:
+    default = load_windows(model, [], 10, 32, seed=0)
+
+    assert torch.equal(default.tokens, load_windows(model, [REFERENCE], 10, 32, seed=0).tokens)
+    assert not torch.equal(default.tokens, load_windows(model, [HELD_OUT], 10, 32, seed=0).tokens)
+
+
+def test_no_window_is_in_both_parts(model: Path) -> None:
+    kept, held_out = (
+        {tuple(window) for window in load_windows(model, [part], 0, 64, None).tokens.tolist()}
+        for part in (REFERENCE, HELD_OUT)
+    )
+
+    assert len(kept) > 1000
+    assert not kept & held_out
