@@ -74,9 +74,7 @@ def _print_table(
         f"{model['linear_parameters']:,}",
         f"{model['linear_parameters_kept']:,}",
     )
-    table.add_row(
-        "bytes on disk", format_bytes(model["bytes"]), format_bytes(model["bytes_kept"])
-    )
+    table.add_row("bytes on disk", format_bytes(model["bytes"]), format_bytes(model["bytes_kept"]))
     table.add_row(
         f"perplexity ({dense['windows']} held-out windows)",
         f"{dense['perplexity']:.2f}",

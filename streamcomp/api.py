@@ -216,7 +216,7 @@ def _publish(job: Job) -> dict[str, Any]:
     report = job_report(
         job.index,
         written,
-        asdict(job.recipe),
+        {k: job.fingerprint[k] for k in asdict(job.recipe)},
         job.plan,
         job.journal.header,
         job.journal.steps,

@@ -29,6 +29,9 @@ ARCHITECTURES = (
     "mixtral",
 )
 
+# Their blocks return tuples, and hold buffers that no checkpoint has.
+UNUSUAL = ("gpt_neo", "codegen")
+
 VOCABULARY = 264  # 256 bytes, BOS, EOS and six that the tokenizer never makes
 BOS, EOS = 256, 257
 HIDDEN = 32
@@ -49,7 +52,7 @@ _WITHOUT_FEED_FORWARD = {k: v for k, v in _COMMON.items() if k != "intermediate_
 
 
 def pico_config(architecture: str, *, blocks: int = 2, tie: bool = False) -> Any:
-    """The config of a pico model of ``architecture``, one of ``ARCHITECTURES``."""
+    """The config of a pico model of ``architecture``, of ``ARCHITECTURES`` or ``UNUSUAL``."""
     depth = {"num_hidden_layers": blocks, "tie_word_embeddings": tie}
     kinds = ["sliding_attention", "full_attention"] * blocks
     match architecture:
@@ -79,6 +82,28 @@ def pico_config(architecture: str, *, blocks: int = 2, tie: bool = False) -> Any
             return transformers.GPTNeoXConfig(**_COMMON, **depth)
         case "mixtral":
             return transformers.MixtralConfig(**_GROUPED, **depth, num_local_experts=4)
+        case "gpt_neo":
+            return transformers.GPTNeoConfig(
+                **{k: v for k, v in _COMMON.items() if k != "num_attention_heads"},
+                num_heads=4,
+                num_layers=blocks,
+                tie_word_embeddings=tie,
+                attention_types=[[["global", "local"], blocks // 2]],
+                window_size=8,
+            )
+        case "codegen":
+            return transformers.CodeGenConfig(
+                vocab_size=VOCABULARY,
+                n_embd=HIDDEN,
+                n_inner=48,
+                n_head=4,
+                n_layer=blocks,
+                n_positions=LONGEST,
+                rotary_dim=4,
+                bos_token_id=BOS,
+                eos_token_id=EOS,
+                tie_word_embeddings=tie,
+            )
     raise ValueError(f"no pico model of architecture {architecture!r}")
 
 

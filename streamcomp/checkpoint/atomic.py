@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +36,8 @@ def make_folder(path: Path) -> None:
     """Make ``path`` and its parents, and check that it can be written."""
     with output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):  # has no name that a kill could leave behind
+            pass
 
 
 def sync_folder(path: Path) -> None:

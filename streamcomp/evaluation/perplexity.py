@@ -27,7 +27,7 @@ from streamcomp.planning.meter import (
     PeakMeter,
     budget_bytes,
     is_memory_backed,
-    settle,
+    release,
     warm_up,
 )
 from streamcomp.planning.plan import make_evaluation_plan
@@ -81,7 +81,7 @@ def evaluate_checkpoint(
     tokens = load_windows(index.folder, [text], windows, seq_len, None)
     for note in tokens.notes:
         progress.note(note)
-    settle()
+    release()
     shape = StreamShape(len(tokens.tokens), seq_len, skeleton.hidden_size, skeleton.dtype)
     with _work_folder(resources.work_dir) as work:
         batch, head_tokens, predicted = make_evaluation_plan(
@@ -160,6 +160,7 @@ class _Run:
             source.remove()
             target.close()
             source = target
+            release()
             self.progress.finish_step(number, f"block {number}", time.perf_counter() - started, "")
         return source
 

@@ -43,6 +43,7 @@ from streamcomp.planning.meter import (
     PeakMeter,
     budget_bytes,
     is_memory_backed,
+    release,
     settle,
     warm_up,
 )
@@ -53,6 +54,7 @@ from streamcomp.units import format_bytes
 __all__ = ["Job", "WORK_FOLDER", "choose_device", "prepare_process"]
 
 WORK_FOLDER = ".streamcomp"
+_FIRST_BLOCK = 2  # steps before the first block's: tokenize, embed
 
 
 class Job:
@@ -89,6 +91,7 @@ class Job:
         if found is not None:
             check_fingerprint(found.header["fingerprint"], self.fingerprint, self.out)
         self.plan = self._plan(rates, found)
+        self._check_shards(found)
         self._check_disk()
         make_folder(self.out)
         with locked(self.out):
@@ -125,6 +128,16 @@ class Job:
             raise OutputError(
                 f"{self.out} is not empty ({others[0]}) and holds no job: give another OUT"
             )
+
+    def _check_shards(self, found: Journal | None) -> None:
+        """What the journal says is written lies in OUT, also where the work folder is elsewhere."""
+        for number in range(len(found.steps) - _FIRST_BLOCK if found else 0):
+            shard = self.shard_path(number)
+            if not shard.is_file():
+                raise OutputError(
+                    f"{shard} is missing, and the journal in {self.work} says that it is written: "
+                    "give the OUT of that job, or remove both folders"
+                )
 
     def _check_disk(self) -> None:
         folder = self.out
@@ -188,6 +201,7 @@ class Job:
         }
         self.journal.commit(name, results)
         self._drop_streams_before(number)
+        release()
         self.progress.finish_step(number, name, results["seconds"], results.get("detail", ""))
 
     def _tokenize(self, stage: _Stage) -> dict[str, Any]:
@@ -199,7 +213,6 @@ class Job:
         for note in windows.notes:
             self.progress.note(note)
         write_shard(self._windows_path, [Entry("tokens", windows.tokens)])
-        settle()
         return {"windows": len(windows.tokens), "notes": list(windows.notes)}
 
     def _embed(self, stage: _Stage) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -22,8 +23,10 @@ __all__ = [
     "budget_bytes",
     "is_memory_backed",
     "machine_bytes",
+    "release",
     "resident_bytes",
     "settle",
+    "warm_up",
 ]
 
 _STATUS = Path("/proc/self/status")
@@ -79,14 +82,26 @@ def settle() -> None:
 
     Tells glibc to map large blocks one by one and to keep few arenas; elsewhere nothing.
     """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
+        libc.mallopt(_M_TRIM_THRESHOLD, 8 * _MAPPED_FROM)
+        libc.mallopt(_M_ARENA_MAX, 2)
+        libc.malloc_trim(0)
+
+
+def release() -> None:
+    """Give free pages of the heap back; between steps, lest they add up over many blocks."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
-        return
-    libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
-    libc.mallopt(_M_TRIM_THRESHOLD, 8 * _MAPPED_FROM)
-    libc.mallopt(_M_ARENA_MAX, 2)
-    libc.malloc_trim(0)
+        return None
+    return libc if hasattr(libc, "malloc_trim") else None
 
 
 def machine_bytes() -> int:

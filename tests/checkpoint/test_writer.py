@@ -104,10 +104,17 @@ def test_each_tensor_is_aligned_to_its_item(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     write_shard(tmp_path / SINGLE_FILE, [Entry(*item) for item in mixed().items()])
 
-    with (tmp_path / SINGLE_FILE).open("rb") as file:
-        assert int.from_bytes(file.read(8), "little") % 8 == 0
     for info in read_index(tmp_path).tensors.values():
         assert not info.nbytes or info.start % DTYPES[info.dtype].itemsize == 0, info.name
+
+
+@pytest.mark.parametrize("name", ["a" * length for length in range(1, 9)], ids=len)
+def test_the_data_begins_at_a_multiple_of_eight(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    write_shard(tmp_path / SINGLE_FILE, [Entry(name, torch.zeros(3, dtype=torch.int64))])
+
+    assert read_index(tmp_path).tensors[name].start % 8 == 0
+    assert not load_file(tmp_path / SINGLE_FILE)[name].any()
 
 
 def test_the_index_reads_what_was_written(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.modeling.folders import streamed_logits
-from tests.pico import ARCHITECTURES, pico_tokens, whole_logits
+from tests.pico import ARCHITECTURES, UNUSUAL, pico_tokens, whole_logits
 
 
 @pytest.mark.parametrize("shard_size", ["20KB", "1GB"], ids=["sharded", "single"])
@@ -61,6 +61,15 @@ def test_they_are_for_batches_of_any_shape(
         folder, tokens = pico(architecture), pico_tokens(*shape)
 
         assert torch.equal(streamed_logits(folder, tokens), whole_logits(folder, tokens))
+
+
+@pytest.mark.parametrize("architecture", UNUSUAL)
+def test_they_are_where_blocks_return_tuples_and_hold_buffers_of_their_own(
+    architecture: str, pico: Callable[..., Path]
+) -> None:
+    folder = pico(architecture)
+
+    assert torch.equal(streamed_logits(folder, pico_tokens()), whole_logits(folder, pico_tokens()))
 
 
 def test_they_are_for_a_model_of_more_blocks(pico: Callable[..., Path]) -> None:

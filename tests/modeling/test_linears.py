@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from streamcomp.modeling.linears import find_linears
-from tests.modeling.folders import open_skeleton, save_edited
-from tests.pico import ARCHITECTURES
+from tests.modeling.folders import edit_config, open_skeleton, save_edited
+from tests.pico import ARCHITECTURES, save_pico
 
 ATTENTION = {f"self_attn.{kind}_proj" for kind in "qkvo"}
 GATED = {f"mlp.{kind}_proj" for kind in ("gate", "up", "down")}
@@ -58,6 +59,24 @@ def test_a_mixtures_router_and_experts_are_left_with_the_reason(
     assert left.keys() == {"model.layers.1.mlp.gate", "model.layers.1.mlp.experts"}
     assert left["model.layers.1.mlp.experts"] == "a MixtralExperts, no linear"
     assert "Router" in left["model.layers.1.mlp.gate"]
+
+
+def test_a_router_that_is_a_plain_linear_is_left_too(pico: Callable[..., Path]) -> None:
+    skeleton = open_skeleton(pico("mixtral"))
+    mixture = skeleton.block(1).get_submodule("mlp")
+    mixture.gate = nn.Linear(32, 4, bias=False, device="meta")
+
+    assert find_linears(skeleton, 1).left["model.layers.1.mlp.gate"] == "a router"
+
+
+@pytest.mark.xfail(strict=True, reason="any linear with as many rows as experts is a router")
+def test_a_projection_with_as_many_rows_as_experts_is_no_router(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path, "llama")
+    edit_config(folder, num_local_experts=16)  # as many as k_proj has rows
+
+    names = {linear.name for linear in find_linears(open_skeleton(folder), 0).eligible}
+
+    assert names == EXPECTED["llama"]
 
 
 def test_linears_are_included_and_excluded_by_name(pico: Callable[..., Path]) -> None:

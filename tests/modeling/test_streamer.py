@@ -90,8 +90,17 @@ def test_of_the_embedding_only_the_rows_in_use_are_read(pico: Callable[..., Path
     assert seen[-1] == (3, 32)
 
 
-def test_a_block_may_be_loaded_again(pico: Callable[..., Path]) -> None:
-    skeleton = open_skeleton(pico("gemma3"))
+def test_a_padding_token_beyond_the_rows_in_use_is_no_trouble(tmp_path: Path) -> None:
+    folder = edit_config(save_pico(tmp_path), pad_token_id=260)
+
+    streamed = streamed_logits(folder, pico_tokens(1, 4))
+
+    assert torch.equal(streamed, whole_logits(folder, pico_tokens(1, 4)))
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt_neo"])
+def test_a_block_may_be_loaded_again(architecture: str, pico: Callable[..., Path]) -> None:
+    skeleton = open_skeleton(pico(architecture))
     streamer = BlockStreamer(skeleton, CPU)
     hidden, calls = streamer.record(pico_tokens())
 

@@ -1,0 +1,245 @@
+"""Jobs on pico models, run in this process, and what they leave read back without streamcomp."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import streamcomp
+from streamcomp import CompressResult, Recipe, Resources, cli
+from streamcomp.job.progress import SilentProgress
+from streamcomp.planning.plan import MachineRates
+
+REPOSITORY = Path(__file__).parents[1]
+
+# Small, and yet more tokens (128) than the widest input of a pico model has channels (48).
+SMALL: dict[str, Any] = {"samples": 8, "seq_len": 16}
+
+# What a run of another process needs to be as fast as one in this process, and as quiet.
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def small_recipe(text: Path | str, **settings: Any) -> Recipe:
+    return Recipe(**{**SMALL, "calibration": (str(text),), **settings})
+
+
+def compress(
+    model: Path,
+    out: Path,
+    text: Path | str,
+    *,
+    max_ram: str | None = None,
+    work_dir: Path | None = None,
+    progress: Any = None,
+    **settings: Any,
+) -> CompressResult:
+    """``streamcomp.compress`` with a small recipe and one thread: two would wait for each other."""
+    resources = Resources(max_ram=max_ram, threads=1, work_dir=work_dir)
+    with quick_plan():
+        return streamcomp.compress(
+            model, out, small_recipe(text, **settings), resources, progress=progress
+        )
+
+
+def quick_plan() -> Any:
+    """A patch: the machine's speed, only shown, is not measured; that takes longer than a job."""
+    return mock.patch("streamcomp.job.run.measure_rates", return_value=MachineRates(1e9, 1e9, 1e9))
+
+
+class Interrupted(Exception):
+    """Raised by :class:`Interrupt`."""
+
+
+class Interrupt(SilentProgress):
+    """Ends a job right after its step number ``after`` has become durable."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
+        if step == self.after:
+            raise Interrupted(name)
+
+
+class Notes(SilentProgress):
+    """Keeps what a job says, and where it began."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.done = -1
+        self.steps: list[str] = []
+
+    def begin(self, title: str, seconds: list[float], done: int, budget_bytes: int) -> None:
+        self.done = done
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
+        self.steps.append(name)
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def run_cli(*arguments: object) -> Finished:
+    """The command line in this process; an exception that is none of ours goes through."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        mock.patch.object(sys, "argv", ["streamcomp", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        quick_plan(),
+    ):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+def run_python(
+    *arguments: object, cwd: Path = REPOSITORY, environment: Mapping[str, str] | None = None
+) -> Finished:
+    """Another Python with ``arguments``; it sees the checkout only where ``cwd`` is that."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**ENVIRONMENT, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def varied_text(path: Path, tokens: int, *, seed: int = 0) -> Path:
+    """Write ``tokens`` random printable characters: more kinds than a pico model has channels."""
+    random = torch.Generator().manual_seed(seed)
+    path.write_bytes(bytes(torch.randint(32, 127, (tokens,), generator=random).tolist()))
+    return path
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder, by their names on disk."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    return tensors
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    return config
+
+
+def factored_modules(folder: Path) -> dict[str, dict[str, Any]]:
+    modules: dict[str, dict[str, Any]] = config_of(folder)["quantization_config"]["modules"]
+    return modules
+
+
+def product(tensors: Mapping[str, Tensor], name: str, form: str) -> Tensor:
+    """W' (m, n) of the linear ``name`` as README describes the format, in fp64."""
+    right = tensors[f"{name}.weight"].double()  # (r, n)
+    if form == "uv":
+        return tensors[f"{name}.U"].double() @ right
+    rows = torch.cat((right, tensors[f"{name}.coef"].double() @ right))  # (m, n)
+    return rows[tensors[f"{name}.pivots"].long()]
+
+
+def products(folder: Path) -> dict[str, Tensor]:
+    """W' of every factored linear in ``folder``, by its name on disk."""
+    tensors = stored_tensors(folder)
+    return {
+        name: product(tensors, name, spec["form"])
+        for name, spec in factored_modules(folder).items()
+    }
+
+
+def load_dense(folder: Path, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+    """The model in ``folder`` whole, with ``weights`` (by name on disk) in the place of its own.
+
+    A linear's name on disk is its name in all pico models, but for a prefix.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    modules = dict(model.named_modules())
+    for name, weight in (weights or {}).items():
+        linear = modules[in_memory(model, name)]
+        assert isinstance(linear, nn.Linear) and linear.weight.shape == weight.shape
+        linear.weight.data = weight.to(linear.weight.dtype)
+    return model
+
+
+def in_memory(model: nn.Module, disk_name: str) -> str:
+    """The name that the module ``disk_name`` has in ``model``."""
+    names = [name for name, _ in model.named_modules() if name]
+    tail = disk_name.partition("layers.")[2]
+    found = [name for name in names if name.endswith(f"layers.{tail}")]
+    assert len(found) == 1, (disk_name, found)
+    return found[0]
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+@contextlib.contextmanager
+def inputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """While open, what is fed to the linears ``names``: tensors (tokens, n), fp64."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name].append(args[0].detach().flatten(0, -2).double())
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` with its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
