@@ -4,7 +4,7 @@ Follows the published code (arXiv 2403.07378, https://github.com/AIoT-MLSys-Lab/
 step, without its parameter update: one fp32 forward over the calibration windows gathers
 H = X X^T of every linear; per linear H = S S^T (Cholesky, fp64), SVD(W S) in fp32, the top
 ``rank`` singular triplets, and S^-1 (fp64) folded into the right factor. It shares no code with
-streamcomp on purpose, and needs all moments, 4 n^2 bytes a linear, at once.
+streamcomp but the choice of windows, on purpose, and needs all moments, 4 n^2 bytes a linear, at once.
 
     python benchmarks/textbook_svd_llm.py MODEL --calibration valid.txt --text test.txt --ratio 0.2
 """
@@ -18,13 +18,15 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from streamcomp.calibration.corpus import load_windows
+from streamcomp.errors import StreamcompError
 
 
 class Decomposition(NamedTuple):
@@ -164,27 +166,9 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     return math.exp(total / windows[:, 1:].numel())
 
 
-def load_windows(
-    model_dir: Path, files: Sequence[Path], samples: int, seq_len: int, seed: int
-) -> Tensor:
-    """(windows, seq) int64: ``samples`` of the consecutive windows of ``files``, drawn by ``seed``.
-
-    ``samples=0`` means all of them, in order. No window crosses from one file to the next.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    pieces = []
-    for file in files:
-        ids = tokenizer(file.read_text(encoding="utf-8"), verbose=False).input_ids
-        whole = len(ids) // seq_len
-        pieces.append(torch.tensor(ids[: whole * seq_len], dtype=torch.int64).view(whole, seq_len))
-    windows = torch.cat(pieces)
-    if len(windows) < max(1, samples):
-        found = f"{len(windows)} windows of {seq_len} tokens"
-        raise ValueError(f"the text holds {found}, {samples} are asked for")
-    if samples == 0:
-        return windows
-    generator = torch.Generator().manual_seed(seed)
-    return windows[torch.randperm(len(windows), generator=generator)[:samples]]
+def _windows(args: argparse.Namespace, text: Path, count: int, seed: int | None) -> Tensor:
+    """The same windows, (windows, seq) int64, that streamcomp takes from ``text``."""
+    return load_windows(args.model, [str(text)], count, args.seq_len, seed).tokens.long()
 
 
 def _arguments() -> argparse.Namespace:
@@ -207,13 +191,10 @@ def main() -> None:
             raise ValueError(f"{args.model} holds no config.json: no checkpoint folder")
         if not 0 < args.ratio < 1:
             raise ValueError(f"--ratio {args.ratio} must lie between 0 and 1")
-        calibration = load_windows(
-            args.model, [args.calibration], args.samples, args.seq_len, args.seed
-        )
-        test = load_windows(args.model, [args.text], 0, args.seq_len, args.seed)
-    except (OSError, ValueError) as error:
+        calibration = _windows(args, args.calibration, args.samples, args.seed)
+        test = _windows(args, args.text, args.windows, None)
+    except StreamcompError as error:
         sys.exit(f"error: {error}")
-    test = test[: args.windows or None]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     start = time.perf_counter()
     dense = perplexity(model, test)

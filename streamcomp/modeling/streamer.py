@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteErr
 from streamcomp.modeling.skeleton import Call, Skeleton
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
+
+# The loader of the first transformers 5 releases wants one argument more.
+_OLDER_ARGUMENTS = (
+    {"tp_plan": None}
+    if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
+    else {}
+)
 
 
 class LoadedBlock:
@@ -161,6 +169,7 @@ class BlockStreamer:
                     weight_mapping=get_model_conversion_mapping(model),
                 ),
                 disk_offload_index=None,
+                **_OLDER_ARGUMENTS,
             )
             if info.mismatched_keys:
                 name, found, expected = sorted(info.mismatched_keys)[0]
