@@ -3,8 +3,9 @@
 Follows the published code (arXiv 2403.07378, https://github.com/AIoT-MLSys-Lab/SVD-LLM) step by
 step, without its parameter update: one fp32 forward over the calibration windows gathers
 H = X X^T of every linear; per linear H = S S^T (Cholesky, fp64), SVD(W S) in fp32, the top
-``rank`` singular triplets, and S^-1 (fp64) folded into the right factor. It shares no code with
-streamcomp but the choice of windows, on purpose, and needs all moments, 4 n^2 bytes a linear, at once.
+``rank`` singular triplets, and S^-1 (fp64) folded into the right factor. On purpose it
+shares no code with streamcomp but the choice of windows; it needs all moments, 4 n^2 bytes a
+linear, at once.
 
     python benchmarks/textbook_svd_llm.py MODEL --calibration valid.txt --text test.txt --ratio 0.2
 """

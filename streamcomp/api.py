@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from streamcomp.checkpoint.hub import checkpoint_folder, headers_folder
@@ -195,7 +196,7 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
     seconds = [step["seconds"] for step in journal.steps]
     blocks = [s["seconds"] for s in journal.steps if s["step"].startswith("block")]
     total = journal.header["total"]
-    pace = sum(blocks) / len(blocks) if blocks else 0.0
+    pace = median(blocks) if blocks else 0.0
     return JobStatus(
         out,
         False,
@@ -227,7 +228,7 @@ def _publish(job: Job) -> dict[str, Any]:
     config["auto_map"] = AUTO_MAP
     extra = {
         PLUGIN: plugin_source(),
-        "README.md": model_card(job.index.folder, report, job.recipe),
+        "README.md": model_card(report, job.recipe),
         "streamcomp_report.html": html_report(report),
         REPORT: to_json(report),
     }

@@ -516,7 +516,8 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
     }
     if damped:
         worst = max(damped, key=lambda linear: linear["damping"])
-        rows["damped"] = f"{len(damped)} linears, most {worst['damping']:.0e} at {worst['name']}"
+        rows["damped"] = f"{len(damped)} of {len(report['linears'])} linears, most "
+        rows["damped"] += f"{worst['damping']:.0e} at {worst['name']}"
     if report["left"]:
         rows["left as it is"] = f"{len(report['left'])} modules, see {out}/streamcomp_report.json"
     console = Console()

@@ -12,7 +12,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from statistics import fmean
 from typing import Any, NewType
 
@@ -75,7 +74,7 @@ ul{margin:.4rem 0 0;padding-left:1.2rem} .warning::marker{content:"\\26a0\\00a0 
 def html_report(report: dict[str, Any]) -> str:
     """``streamcomp_report.html`` of a finished job, from what ``job_report`` returns."""
     linears, steps = report.get("linears", []), report["steps"]
-    budget, name = report["memory"]["budget_bytes"], _model_name(report["model"]["source"])
+    budget, name = report["memory"]["budget_bytes"], report["model"]["source"]
     settings = (_settings(key, report.get(key, {})) for key in ("recipe", "levers", "versions"))
     body = [
         _tag("h1", _text(f"{name}, compressed")),
@@ -128,12 +127,6 @@ def _counted(count: int, noun: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g}%"
-
-
-def _model_name(source: str) -> str:
-    """The folder's name; in the hub's cache, where that is a hash, the model's."""
-    hub = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", source)
-    return hub[1].replace("--", "/") if hub else PurePath(source).name or source
 
 
 def _block(name: str) -> int:

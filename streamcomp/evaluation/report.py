@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from streamcomp.planning.plan import Plan
 from streamcomp.recipe import Recipe
 from streamcomp.units import format_bytes
 
-__all__ = ["job_report", "model_card"]
+__all__ = ["job_report", "model_card", "model_name"]
 
 
 def job_report(
@@ -38,7 +39,7 @@ def job_report(
             stages[name] = round(stages.get(name, 0.0) + seconds, 3)
     return {
         "model": {
-            "source": str(index.folder),
+            "source": model_name(index.folder),
             "type": index.config.get("model_type"),
             "linear_parameters": eligible,
             "linear_parameters_kept": eligible - removed,
@@ -69,7 +70,13 @@ def job_report(
     }
 
 
-def model_card(source: Path, report: dict[str, Any], recipe: Recipe) -> str:
+def model_name(folder: Path) -> str:
+    """What a checkpoint is called: its folder, or in the hub's cache, where that is a hash, a name."""
+    hub = re.search(r"models--([^/]+)/snapshots/", str(folder.resolve()))
+    return hub[1].replace("--", "/") if hub else folder.resolve().name
+
+
+def model_card(report: dict[str, Any], recipe: Recipe) -> str:
     """``README.md`` of the output: what it is, how to load it, how it was made."""
     model, memory = report["model"], report["memory"]
     return f"""---
@@ -79,7 +86,7 @@ tags:
 - low-rank
 ---
 
-# {source.name}, compressed
+# {model["source"]}, compressed
 
 {model["ratio"]:.1%} of the parameters of its linears removed with streamcomp
 (`{recipe.method}`, form `{recipe.form}`): {format_bytes(model["bytes"])} are now

@@ -148,7 +148,7 @@ def test_a_folder_below_a_file_is_an_output_error(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_found_when_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Path, "touch", failing(errno.EROFS))
+    monkeypatch.setattr(os, "open", failing(errno.EROFS))
 
     with pytest.raises(OutputError, match="Read-only file system"):
         make_folder(tmp_path)
