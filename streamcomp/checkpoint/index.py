@@ -159,7 +159,15 @@ def _check_inside(folder: Path, name: str, shard: object) -> None:
     if not isinstance(shard, str):
         raise SourceError(f"{INDEX_FILE}: shard of {name} is no string")
     path = PurePosixPath(shard)
-    if path.is_absolute() or ".." in path.parts or "\\" in shard or "\0" in shard or not path.parts:
+    long = any(len(part.encode()) > 255 for part in path.parts)
+    if (
+        long
+        or path.is_absolute()
+        or ".." in path.parts
+        or "\\" in shard
+        or "\0" in shard
+        or not path.parts
+    ):
         raise SourceError(f"{INDEX_FILE} places {name} in {shard!r}, outside of {folder}: refused")
 
 
@@ -178,7 +186,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise CorruptShardError(f"{path}: header is no JSON, the file is damaged") from None
     if not isinstance(header, dict):
         raise CorruptShardError(f"{path}: header is no JSON object, the file is damaged")
@@ -190,7 +198,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int, size: int) -> TensorIn
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         start, stop = (data + int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise CorruptShardError(f"{path}: header entry of {name} is damaged") from None
     if stop > size:
         raise CorruptShardError(
@@ -199,7 +207,12 @@ def _tensor(path: Path, name: str, entry: Any, data: int, size: int) -> TensorIn
         )
     item = DTYPES[dtype].itemsize if dtype in DTYPES else _ITEM_BYTES.get(dtype)
     expected = None if item is None else item * math.prod(shape)
-    if start < data or stop < start or (expected is not None and stop - start != expected):
+    if (
+        min(shape, default=0) < 0
+        or start < data
+        or stop < start
+        or (expected is not None and stop - start != expected)
+    ):
         raise CorruptShardError(
             f"{path}: {name} {dtype} {list(shape)} does not match its {stop - start} bytes"
         )

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from streamcomp.checkpoint.index import TensorInfo
-from streamcomp.errors import CorruptShardError, SourceError
+from streamcomp.errors import CorruptShardError, NonFiniteError, SourceError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["COPY_BYTES", "TensorReader"]
+__all__ = ["COPY_BYTES", "TensorReader", "check_finite_on_disk"]
 
 # Bytes moved at a time where a tensor is copied from shard to shard.
 COPY_BYTES = 8 * 2**20
@@ -111,3 +111,16 @@ class TensorReader:
 
     def _forget(self, info: TensorInfo) -> None:
         os.posix_fadvise(self._descriptor(info), info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def check_finite_on_disk(info: TensorInfo) -> None:
+    """NonFiniteError if a tensor of floats holds NaN or infinity; holds ``COPY_BYTES`` of it."""
+    if not info.is_float:
+        return
+    with TensorReader() as reader:
+        for chunk in reader.chunks(info):
+            if not bool(torch.frombuffer(chunk, dtype=info.torch_dtype).isfinite().all()):
+                raise NonFiniteError(
+                    f"{info.name} in {info.shard} holds NaN or infinite weights; the checkpoint is "
+                    "damaged"
+                )

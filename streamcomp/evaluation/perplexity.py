@@ -19,6 +19,7 @@ from streamcomp.calibration.corpus import HELD_OUT, load_windows
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.checkpoint.atomic import make_folder
 from streamcomp.checkpoint.index import CheckpointIndex
+from streamcomp.errors import NonFiniteError
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.run import choose_device
 from streamcomp.modeling.skeleton import Call, Skeleton
@@ -95,6 +96,10 @@ def evaluate_checkpoint(
             progress.end()
     predicted_tokens = shape.windows * (seq_len - 1)
     mean = nll / predicted_tokens
+    if math.isnan(mean):
+        raise NonFiniteError(
+            f"{index.folder}: its logits are NaN on {text}; the weights are damaged"
+        )
     return Evaluation(
         math.exp(mean) if mean < 700 else math.inf,
         mean,

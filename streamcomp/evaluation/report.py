@@ -71,7 +71,7 @@ def job_report(
 
 
 def model_name(folder: Path) -> str:
-    """What a checkpoint is called: its folder, or in the hub's cache, where that is a hash, a name."""
+    """What a checkpoint is called: its folder, or in the hub's cache its model."""
     hub = re.search(r"models--([^/]+)/snapshots/", str(folder.resolve()))
     return hub[1].replace("--", "/") if hub else folder.resolve().name
 

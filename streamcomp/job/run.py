@@ -23,7 +23,7 @@ from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.calibration.observe import Observer
 from streamcomp.checkpoint.atomic import make_folder
 from streamcomp.checkpoint.index import CheckpointIndex, read_header
-from streamcomp.checkpoint.reader import TensorReader
+from streamcomp.checkpoint.reader import TensorReader, check_finite_on_disk
 from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.errors import (
     BudgetError,
@@ -216,6 +216,10 @@ class Job:
         return {"windows": len(windows.tokens), "notes": list(windows.notes)}
 
     def _embed(self, stage: _Stage) -> dict[str, Any]:
+        stage("checking")
+        for infos in self.skeleton.outer_parameters().values():
+            for info in infos:
+                check_finite_on_disk(info)
         tokens = self._tokens
         states = self._states(0)
         states.create()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from streamcomp.errors import RecipeError
+
 __all__ = ["largest_rank", "stored_numbers", "uniform_ranks"]
 
 
@@ -37,7 +39,7 @@ def uniform_ranks(shapes: Sequence[tuple[int, int]], ratio: float, form: str) ->
     taken from the others, so that together at most ``1 - ratio`` of all numbers is stored,
     and the gap is less than one rank of the smallest linear. The share is found by
     bisection; what rounding leaves over is given out in single ranks, largest linear first,
-    so that those of one shape differ by one rank at most.
+    over and over. RecipeError where even rank 1 everywhere stores too much.
     """
     total = sum(rows * columns for rows, columns in shapes)
     allowed = math.floor((1 - ratio) * total)
@@ -54,17 +56,29 @@ def uniform_ranks(shapes: Sequence[tuple[int, int]], ratio: float, form: str) ->
         low, high = (middle, high) if stored(ranks_at(middle)) <= allowed else (low, middle)
     ranks = ranks_at(low)
     spare = allowed - stored(ranks)
+    if spare < 0:
+        raise RecipeError(
+            f"ratio {ratio:g} cannot be reached: rank 1 everywhere removes "
+            f"{1 - stored(ranks) / total:.4f} of the parameters"
+        )
     largest_first = sorted(range(len(shapes)), key=lambda i: -shapes[i][0] * shapes[i][1])
-    for place in largest_first:
-        rows, columns = shapes[place]
-        rank = ranks[place]
-        if rank is None:
-            continue
-        step = stored_numbers(form, rows, columns, rank + 1) - _stored(form, shapes[place], rank)
-        if 0 < step <= spare and rank < largest_rank(form, rows, columns, math.inf):
-            ranks[place] = rank + 1
-            spare -= step
+    given = True
+    while given:
+        given = False
+        for place in largest_first:
+            step = _next_step(form, shapes[place], ranks[place])
+            if step is not None and step <= spare:
+                ranks[place] = (ranks[place] or 0) + 1
+                spare -= step
+                given = True
     return ranks
+
+
+def _next_step(form: str, shape: tuple[int, int], rank: int | None) -> int | None:
+    """Numbers that one rank more costs; None where the linear cannot have it."""
+    if rank is None or rank >= largest_rank(form, *shape, math.inf):
+        return None
+    return stored_numbers(form, *shape, rank + 1) - stored_numbers(form, *shape, rank)
 
 
 def _rank_at(form: str, rows: int, columns: int, share: float) -> int | None:

@@ -121,6 +121,8 @@ def decompose_inputs(weight: Tensor, inputs: Tensor) -> Decomposition:
     lower, damping = _cholesky(inputs)  # (n, n)
     small = lower.T @ _gram(weight) @ lower  # (n, n) = L^T W^T W L
     values, vectors = torch.linalg.eigh(small)
+    if not bool(inputs.diagonal().any()):  # an input that is always zero: nothing is lost
+        values = torch.zeros_like(values)
     scale = values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     scale[values <= 0] = 0
     vectors *= scale
@@ -130,18 +132,19 @@ def decompose_inputs(weight: Tensor, inputs: Tensor) -> Decomposition:
 def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
     """The left factor (k, r) that minimises ||left right - L rounded||_F over L.
 
-    ``left`` (k, r), ``right`` and ``rounded`` (r, n): ``rounded`` is ``right``, or rows of
-    the same span, in the dtype it is stored in; the left factor makes up for the rounding
-    where it can. The product (k, n) is never formed.
+    ``left`` (k, r), ``right`` and ``rounded`` (r, n): ``rounded`` is ``right`` in the dtype it
+    is stored in; the left factor makes up for the rounding where it can. Solved for the
+    small correction to ``left`` alone, and the product (k, n) is never formed.
     """
     wide = rounded.double()
-    cross = wide @ right.T  # (r, r)
+    cross = wide @ (right - wide).T  # (r, r): the correction alone, which is small
     gram = wide @ wide.T  # (r, r)
     factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info):  # dependent rows: the least-norm solution is as good as any
-        solved: Tensor = torch.linalg.pinv(gram, hermitian=True) @ cross
-        return left @ solved.T
-    return left @ torch.cholesky_solve(cross, factor).T
+    if int(info):  # rows that rounding made dependent: the least correction is as good as any
+        correction: Tensor = torch.linalg.pinv(gram, hermitian=True) @ cross
+    else:
+        correction = torch.cholesky_solve(cross, factor)
+    return left + left @ correction.T
 
 
 def _decomposition(

@@ -27,15 +27,16 @@ def factor_tensors(
         right.addmm_(basis[rows].T, weight[rows].to(basis.dtype))  # (r, n)
     if form == "uv":
         rounded = right.to(dtype)
-        return {"weight": rounded, "U": fit_left(basis, right, rounded).to(dtype)}
-    pivots, rest, _ = interpolate(basis)
-    rounded = (basis[pivots] @ right).to(dtype)
+        return {"weight": rounded, "U": fit_left(basis, right, rounded).to(dtype).contiguous()}
+    pivots, rest, coefficients = interpolate(basis)
+    right = basis[pivots] @ right  # (r, n), the pivot rows of W'
+    rounded = right.to(dtype)
     places = torch.empty(len(basis), dtype=torch.int32, device=basis.device)
     places[torch.cat((pivots, rest))] = torch.arange(
         len(basis), dtype=torch.int32, device=basis.device
     )
     return {
         "weight": rounded,
-        "coef": fit_left(basis[rest], right, rounded).to(dtype),
+        "coef": fit_left(coefficients, right, rounded).to(dtype).contiguous(),
         "pivots": places,
     }

@@ -84,13 +84,24 @@ def _reason(
         return f"named {sources[0].name} on disk"
     if sources[0].dtype not in _FLOATS:
         return f"of dtype {sources[0].dtype}"
-    if module.weight.shape[0] in _expert_counts(skeleton):
+    if _is_router(skeleton, full_name, module.weight.shape[0]):
         return "a router"
     if include and not re.search(include, full_name):
         return "not included"
     if exclude and re.search(exclude, full_name):
         return "excluded"
     return ""
+
+
+def _is_router(skeleton: Skeleton, full_name: str, rows: int) -> bool:
+    """One output per expert, beside the experts: a list of as many, or one tensor of them all."""
+    if rows not in _expert_counts(skeleton):
+        return False
+    beside = skeleton.model.get_submodule(full_name.rpartition(".")[0])
+    lists = (m for m in beside.modules() if isinstance(m, nn.ModuleList))
+    return any(len(experts) == rows for experts in lists) or any(
+        value.dim() == 3 and value.shape[0] == rows for value in beside.parameters()
+    )
 
 
 def _expert_counts(skeleton: Skeleton) -> set[int]:

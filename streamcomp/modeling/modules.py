@@ -130,7 +130,7 @@ def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     if form not in FORMS:
         raise ValueError(f"streamcomp: unknown form {form!r}: written by a newer version?")
     rows, columns = dense.out_features, dense.in_features
-    if not isinstance(rank, int) or not 0 < rank < max(rows, columns):
+    if not isinstance(rank, int) or not 0 < rank < min(rows, columns):
         raise ValueError(f"streamcomp: rank {rank!r} is impossible for {rows} x {columns}")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     return FORMS[form](columns, rows, rank, dense.bias is not None, **place)

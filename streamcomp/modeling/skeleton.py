@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
-from streamcomp.errors import SourceError, UnsupportedModelError
+from streamcomp.errors import MissingShardError, SourceError, UnsupportedModelError
 from streamcomp.modeling.modules import FORMAT_VERSION, NameMap, install_factored
 
 __all__ = ["Call", "Skeleton", "check_same_calls"]
@@ -62,6 +62,7 @@ class Skeleton:
                     f"type ({str(error).splitlines()[0][:120]})"
                 ) from None
         self.config = self.model.config
+        self.tied = self.head.weight is self.embedding.weight
         self.text_config = config.get_text_config(decoder=True)
         _rebuild_buffers(self.model)
         self.layers_name, self._layers = _find_layers(self.model, self.text_config)
@@ -141,6 +142,8 @@ class Skeleton:
         """The token embedding's matrix on disk, (vocabulary, hidden)."""
         name = f"{self.embedding_name}.weight"
         infos = self.sources.get(name, [])
+        if not infos:
+            raise MissingShardError(f"{name} is in no shard: the checkpoint is incomplete")
         if len(infos) != 1:
             raise UnsupportedModelError(f"{name} does not come from one tensor on disk")
         return infos[0]
@@ -359,7 +362,7 @@ def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, nn.ModuleLis
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
-            and len(module) == config.num_hidden_layers
+            and len(module) == config.num_hidden_layers > 0
             and (
                 type(module[0]).__name__ in whole
                 or re.search(r"(^|\.)(layers|h|blocks)$", name) is not None

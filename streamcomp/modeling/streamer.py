@@ -72,7 +72,7 @@ class BlockStreamer:
         self.skeleton, self.device = skeleton, device
         wanted = skeleton.used_outer_modules - {skeleton.embedding_name}
         _move_buffers(skeleton.model, device)
-        self._load(lambda name: name.rpartition(".")[0] in wanted)
+        self._load_outer(wanted)
 
     def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Embed ``tokens`` (batch, seq) and record each block's call.
@@ -90,12 +90,7 @@ class BlockStreamer:
         loaded = LoadedBlock(module, name, "", self.skeleton)
         try:
             loaded.digest = self._load(lambda parameter: parameter.startswith(name + "."))
-            missing = [n for n, value in module.state_dict().items() if value.is_meta]
-            if missing:
-                raise MissingShardError(
-                    f"{name}.{missing[0]} is in no shard: checkpoint incomplete"
-                )
-            _check_finite(name, module)
+            _check_loaded(name, module)
             yield loaded
         finally:
             loaded.restore()
@@ -108,8 +103,8 @@ class BlockStreamer:
         outer = self.skeleton.outer_modules - {self.skeleton.embedding_name}
         token = torch.zeros(1, 1, dtype=torch.int64)
         try:
-            self._load(lambda name: name.rpartition(".")[0] in outer)
-            if module.weight.is_meta:  # tied to the embedding
+            self._load_outer(outer, but=module if self.skeleton.tied else None)
+            if self.skeleton.tied:
                 with TensorReader() as reader:
                     weight = reader.read(self.skeleton.embedding_source)
                 weight = weight.to(self.device, self.skeleton.dtype)
@@ -119,6 +114,14 @@ class BlockStreamer:
         finally:
             _free(module)
 
+    def _load_outer(self, names: set[str], but: nn.Module | None = None) -> None:
+        """Load modules that lie in no block; all their tensors must be there, but ``but``'s."""
+        self._load(lambda parameter: parameter.rpartition(".")[0] in names)
+        for name in sorted(names):
+            module = self.skeleton.model.get_submodule(name)
+            if module is not but:
+                _check_loaded(name, module)
+
     @contextmanager
     def _embedding_rows(self, tokens: Tensor, any_tokens: bool = False) -> Iterator[None]:
         """The embedding with the rows of ``tokens`` alone, numbered anew.
@@ -127,10 +130,10 @@ class BlockStreamer:
         """
         source, embedding = self.skeleton.embedding_source, self.skeleton.embedding
         distinct, places = tokens.cpu().unique(return_inverse=True)
-        if int(distinct[-1]) >= source.shape[0]:
+        if int(distinct[0]) < 0 or int(distinct[-1]) >= source.shape[0]:
             raise CorruptShardError(
-                f"token {int(distinct[-1])} is beyond the {source.shape[0]} rows of {source.name}: "
-                "the tokenizer belongs to another model"
+                f"tokens {int(distinct[0])} to {int(distinct[-1])} do not fit the "
+                f"{source.shape[0]} rows of {source.name}: the tokenizer belongs to another model"
             )
         with TensorReader() as reader:
             rows = reader.read_rows(source, distinct).to(self.device, self.skeleton.dtype)
@@ -230,9 +233,11 @@ def _free(block: nn.Module) -> None:
                 module._buffers[name] = buffer.to("meta")
 
 
-def _check_finite(name: str, block: nn.Module) -> None:
-    """Refuse NaN and infinite weights: they would spread to every block behind."""
-    for leaf, value in block.state_dict().items():
+def _check_loaded(name: str, module: nn.Module) -> None:
+    """Refuse missing weights, and NaN and infinite ones, which would spread behind."""
+    for leaf, value in module.state_dict().items():
+        if value.is_meta:
+            raise MissingShardError(f"{name}.{leaf} is in no shard: the checkpoint is incomplete")
         if value.is_floating_point() and not bool(value.sum().isfinite()):
             bad = int((~value.isfinite()).sum())
             if bad:

@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from streamcomp.modeling.skeleton import Call
 
 __all__ = ["BlockTrace", "trace_block"]
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# The CPU's attention kernel, which torch's own counter does not know.
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def _trace(
             }
             copied = tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
             start = torch.empty(hidden.shape, dtype=hidden.dtype)
-            counter = FlopCounterMode(display=False)
+            counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
             with counter, _LiveBytes([start]) as live:
                 torch.func.functional_call(block, state, (start, *copied[0]), copied[1])
     finally:

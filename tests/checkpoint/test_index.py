@@ -210,10 +210,7 @@ def test_a_shard_cut_short_is_refused_wherever_it_ends(
         b'"text"',
         b"17",
         b'{"a": ',
-        pytest.param(
-            b"[" * 100_000,
-            marks=pytest.mark.xfail(strict=True, raises=RecursionError, reason="nested too deep"),
-        ),
+        b"[" * 100_000,
     ],
     ids=lambda header: header[:12].decode(errors="replace"),
 )
@@ -265,10 +262,7 @@ def test_offsets_beyond_the_end_are_refused(folder: Path, entry: object) -> None
         {"dtype": "F32", "shape": [2, 2], "data_offsets": [-16, 0]},
         {"dtype": "F32", "shape": [2, 2], "data_offsets": [16, 0]},
         {"dtype": "F32", "shape": [2, -2], "data_offsets": [0, 16]},
-        pytest.param(
-            {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]},
-            marks=pytest.mark.xfail(strict=True, reason="two negative sides multiply to a count"),
-        ),
+        {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]},
     ],
     ids=lambda entry: f"{entry['dtype']} {entry['shape']} {entry['data_offsets']}",
 )
@@ -291,10 +285,7 @@ def test_a_shape_that_does_not_match_its_bytes_is_refused(folder: Path, entry: o
         {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 8, 16]},
         {"dtype": "F32", "shape": [2, 2], "data_offsets": ["a", "b"]},
         {"dtype": "F32", "shape": [float("nan")], "data_offsets": [0, 16]},
-        pytest.param(
-            {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 16]},
-            marks=pytest.mark.xfail(strict=True, raises=OverflowError, reason="int(inf)"),
-        ),
+        {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 16]},
         [],
         "F32",
         None,

@@ -128,20 +128,6 @@ def test_names_from_a_checkpoint_stay_text() -> None:
     assert "script" not in Page(page).tags
 
 
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("/hub/models--org--tiny-7b/snapshots/0123abcd", "org/tiny-7b"),
-        ("/models/tiny", "tiny"),
-        ("/", "/"),
-    ],
-)
-def test_a_model_from_the_hub_has_its_name(source: str, name: str) -> None:
-    model = report()["model"] | {"source": source}
-
-    assert f"{name}, compressed" in Page(html_report(report(model=model))).text
-
-
 def test_every_family_is_in_the_legend_and_in_the_table() -> None:
     families = ["attn.qkv", *(f"mlp.w{n}" for n in range(40))]
     linears = [linear(f"h.{block}.{name}") for block in range(3) for name in families]

@@ -84,12 +84,7 @@ def test_inputs_that_are_always_zero_are_survived(
     [
         WIDE,
         SQUARE,
-        pytest.param(
-            TALL,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the spectrum is then that of identity inputs"
-            ),
-        ),
+        TALL,
     ],
 )
 def test_a_linear_that_puts_out_nothing_loses_nothing(

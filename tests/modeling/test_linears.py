@@ -69,7 +69,6 @@ def test_a_router_that_is_a_plain_linear_is_left_too(pico: Callable[..., Path]) 
     assert find_linears(skeleton, 1).left["model.layers.1.mlp.gate"] == "a router"
 
 
-@pytest.mark.xfail(strict=True, reason="any linear with as many rows as experts is a router")
 def test_a_projection_with_as_many_rows_as_experts_is_no_router(tmp_path: Path) -> None:
     folder = save_pico(tmp_path, "llama")
     edit_config(folder, num_local_experts=16)  # as many as k_proj has rows

@@ -144,7 +144,6 @@ def test_what_the_config_may_not_say_is_refused(given: dict[str, Any], message: 
         factored(nn.Linear(20, 12), given)
 
 
-@pytest.mark.xfail(strict=True, reason="only the longer side bounds a rank")
 @pytest.mark.parametrize("rank", [12, 13])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_rank_as_large_as_the_shorter_side_is_refused(form: str, rank: int) -> None:
