@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from streamcomp.errors import RecipeError, StreamcompError
 from streamcomp.recipe import ALLOCATIONS, FORMS, STATISTICS, Recipe, Resources
@@ -413,13 +413,13 @@ def inspect(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
         _print_json(found.to_dict())
         return
     table = Table(
-        "linear",
-        "shape",
+        Column("linear", no_wrap=True),
+        Column("shape", no_wrap=True),
         "count",
         "form",
-        "rank",
-        "bytes",
-        "shares its input with",
+        Column("rank", no_wrap=True),
+        Column("bytes", no_wrap=True),
+        "input shared with",
         title=f"{model}: {found.model_type}, {found.dtype}, {found.blocks} blocks",
     )
     for family in found.families:

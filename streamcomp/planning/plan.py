@@ -174,8 +174,8 @@ def make_plan(
     peak = max(steps, key=lambda step: step.peak_bytes)
     if peak.peak_bytes > budget_bytes:
         raise BudgetError(
-            f"{peak.name} ({peak.peak_phase}) needs {format_bytes(peak.peak_bytes)}, the budget is "
-            f"{format_bytes(budget_bytes)}: --max-ram {minimum // 2**20}M fits",
+            f"{peak.name} needs {format_bytes(peak.peak_bytes)} to {peak.peak_phase}, the budget "
+            f"is {format_bytes(budget_bytes)}: --max-ram {minimum // 2**20}M fits",
             budget_bytes=budget_bytes,
             minimum_bytes=minimum,
         )
