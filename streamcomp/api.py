@@ -27,6 +27,7 @@ from streamcomp.job.publish import (
     to_json,
 )
 from streamcomp.job.run import WORK_FOLDER, Job, choose_device, prepare_process
+from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.meter import budget_bytes, is_memory_backed, warm_up
 from streamcomp.planning.plan import Plan, make_plan, measure_rates
@@ -115,6 +116,7 @@ def plan(
     recipe, resources = recipe or Recipe(), resources or Resources()
     prepare_process(resources)
     device = choose_device(resources.device)
+    find_method(recipe.method)
     with headers_folder(model, revision) as folder:
         skeleton = Skeleton(read_index(folder))
         warm_up(device, skeleton.dtype)

@@ -27,6 +27,7 @@ from streamcomp.checkpoint.reader import TensorReader, check_finite_on_disk
 from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.errors import (
     BudgetError,
+    JobLockedError,
     JobMismatchError,
     NonFiniteError,
     OutputError,
@@ -87,7 +88,7 @@ class Job:
         warm_up(self.device, self.skeleton.dtype)
         rates = measure_rates(self.device, self.skeleton.dtype)
         self._refuse_foreign_folder()
-        found = Journal.read(self.work) if self.work.is_dir() else None
+        found = self._journal()
         if found is not None:
             check_fingerprint(found.header["fingerprint"], self.fingerprint, self.out)
         self.plan = self._plan(rates, found)
@@ -95,10 +96,23 @@ class Job:
         self._check_disk()
         make_folder(self.out)
         with locked(self.out):
+            self._refuse_foreign_folder()
             make_folder(self.work)
             with locked(self.work):
+                self._check_unchanged(found)
                 self._resume(found)
                 yield
+
+    def _journal(self) -> Journal | None:
+        """What was done; a job that got no further than its first step may begin anew."""
+        found = Journal.read(self.work) if self.work.is_dir() else None
+        return found if found is not None and found.steps else None
+
+    def _check_unchanged(self, found: Journal | None) -> None:
+        """Nobody worked here between the first look and the lock."""
+        now = self._journal()
+        if (now.steps if now else []) != (found.steps if found else []):
+            raise JobLockedError(f"another process has just worked on {self.out}: try again")
 
     def _plan(self, rates: MachineRates, found: Journal | None) -> Plan:
         fits = {"memory_backed": is_memory_backed(self.work)}
@@ -146,8 +160,8 @@ class Job:
         free = shutil.disk_usage(folder).free
         there = sum(
             file.stat().st_size
-            for root in {self.out, self.work}
-            if root.is_dir()
+            for root in (self.out, self.work)
+            if root.is_dir() and not (root != self.out and root.is_relative_to(self.out))
             for file in root.rglob("*")
             if file.is_file()
         )

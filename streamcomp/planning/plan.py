@@ -315,20 +315,17 @@ class _Planner:
         self.skeleton, self.recipe, self.rates = skeleton, recipe, rates
         self.blocks, self.stream, self.baseline = blocks, stream, baseline
         self.in_memory = 2 * stream.nbytes if memory_backed else 0
+        eligible = [linear for block in blocks for linear in block.linears.eligible]
+        if not eligible and (recipe.include or recipe.exclude):
+            raise RecipeError("--include and --exclude leave no linear: see streamcomp inspect")
         if not any(rank is not None for block in blocks for rank in block.ranks.values()):
             raise UnsupportedModelError(
-                f"{skeleton.index.folder}: no linear of its blocks can be factored at ratio "
-                f"{recipe.ratio:g}" + (" with --include/--exclude" if recipe.include else "")
+                f"{skeleton.index.folder}: no linear of its blocks can be factored"
             )
-        eligible = [linear for block in blocks for linear in block.linears.eligible]
         ranks = {name: rank for block in blocks for name, rank in block.ranks.items()}
         kept = sum(_numbers(recipe.form, linear, ranks[linear.full_name]) for linear in eligible)
         total = sum(linear.numel for linear in eligible)
         self.ratio = 1 - kept / total
-        if kept > (1 - recipe.ratio) * total:
-            raise RecipeError(
-                f"ratio {recipe.ratio:g}: with rank 1 everywhere it is at most {self.ratio:.3f}"
-            )
 
     def steps(self, batch: int) -> tuple[StepPlan, ...]:
         compressed = self.recipe.statistics == "compressed"
