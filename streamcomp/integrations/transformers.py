@@ -78,6 +78,8 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """transformers only warns of missing tensors; a missing factor is an error."""
+        # what save_pretrained makes of this model has no plugin beside it for auto_map to name
+        vars(model.config).pop("auto_map", None)
         for name, module in model.named_modules():
             if not isinstance(module, FactoredLinear):
                 continue

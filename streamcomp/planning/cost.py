@@ -31,7 +31,7 @@ __all__ = [
 
 _F64 = 8
 # Libraries and allocator slack that come after the baseline was measured.
-LATE_BYTES = 40 * 2**20
+LATE_BYTES = 48 * 2**20
 # A tokenizer in memory, per byte of its file, and the records of one piece of text.
 _TOKENIZER_FACTOR = 20
 _PIECE_BYTES = 48 * 2**20
@@ -154,10 +154,13 @@ def factorization_bytes(rows: int, columns: int, rank: int, form: str) -> int:
 
 
 def embed_bytes(stream: StreamShape, batch: int, vocabulary: int) -> int:
-    """One row per distinct token, on disk's dtype and the model's, and the states twice."""
+    """One row per distinct token, in the disk's dtype and the model's, and the states four times.
+
+    Before it, the weights outside of the blocks are checked, ``COPY_BYTES`` at a time.
+    """
     row = stream.hidden * stream.dtype.itemsize
     distinct = min(vocabulary, batch * stream.seq_len)
-    return 2 * distinct * row + 4 * batch * stream.window_bytes
+    return max(3 * COPY_BYTES, 2 * distinct * row + 4 * batch * stream.window_bytes)
 
 
 def head_bytes(head_weight_bytes: int, vocabulary: int, tokens: int) -> int:

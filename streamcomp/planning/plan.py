@@ -42,6 +42,8 @@ __all__ = [
 _ENOUGH_TOKENS = 8192
 # Share added to what the formulas count, for what the allocator rounds up.
 _SLACK = 1.05
+# By which the baseline differs from one process to the next.
+_DRIFT_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def make_plan(
     fixed = batch or recipe.batch
     least, chosen = _choose_batch(planner, fixed, budget_bytes)
     steps = planner.steps(chosen)
-    minimum = _round_up(max(step.peak_bytes for step in planner.steps(least)))
+    minimum = _budget_for(max(step.peak_bytes for step in planner.steps(least)))
     peak = max(steps, key=lambda step: step.peak_bytes)
     if peak.peak_bytes > budget_bytes:
         raise BudgetError(
@@ -218,7 +220,7 @@ def make_evaluation_plan(
         tokens = math.ceil(tokens / 2)
     peak = max(forward(batch), head(tokens))
     if peak > budget_bytes:
-        minimum = _round_up(max(forward(1), head(1)))
+        minimum = _budget_for(max(forward(1), head(1)))
         raise BudgetError(
             f"evaluation needs {format_bytes(peak)}, the budget is {format_bytes(budget_bytes)}: "
             f"--max-ram {minimum // 2**20}M fits",
@@ -451,9 +453,9 @@ def _with_slack(counted: int) -> int:
     return int(_SLACK * counted) + cost.LATE_BYTES
 
 
-def _round_up(size: int) -> int:
-    """To whole MiB."""
-    return -(-size // 2**20) * 2**20
+def _budget_for(peak: int) -> int:
+    """Whole MiB above ``peak``, enough also for a process that begins a little larger."""
+    return -(-(peak + _DRIFT_BYTES) // 2**20) * 2**20
 
 
 def _head_bytes(skeleton: Skeleton) -> int:

@@ -1,0 +1,104 @@
+"""The formulas of the workspaces against what this machine's LAPACK really takes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from streamcomp.linalg.allocation import largest_rank
+from streamcomp.planning.cost import decomposition_bytes, factorization_bytes
+from streamcomp.recipe import FORMS
+from tests.jobs import REPOSITORY, run_python
+
+MiB = 2**20
+SHAPES = [(256, 256), (512, 512), (1024, 1024), (1536, 512), (512, 1536), (256, 1024), (2560, 640)]
+SIDES = ("inputs", "outputs")
+PARTS = [(shape, side) for shape in SHAPES for side in SIDES]
+
+# Measures each part in a fork of its own: bytes above what was resident before it.
+MEASURE = """
+import json, os, sys
+import torch
+from streamcomp.linalg.low_rank import decompose_inputs, decompose_outputs
+from streamcomp.methods import factor_tensors
+from streamcomp.planning.meter import PeakMeter, release, resident_bytes, settle, warm_up
+
+torch.set_num_threads(1)
+settle()
+warm_up(torch.device("cpu"), torch.float32)
+meter = PeakMeter()
+assert meter._exact
+
+def measure(rows, columns, rank, form, side):
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=random)
+    size = columns if side == "inputs" else rows
+    moment = torch.eye(size) + 0.1
+    decompose = decompose_inputs if side == "inputs" else decompose_outputs
+    release()
+    meter.restart()
+    before = resident_bytes()
+    found = decompose(weight, moment)
+    decomposed = meter.peak() - before
+    release()
+    meter.restart()
+    held = factor_tensors(form, weight, found.basis(weight, rank), torch.float32)
+    return decomposed, meter.peak() - before
+
+results = []
+for part in json.loads(sys.argv[1]):
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(reader)
+        with os.fdopen(writer, "w") as file:
+            json.dump(measure(*part), file)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        text = file.read()
+    assert os.waitpid(child, 0)[1] == 0, part
+    results.append(json.loads(text))
+print(json.dumps(results))
+"""
+
+Key = tuple[tuple[int, int], str, str]
+
+
+def rank_of(shape: tuple[int, int], form: str) -> int:
+    """The rank of a ratio of 0.2."""
+    return largest_rank(form, *shape, 0.8 * shape[0] * shape[1])
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[Key, tuple[int, int]]:
+    """Bytes of the decomposition and of the factorization, by shape, side and form."""
+    keys: list[Key] = [(*part, form) for part, form in itertools.product(PARTS, FORMS)]
+    parts = [[*shape, rank_of(shape, form), form, side] for shape, side, form in keys]
+    done = run_python("-c", MEASURE, json.dumps(parts), cwd=REPOSITORY)
+    assert done.code == 0, done.err
+    return {key: (int(a), int(b)) for key, (a, b) in zip(keys, done.json, strict=True)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("shape", "side"), PARTS)
+def test_a_decomposition_takes_what_was_counted_and_not_much_less(
+    measured: dict[Key, tuple[int, int]], shape: tuple[int, int], side: str, form: str
+) -> None:
+    counted, taken = decomposition_bytes(*shape, side), measured[shape, side, form][0]
+
+    assert taken <= counted + 1 * MiB  # heap pages, the weight's transposed copies in BLAS
+    assert counted <= 2 * taken + 16 * MiB
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("shape", "side"), PARTS)
+def test_a_factorization_takes_what_was_counted_and_not_much_less(
+    measured: dict[Key, tuple[int, int]], shape: tuple[int, int], side: str, form: str
+) -> None:
+    counted = factorization_bytes(*shape, rank_of(shape, form), form)
+    taken = measured[shape, side, form][1]
+
+    assert taken <= counted + 1 * MiB
+    assert counted <= 2 * taken + 16 * MiB

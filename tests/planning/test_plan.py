@@ -1,0 +1,462 @@
+"""What is predicted is enough: for each step, for the least budget, for the disk."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import streamcomp
+from streamcomp import BudgetError, Recipe, RecipeError, Resources
+from streamcomp.checkpoint.index import read_index
+from streamcomp.job.progress import SilentProgress
+from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.planning.plan import MachineRates, Plan, make_plan
+from streamcomp.recipe import FORMS, STATISTICS
+from tests.jobs import REPOSITORY, compress, run_python, varied_text
+from tests.pico import BOS, EOS, LONGEST, VOCABULARY, make_tokenizer
+
+MiB = 2**20
+PLENTY = 2**40
+RATES = MachineRates(1e9, 1e9, 1e9)
+BASELINE = 300 * MiB  # of a process that is not this one, which runs other tests too
+
+# Enough tokens (2048) for the widest input of the mid-size model, 1408 channels.
+SETTINGS: dict[str, Any] = {"samples": 16, "seq_len": LONGEST}
+MODELS = ("pico", "mid-size")
+KINDS = list(itertools.product(MODELS, FORMS, STATISTICS))
+
+# Runs each job of a list in a fork of its own, so that none finds memory that another one left
+# behind, and prints the list of what came of them.
+JOBS = """
+import json, os, sys, warnings
+from pathlib import Path
+import streamcomp.api
+from streamcomp import BudgetError
+from tests.jobs import compress
+
+def high_water():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+def run(model, out, text, max_ram, **settings):
+    try:
+        report = compress(Path(model), Path(out), text, max_ram=max_ram, **settings).report
+    except BudgetError as error:
+        return {"minimum": error.minimum_bytes, "message": str(error)}
+    return {"report": report, "high_water": high_water()}
+
+found = []
+for job in json.loads(sys.argv[1]):
+    if job["max_ram"] == "least":
+        job["max_ram"] = str(found[-1]["minimum"] + job.pop("more"))
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(reader)
+        with os.fdopen(writer, "w") as file:
+            json.dump(run(**job), file)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        text = file.read()
+    assert os.waitpid(child, 0)[1] == 0, job
+    found.append(json.loads(text))
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return varied_text(tmp_path_factory.mktemp("text") / "text.txt", 20_000)
+
+
+@pytest.fixture(scope="module")
+def models(
+    pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The pico llama, and one whose blocks weigh more than what a process varies by."""
+    folder = tmp_path_factory.mktemp("mid-size")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_hidden_layers=2,
+        max_position_embeddings=LONGEST,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return {"pico": pico("llama"), "mid-size": folder}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    models: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Jobs with plenty of memory, by model, form and statistics."""
+    folder = tmp_path_factory.mktemp("jobs")
+    jobs = [
+        {
+            "model": str(models[model]),
+            "out": str(folder / f"{model}-{form}-{statistics}"),
+            "text": str(text),
+            "max_ram": None,
+            "form": form,
+            "statistics": statistics,
+            **SETTINGS,
+        }
+        for model, form, statistics in KINDS
+    ]
+    return dict(zip(KINDS, run_jobs(jobs), strict=True))
+
+
+def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = run_python("-c", JOBS, json.dumps(jobs), cwd=REPOSITORY)
+    assert done.code == 0, done.err
+    found: list[dict[str, Any]] = done.json
+    return found
+
+
+def planned(
+    folder: Path, budget: int = PLENTY, *, memory_backed: bool = False, **settings: Any
+) -> Plan:
+    """The plan of a process of ``BASELINE`` bytes."""
+    recipe = Recipe(**{**SETTINGS, **settings})
+    with mock.patch("streamcomp.planning.plan.resident_bytes", return_value=BASELINE):
+        skeleton = Skeleton(read_index(folder))
+        return make_plan(skeleton, recipe, budget, RATES, memory_backed=memory_backed)
+
+
+# -- memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "form", "statistics"), KINDS)
+def test_no_step_takes_more_than_was_predicted(
+    finished: dict[tuple[str, str, str], dict[str, Any]], model: str, form: str, statistics: str
+) -> None:
+    steps = finished[model, form, statistics]["report"]["steps"]
+
+    assert [step["step"] for step in steps] == [
+        "tokenize",
+        "embed",
+        "block 0",
+        "block 1",
+        "copy the rest",
+    ]
+    over = [step for step in steps if not 0 < step["peak_bytes"] <= step["predicted_bytes"]]
+    assert not over
+
+
+def test_what_is_predicted_for_a_block_is_not_far_from_what_it_takes(
+    finished: dict[tuple[str, str, str], dict[str, Any]],
+) -> None:
+    """Else a budget that would do is refused."""
+    for form, statistics in itertools.product(FORMS, STATISTICS):
+        steps = finished["mid-size", form, statistics]["report"]["steps"]
+        for step in steps[2:4]:
+            assert step["predicted_bytes"] < step["peak_bytes"] + 200 * MiB, (form, statistics)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_job_finishes_within_the_least_budget_it_was_told(
+    models: dict[str, Path], text: Path, tmp_path: Path, model: str
+) -> None:
+    job = {
+        "model": str(models[model]),
+        "out": str(tmp_path / "out"),
+        "text": str(text),
+        "statistics": "compressed",
+        **SETTINGS,
+    }
+    # A fork later, the baseline differs by a few MiB.
+    refused, done = run_jobs(
+        [{**job, "max_ram": "1M"}, {**job, "max_ram": "least", "more": 16 * MiB}]
+    )
+
+    assert f"--max-ram {refused['minimum'] // MiB}M fits" in refused["message"]
+    memory = done["report"]["memory"]
+    assert memory["budget_bytes"] == refused["minimum"] + 16 * MiB
+    assert memory["peak_bytes"] <= memory["budget_bytes"]
+    # Since the last step began, publication included.
+    assert 0 < done["high_water"] <= memory["budget_bytes"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_least_budget_fits_and_one_byte_below_its_mebibyte_does_not(
+    models: dict[str, Path], model: str
+) -> None:
+    minimum = planned(models[model]).minimum_bytes
+
+    assert minimum % MiB == 0
+    assert planned(models[model], minimum).peak_bytes <= minimum
+    with pytest.raises(BudgetError) as caught:
+        print(minimum, [s.peak_bytes for s in planned(models[model]).steps]); planned(models[model], minimum - MiB)
+    assert caught.value.minimum_bytes == minimum
+    assert caught.value.budget_bytes == minimum - MiB
+
+
+def test_a_plan_names_the_same_least_budget_whatever_it_is_given(models: dict[str, Path]) -> None:
+    least = planned(models["mid-size"]).minimum_bytes
+
+    assert planned(models["mid-size"], least + 100 * MiB).minimum_bytes == least
+    with pytest.raises(BudgetError) as caught:
+        planned(models["mid-size"], 1)
+    assert caught.value.minimum_bytes == least
+
+
+def test_the_micro_batch_is_halved_until_the_budget_is_kept(models: dict[str, Path]) -> None:
+    many = {"samples": 64}
+    peaks = {
+        batch: planned(models["mid-size"], batch=batch, **many).peak_bytes
+        for batch in (64, 32, 16, 8)
+    }
+    assert len(set(peaks.values())) == len(peaks)
+
+    for batch, peak in peaks.items():
+        made = planned(models["mid-size"], peak, **many)
+        assert (made.batch, made.peak_bytes) == (batch, peak)
+    assert planned(models["mid-size"], peaks[64] - 1, **many).batch == 32
+
+
+def test_a_micro_batch_is_no_larger_than_is_useful(models: dict[str, Path]) -> None:
+    assert planned(models["pico"], samples=512).batch == 64  # 8192 tokens
+    assert planned(models["pico"], samples=6).batch == 4
+
+
+def test_a_batch_that_is_asked_for_is_kept(models: dict[str, Path]) -> None:
+    assert planned(models["mid-size"], samples=64, batch=3).batch == 3
+    least = planned(models["mid-size"], samples=64).minimum_bytes
+
+    fixed = planned(models["mid-size"], samples=64, batch=64)
+
+    assert fixed.minimum_bytes > least
+    with pytest.raises(BudgetError) as caught:
+        planned(models["mid-size"], fixed.minimum_bytes - MiB, samples=64, batch=64)
+    assert caught.value.minimum_bytes == fixed.minimum_bytes
+
+
+def test_hidden_states_in_memory_raise_every_peak_by_two_streams(models: dict[str, Path]) -> None:
+    on_disk = planned(models["mid-size"])
+    in_memory = planned(models["mid-size"], memory_backed=True)
+
+    stream = 16 * LONGEST * 512 * 4  # windows x tokens x hidden size in fp32
+    for before, after in zip(on_disk.steps, in_memory.steps, strict=True):
+        assert after.peak_bytes - before.peak_bytes == 2 * stream
+
+
+@pytest.mark.parametrize("memory_backed", [False, True])
+def test_plan_asks_where_the_work_folder_lies(
+    models: dict[str, Path], tmp_path: Path, memory_backed: bool
+) -> None:
+    resources = Resources(threads=1, work_dir=tmp_path)
+    with (
+        mock.patch("streamcomp.api.is_memory_backed", return_value=memory_backed) as asked,
+        mock.patch("streamcomp.api.measure_rates", return_value=RATES),
+        mock.patch("streamcomp.api.make_plan") as made,
+    ):
+        streamcomp.plan(models["pico"], Recipe(**SETTINGS), resources)
+
+    asked.assert_called_once_with(tmp_path)
+    assert made.call_args.kwargs == {"memory_backed": memory_backed}
+
+
+# -- headers --------------------------------------------------------------------------------
+
+LARGE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 80,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+PLAN = """
+import sys
+from pathlib import Path
+from unittest import mock
+from streamcomp import cli
+
+sys.argv[0] = "streamcomp"
+with mock.patch("streamcomp.planning.meter.machine_bytes", return_value=64 * 2**30):
+    cli.main()
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
+def large_tensors() -> dict[str, list[int]]:
+    """Names and shapes of Llama-3-70B."""
+    hidden, inner, grouped = 8192, 28672, 1024
+    shapes = {"model.embed_tokens.weight": [128256, hidden]}
+    for number in range(80):
+        block = {
+            "self_attn.q_proj": [hidden, hidden],
+            "self_attn.k_proj": [grouped, hidden],
+            "self_attn.v_proj": [grouped, hidden],
+            "self_attn.o_proj": [hidden, hidden],
+            "mlp.gate_proj": [inner, hidden],
+            "mlp.up_proj": [inner, hidden],
+            "mlp.down_proj": [hidden, inner],
+            "input_layernorm": [hidden],
+            "post_attention_layernorm": [hidden],
+        }
+        shapes |= {f"model.layers.{number}.{name}.weight": s for name, s in block.items()}
+    return {**shapes, "model.norm.weight": [hidden], "lm_head.weight": [128256, hidden]}
+
+
+def write_headers(folder: Path, shapes: dict[str, list[int]], shards: int) -> int:
+    """A checkpoint of bf16 zeros of which only the headers take any disk; its bytes."""
+    names, where, total = list(shapes), {}, 0
+    for number in range(shards):
+        shard = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        header, offset = {}, 0
+        for name in names[number::shards]:
+            end = offset + 2 * torch.Size(shapes[name]).numel()
+            header[name] = {
+                "dtype": "BF16",
+                "shape": shapes[name],
+                "data_offsets": [offset, end],
+            }
+            where[name], offset = shard, end
+        text = json.dumps(header).encode()
+        with (folder / shard).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + offset)
+        total += offset
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def test_a_model_of_70_billion_parameters_is_planned_from_headers(tmp_path: Path) -> None:
+    total = write_headers(tmp_path, large_tensors(), 30)
+    assert total == 2 * 70_553_706_496
+    (tmp_path / "config.json").write_text(json.dumps(LARGE))
+    make_tokenizer().save_pretrained(tmp_path)
+
+    done = run_python("-c", PLAN, "plan", tmp_path, "--max-ram", "64G", "--json", "--threads", 1)
+
+    assert done.code == 0, done.err
+    plan = done.json
+    assert len(plan["steps"]) == 83  # tokenize, embed, 80 blocks, copy the rest
+    assert len(plan["ranks"]) == 80 * 7
+    assert plan["budget_bytes"] == 64 * 2**30
+    # A block weighs 1.6 GiB; beside it the four moments and eigh of 8192^2 in fp64.
+    assert 5 * 2**30 < plan["minimum_bytes"] < 10 * 2**30
+    assert 0.79 * total < plan["output_bytes"] < 0.83 * total
+    assert int(done.err.split()[-1]) * 1024 < 700 * 10**6
+
+
+def test_windows_longer_than_the_positions_are_refused(models: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError, match=f"--seq-len {LONGEST + 1}: the model has {LONGEST} pos"):
+        planned(models["pico"], seq_len=LONGEST + 1)
+
+
+# -- ranks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_ratio_of_a_plan_is_counted_from_its_ranks(
+    models: dict[str, Path], model: str, ratio: float, form: str
+) -> None:
+    made = planned(models[model], ratio=ratio, form=form)
+
+    dense = kept = 0
+    for linear in made.linears:
+        m, n, r = linear.rows, linear.columns, made.ranks[linear.full_name]
+        dense += m * n
+        if r is None:
+            kept += m * n
+        else:
+            kept += r * n + (m - r) * r if form == "pivot" else r * n + m * r
+    assert made.ratio == pytest.approx(1 - kept / dense, abs=1e-12)
+    assert ratio <= made.ratio < ratio + 0.01
+
+
+def test_include_and_exclude_change_what_is_eligible(models: dict[str, Path]) -> None:
+    def kinds(**settings: str) -> list[str]:
+        made = planned(models["pico"], **settings)
+        return sorted(linear.full_name.rpartition(".")[2] for linear in made.linears)
+
+    feed_forward = sorted(2 * ["gate_proj", "up_proj", "down_proj"])
+    attention = sorted(2 * ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert kinds() == sorted(feed_forward + attention)
+    assert kinds(include=r"mlp\.") == feed_forward
+    assert kinds(exclude=r"mlp\.") == attention
+    assert kinds(include=r"mlp\.", exclude="up_proj|gate") == 2 * ["down_proj"]
+    with pytest.raises(RecipeError, match="leave no linear"):
+        planned(models["pico"], include="nothing")
+
+
+# -- disk -----------------------------------------------------------------------------------
+
+
+class Disk(SilentProgress):
+    """Adds up the files below ``folder`` whenever the job says something."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sizes = folder, [0]
+
+    def stage(self, step: int, name: str, stage: str, share: float) -> None:
+        self._sample()
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
+        self._sample()
+
+    def end(self) -> None:
+        self._sample()
+
+    def _sample(self) -> None:
+        self.sizes.append(sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_job_never_takes_more_disk_than_was_predicted(
+    models: dict[str, Path], text: Path, tmp_path: Path, model: str, form: str
+) -> None:
+    out = tmp_path / "out"
+    disk = Disk(out)
+
+    compress(models[model], out, text, progress=disk, form=form, **SETTINGS)
+
+    disk.end()  # published
+    made = planned(models[model], form=form)
+    assert made.output_bytes < max(disk.sizes) <= made.disk_bytes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_bytes_of_the_result_are_known_beforehand(
+    models: dict[str, Path], text: Path, tmp_path: Path, form: str
+) -> None:
+    compress(models["pico"], tmp_path, text, form=form, **SETTINGS)
+
+    tensors = 0
+    for shard in tmp_path.glob("*.safetensors"):
+        with shard.open("rb") as file:
+            tensors += shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    made = planned(models["pico"], form=form)
+    assert tensors == made.output_bytes
