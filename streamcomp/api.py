@@ -166,7 +166,9 @@ def export(
     """
     index = read_index(checkpoint_folder(model))
     extra = {PLUGIN: plugin_source()}
-    return export_checkpoint(index, Path(destination), form, extra, progress or SilentProgress())
+    return export_checkpoint(
+        index, Path(destination), form, extra, AUTO_MAP, progress or SilentProgress()
+    )
 
 
 def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:

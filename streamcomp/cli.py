@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.table import Column, Table
 
+import streamcomp
 from streamcomp.errors import RecipeError, StreamcompError
 from streamcomp.recipe import ALLOCATIONS, FORMS, STATISTICS, Recipe, Resources
 from streamcomp.units import format_bytes, format_seconds
@@ -168,7 +169,7 @@ _recipe = _options(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @_resources
 @_quiet
-@click.version_option(package_name="streamcomp")
+@click.version_option(streamcomp.__version__)
 @click.pass_context
 def cli(context: click.Context, /, **common: Any) -> None:
     """Compress large language models one block at a time, within a fixed RAM budget.
@@ -207,7 +208,6 @@ def compress(model: str, out: Path, as_json: bool, quiet: bool, **settings: Any)
 
     Example: streamcomp compress meta-llama/Llama-3.3-70B out/ --max-ram 32G
     """
-    import streamcomp
     from streamcomp.job.progress import console_progress
 
     result = streamcomp.compress(
@@ -239,8 +239,6 @@ def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
 
     Example: streamcomp plan meta-llama/Llama-3.3-70B --max-ram 32G
     """
-    import streamcomp
-
     made = streamcomp.plan(
         model, _make_recipe(settings), _make_resources(settings), revision=settings["revision"]
     )
@@ -283,8 +281,6 @@ def status(out: Path, work_dir: Path | None, as_json: bool, quiet: bool) -> None
 
     Example: streamcomp status out/
     """
-    import streamcomp
-
     found = streamcomp.status(out, work_dir=work_dir)
     if as_json:
         _print_json(dataclasses.asdict(found) | {"out": str(found.out)})
@@ -343,7 +339,6 @@ def evaluate(
 
     Example: streamcomp eval out/ --text wiki.test.txt --max-ram 4G
     """
-    import streamcomp
     from streamcomp.job.progress import console_progress
 
     found = streamcomp.evaluate(
@@ -387,7 +382,6 @@ def export(out: str, dest: Path, form: str, as_json: bool, quiet: bool) -> None:
 
     Example: streamcomp export out/ dense/
     """
-    import streamcomp
     from streamcomp.job.progress import console_progress
 
     path = streamcomp.export(out, dest, form=form, progress=console_progress(quiet or as_json))
@@ -406,8 +400,6 @@ def inspect(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
 
     Example: streamcomp inspect out/
     """
-    import streamcomp
-
     found = streamcomp.inspect(model, revision=revision)
     if as_json:
         _print_json(found.to_dict())

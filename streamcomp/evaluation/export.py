@@ -30,13 +30,15 @@ def export_checkpoint(
     destination: Path,
     form: str,
     extra: dict[str, str],
+    auto_map: dict[str, str],
     progress: JobProgress,
 ) -> Path:
     """Write ``index``, a compressed model, to ``destination`` with every linear in ``form``.
 
     ``dense`` multiplies the factors out; ``uv`` turns pivots into a plain left factor. One
-    linear is in memory at a time. ``extra`` are small files that only ``uv`` needs. A run
-    that was interrupted goes on after its last whole shard.
+    linear is in memory at a time. ``extra`` are small files that only ``uv`` needs, and
+    ``auto_map`` the config's way to them. A run that was interrupted goes on after its last
+    whole shard.
     """
     if form not in _FORMS:
         raise RecipeError(f"form {form!r} unknown; one of: {', '.join(_FORMS)}")
@@ -68,7 +70,7 @@ def export_checkpoint(
         linears = [{"name": name, "rank": spec["rank"]} for name, spec in modules.items()]
         dtypes = {name: info.dtype for name, info in index.tensors.items()}
         config["quantization_config"] = quantization_config(linears, "uv", dtypes)
-        config["auto_map"] = index.config.get("auto_map")
+        config["auto_map"] = auto_map
     write_index(destination, shards)
     write_json(destination / "config.json", config)
     (destination / _MARKER).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -190,8 +190,32 @@ class Skeleton:
         return self._tape.hidden, self._tape.calls
 
     @cached_property
-    def used_outer_modules(self) -> set[str]:
+    def modules_before(self) -> set[str]:
         """The outer modules that run before the blocks: a vision tower, say, does not."""
+        return self._modules_run_by(lambda: self.dry_record(1, 2))
+
+    def modules_behind(self, device: torch.device) -> set[str]:
+        """The outer modules that a forward runs from the last block on, the head among them."""
+
+        def run() -> None:
+            hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=device)
+            stop = self.head.register_forward_pre_hook(_raise_stop)  # it is large: do not compute
+            with self._zero_parameters(device), suppress(_Stop):
+                self.finish(hidden)
+            stop.remove()
+
+        return self._modules_run_by(run) - self.modules_before
+
+    def dry_record(self, batch: int, seq_len: int) -> tuple[Tensor, list[Call]]:
+        """:meth:`record` on the CPU with all outer parameters zero, before any is loaded.
+
+        Calls do not depend on weights.
+        """
+        with self._zero_parameters(torch.device("cpu")):
+            return self.record(torch.zeros(batch, seq_len, dtype=torch.int64))
+
+    def _modules_run_by(self, run: Callable[[], Any]) -> set[str]:
+        """The outer modules whose forward ``run`` calls."""
         used: set[str] = set()
         hooks = [
             self.model.get_submodule(name).register_forward_pre_hook(
@@ -199,16 +223,14 @@ class Skeleton:
             )
             for name in self.outer_modules
         ]
-        self.dry_record(1, 2)
+        run()
         for hook in hooks:
             hook.remove()
         return used
 
-    def dry_record(self, batch: int, seq_len: int) -> tuple[Tensor, list[Call]]:
-        """:meth:`record` on the CPU with all outer parameters zero, before any is loaded.
-
-        Calls do not depend on weights; zeros expanded from one number take no memory.
-        """
+    @contextmanager
+    def _zero_parameters(self, device: torch.device) -> Iterator[None]:
+        """Zeros for all outer parameters that are not loaded, each expanded from one number."""
         held: list[tuple[dict[str, Any], str, Any]] = []
         for name in self.outer_modules:
             module = self.model.get_submodule(name)
@@ -216,10 +238,10 @@ class Skeleton:
                 for leaf, value in store.items():
                     if value is not None and value.is_meta:
                         held.append((store, leaf, value))
-                        zero = torch.zeros((), dtype=value.dtype).expand(value.shape)
-                        store[leaf] = nn.Parameter(zero, requires_grad=False)
+                        zero = torch.zeros((), dtype=value.dtype, device=device)
+                        store[leaf] = nn.Parameter(zero.expand(value.shape), requires_grad=False)
         try:
-            return self.record(torch.zeros(batch, seq_len, dtype=torch.int64))
+            yield
         finally:
             for store, leaf, value in held:
                 store[leaf] = value
@@ -359,9 +381,11 @@ def _rebuild_buffers(model: PreTrainedModel) -> None:
 def _find_layers(model: PreTrainedModel, config: Any) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks: as many as the config says, of a type kept on one device."""
     whole = set(model._no_split_modules or ())
+    decoder = set(model.get_decoder().modules())  # beside it may stand a tower for images
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
+            and module in decoder
             and len(module) == config.num_hidden_layers > 0
             and (
                 type(module[0]).__name__ in whole
@@ -386,6 +410,10 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 class _Stop(Exception):  # noqa: N818 - not an error: ends a forward early
     """Raised by the last tap."""
+
+
+def _raise_stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _Stop
 
 
 class _Tape:

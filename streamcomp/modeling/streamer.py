@@ -70,7 +70,7 @@ class BlockStreamer:
 
     def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
         self.skeleton, self.device = skeleton, device
-        wanted = skeleton.used_outer_modules - {skeleton.embedding_name}
+        wanted = skeleton.modules_before - {skeleton.embedding_name}
         _move_buffers(skeleton.model, device)
         self._load_outer(wanted)
 
@@ -100,7 +100,7 @@ class BlockStreamer:
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from hidden states (batch, seq, hidden) to logits; holds the whole head."""
         module = self.skeleton.head
-        outer = self.skeleton.outer_modules - {self.skeleton.embedding_name}
+        outer = self.skeleton.modules_behind(self.device) - {self.skeleton.embedding_name}
         token = torch.zeros(1, 1, dtype=torch.int64)
         try:
             self._load_outer(outer, but=module if self.skeleton.tied else None)

@@ -42,6 +42,9 @@ __all__ = [
 _ENOUGH_TOKENS = 8192
 # Share added to what the formulas count, for what the allocator rounds up.
 _SLACK = 1.05
+# Disk for what is written beside the tensors: the plugin, the report, and their lines in it.
+_TEXT_BYTES, _TEXT_BYTES_PER_TENSOR = 256 * 2**10, 2 * 2**10
+_COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # By which the baseline differs from one process to the next.
 _DRIFT_BYTES = 2 * 2**20
 
@@ -394,9 +397,22 @@ class _Planner:
             self.baseline,
             self.stream,
             output,
-            output + 2 * self.stream.nbytes + 4 * self.stream.windows * self.stream.seq_len,
+            output
+            + 2 * self.stream.nbytes
+            + 4 * self.stream.windows * self.stream.seq_len
+            + self._text_bytes(),
             self.ratio,
         )
+
+    def _text_bytes(self) -> int:
+        """What lies beside tensors at most: headers, journal, report, tokenizer."""
+        index = self.skeleton.index
+        companions = sum(
+            path.stat().st_size
+            for path in index.folder.iterdir()
+            if path.suffix in _COMPANIONS and path.is_file()
+        )
+        return companions + _TEXT_BYTES + _TEXT_BYTES_PER_TENSOR * len(index.tensors)
 
     def _step(
         self, name: str, phases: Sequence[cost.Phase], seconds: float, written: int

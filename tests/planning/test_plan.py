@@ -21,13 +21,15 @@ from streamcomp.job.progress import SilentProgress
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.plan import MachineRates, Plan, make_plan
 from streamcomp.recipe import FORMS, STATISTICS
-from tests.jobs import REPOSITORY, compress, run_python, varied_text
+from tests.jobs import REPOSITORY, SMALL, compress, run_python, varied_text
 from tests.pico import BOS, EOS, LONGEST, VOCABULARY, make_tokenizer
 
 MiB = 2**20
 PLENTY = 2**40
 RATES = MachineRates(1e9, 1e9, 1e9)
 BASELINE = 300 * MiB  # of a process that is not this one, which runs other tests too
+
+FORKS = 16 * MiB  # by which the baselines of two forks may differ
 
 # Enough tokens (2048) for the widest input of the mid-size model, 1408 channels.
 SETTINGS: dict[str, Any] = {"samples": 16, "seq_len": LONGEST}
@@ -57,7 +59,7 @@ def run(model, out, text, max_ram, **settings):
 found = []
 for job in json.loads(sys.argv[1]):
     if job["max_ram"] == "least":
-        job["max_ram"] = str(found[-1]["minimum"] + job.pop("more"))
+        job["max_ram"] = str(found[-1]["minimum"] + int(sys.argv[2]))
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         os.close(reader)
@@ -79,9 +81,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(
-    pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def models(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pico llama, and one whose blocks weigh more than what a process varies by."""
     folder = tmp_path_factory.mktemp("mid-size")
     config = transformers.LlamaConfig(
@@ -105,26 +105,28 @@ def models(
 @pytest.fixture(scope="module")
 def finished(
     models: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Jobs with plenty of memory, by model, form and statistics."""
+) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Jobs with plenty of memory, by model, form and statistics; and those of each model with
+    nearly none, "refused", and with the least that this one named, "least"."""
     folder = tmp_path_factory.mktemp("jobs")
-    jobs = [
-        {
-            "model": str(models[model]),
-            "out": str(folder / f"{model}-{form}-{statistics}"),
-            "text": str(text),
-            "max_ram": None,
-            "form": form,
-            "statistics": statistics,
-            **SETTINGS,
-        }
+
+    def job(model: str, max_ram: str | None, **settings: Any) -> dict[str, Any]:
+        name = "-".join((model, *map(str, settings.values())))
+        files = {"model": str(models[model]), "out": str(folder / name), "text": str(text)}
+        return {**files, "max_ram": max_ram, **SETTINGS, **settings}
+
+    jobs: dict[tuple[str, ...], dict[str, Any]] = {
+        (model, form, statistics): job(model, None, form=form, statistics=statistics)
         for model, form, statistics in KINDS
-    ]
-    return dict(zip(KINDS, run_jobs(jobs), strict=True))
+    }
+    for model in MODELS:
+        jobs[model, "refused"] = job(model, "1M")
+        jobs[model, "least"] = job(model, "least")
+    return dict(zip(jobs, run_jobs(list(jobs.values())), strict=True))
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    done = run_python("-c", JOBS, json.dumps(jobs), cwd=REPOSITORY)
+    done = run_python("-c", JOBS, json.dumps(jobs), FORKS, cwd=REPOSITORY)
     assert done.code == 0, done.err
     found: list[dict[str, Any]] = done.json
     return found
@@ -145,7 +147,7 @@ def planned(
 
 @pytest.mark.parametrize(("model", "form", "statistics"), KINDS)
 def test_no_step_takes_more_than_was_predicted(
-    finished: dict[tuple[str, str, str], dict[str, Any]], model: str, form: str, statistics: str
+    finished: dict[tuple[str, ...], dict[str, Any]], model: str, form: str, statistics: str
 ) -> None:
     steps = finished[model, form, statistics]["report"]["steps"]
 
@@ -161,7 +163,7 @@ def test_no_step_takes_more_than_was_predicted(
 
 
 def test_what_is_predicted_for_a_block_is_not_far_from_what_it_takes(
-    finished: dict[tuple[str, str, str], dict[str, Any]],
+    finished: dict[tuple[str, ...], dict[str, Any]],
 ) -> None:
     """Else a budget that would do is refused."""
     for form, statistics in itertools.product(FORMS, STATISTICS):
@@ -172,40 +174,33 @@ def test_what_is_predicted_for_a_block_is_not_far_from_what_it_takes(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_job_finishes_within_the_least_budget_it_was_told(
-    models: dict[str, Path], text: Path, tmp_path: Path, model: str
+    finished: dict[tuple[str, ...], dict[str, Any]], model: str
 ) -> None:
-    job = {
-        "model": str(models[model]),
-        "out": str(tmp_path / "out"),
-        "text": str(text),
-        "statistics": "compressed",
-        **SETTINGS,
-    }
-    # A fork later, the baseline differs by a few MiB.
-    refused, done = run_jobs(
-        [{**job, "max_ram": "1M"}, {**job, "max_ram": "least", "more": 16 * MiB}]
-    )
+    refused, least = finished[model, "refused"], finished[model, "least"]
 
     assert f"--max-ram {refused['minimum'] // MiB}M fits" in refused["message"]
-    memory = done["report"]["memory"]
-    assert memory["budget_bytes"] == refused["minimum"] + 16 * MiB
+    memory = least["report"]["memory"]
+    assert memory["budget_bytes"] == refused["minimum"] + FORKS
     assert memory["peak_bytes"] <= memory["budget_bytes"]
     # Since the last step began, publication included.
-    assert 0 < done["high_water"] <= memory["budget_bytes"]
+    assert 0 < least["high_water"] <= memory["budget_bytes"]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_least_budget_fits_and_one_byte_below_its_mebibyte_does_not(
+def test_the_least_budget_fits_and_what_is_below_the_least_peak_does_not(
     models: dict[str, Path], model: str
 ) -> None:
+    peak = planned(models[model], batch=1).peak_bytes
     minimum = planned(models[model]).minimum_bytes
 
     assert minimum % MiB == 0
+    assert peak <= minimum < peak + 4 * MiB
     assert planned(models[model], minimum).peak_bytes <= minimum
+    assert planned(models[model], peak).peak_bytes == peak
     with pytest.raises(BudgetError) as caught:
-        print(minimum, [s.peak_bytes for s in planned(models[model]).steps]); planned(models[model], minimum - MiB)
+        planned(models[model], peak - 1)
     assert caught.value.minimum_bytes == minimum
-    assert caught.value.budget_bytes == minimum - MiB
+    assert caught.value.budget_bytes == peak - 1
 
 
 def test_a_plan_names_the_same_least_budget_whatever_it_is_given(models: dict[str, Path]) -> None:
@@ -244,7 +239,7 @@ def test_a_batch_that_is_asked_for_is_kept(models: dict[str, Path]) -> None:
 
     assert fixed.minimum_bytes > least
     with pytest.raises(BudgetError) as caught:
-        planned(models["mid-size"], fixed.minimum_bytes - MiB, samples=64, batch=64)
+        planned(models["mid-size"], fixed.peak_bytes - 1, samples=64, batch=64)
     assert caught.value.minimum_bytes == fixed.minimum_bytes
 
 
@@ -362,8 +357,8 @@ def test_a_model_of_70_billion_parameters_is_planned_from_headers(tmp_path: Path
     assert len(plan["steps"]) == 83  # tokenize, embed, 80 blocks, copy the rest
     assert len(plan["ranks"]) == 80 * 7
     assert plan["budget_bytes"] == 64 * 2**30
-    # A block weighs 1.6 GiB; beside it the four moments and eigh of 8192^2 in fp64.
-    assert 5 * 2**30 < plan["minimum_bytes"] < 10 * 2**30
+    # A block weighs 1.6 GiB; beside it the moments, factors, and LU of a 28672 x 6000 basis.
+    assert 5 * 2**30 < plan["minimum_bytes"] < 12 * 2**30
     assert 0.79 * total < plan["output_bytes"] < 0.83 * total
     assert int(done.err.split()[-1]) * 1024 < 700 * 10**6
 
@@ -393,7 +388,7 @@ def test_the_ratio_of_a_plan_is_counted_from_its_ranks(
         else:
             kept += r * n + (m - r) * r if form == "pivot" else r * n + m * r
     assert made.ratio == pytest.approx(1 - kept / dense, abs=1e-12)
-    assert ratio <= made.ratio < ratio + 0.01
+    assert ratio - 1e-12 < made.ratio < ratio + 0.01
 
 
 def test_include_and_exclude_change_what_is_eligible(models: dict[str, Path]) -> None:
@@ -434,17 +429,22 @@ class Disk(SilentProgress):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "settings"), [("pico", SMALL), ("mid-size", SETTINGS)])
 def test_a_job_never_takes_more_disk_than_was_predicted(
-    models: dict[str, Path], text: Path, tmp_path: Path, model: str, form: str
+    models: dict[str, Path],
+    text: Path,
+    tmp_path: Path,
+    model: str,
+    settings: dict[str, Any],
+    form: str,
 ) -> None:
     out = tmp_path / "out"
     disk = Disk(out)
 
-    compress(models[model], out, text, progress=disk, form=form, **SETTINGS)
+    compress(models[model], out, text, progress=disk, form=form, **settings)
 
     disk.end()  # published
-    made = planned(models[model], form=form)
+    made = planned(models[model], form=form, **settings)
     assert made.output_bytes < max(disk.sizes) <= made.disk_bytes
 
 
