@@ -4,7 +4,8 @@
 
 FOLDER holds ``valid.txt`` (calibration: 64 windows of 512 tokens) and ``test.txt``
 (evaluation: its first 64 windows). The textbook runs whole in memory
-(``textbook_svd_llm.py``), the rest streams under ``--max-ram``. Results are kept in ``--out`` and not computed twice.
+(``textbook_svd_llm.py``), the rest streams under ``--max-ram``. Results are kept in ``--out``
+and not computed twice.
 """
 
 from __future__ import annotations

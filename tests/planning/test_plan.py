@@ -213,7 +213,7 @@ def test_a_plan_names_the_same_least_budget_whatever_it_is_given(models: dict[st
 
 
 def test_the_micro_batch_is_halved_until_the_budget_is_kept(models: dict[str, Path]) -> None:
-    many = {"samples": 64}
+    many: dict[str, Any] = {"samples": 64}
     peaks = {
         batch: planned(models["mid-size"], batch=batch, **many).peak_bytes
         for batch in (64, 32, 16, 8)
@@ -392,7 +392,7 @@ def test_the_ratio_of_a_plan_is_counted_from_its_ranks(
 
 
 def test_include_and_exclude_change_what_is_eligible(models: dict[str, Path]) -> None:
-    def kinds(**settings: str) -> list[str]:
+    def kinds(**settings: Any) -> list[str]:
         made = planned(models["pico"], **settings)
         return sorted(linear.full_name.rpartition(".")[2] for linear in made.linears)
 
