@@ -8,6 +8,7 @@ LAPACK. Where the kernel has no such file a thread samples instead.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,11 @@ _SAMPLE_SECONDS = 0.01
 # glibc's mallopt: blocks from this size on are mapped one by one and returned when freed.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 _MAPPED_FROM = 1 * 2**20
+
+# A CPU kernel is kept for each shape of a product, a quarter of a megabyte in either cache, and
+# 1024 by default: the experts of a mixture meet another number of tokens each time.
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_MOST_KERNELS = "32"
 
 
 class PeakMeter:
@@ -80,8 +86,11 @@ def resident_bytes() -> int:
 def settle() -> None:
     """Make freed memory go back to the system at once, so that RSS follows what is held.
 
-    Tells glibc to map large blocks one by one and to keep few arenas; elsewhere nothing.
+    Tells glibc to map large blocks one by one and to keep few arenas; elsewhere nothing. And
+    tells oneDNN and torch, which read it at the first product, to remember few kernels.
     """
+    for name in _KERNEL_CACHES:
+        os.environ.setdefault(name, _MOST_KERNELS)
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
         libc.mallopt(_M_TRIM_THRESHOLD, 8 * _MAPPED_FROM)
