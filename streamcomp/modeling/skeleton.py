@@ -180,7 +180,13 @@ class Skeleton:
         """
         self._tape.start()
         with self._tapped(), suppress(_Stop):
-            self.model(input_ids=tokens, use_cache=False)
+            try:
+                self.model(input_ids=tokens, use_cache=False)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise UnsupportedModelError(
+                    f"{self.config.model_type}: its code cannot be run block by block "
+                    f"({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+                ) from error
         if self._tape.hidden is None or self._tape.hidden.shape[:-1] != tokens.shape:
             raise UnsupportedModelError(
                 f"{self.config.model_type}: hidden states are not (batch, tokens, hidden)"

@@ -95,13 +95,17 @@ def _trace(
 
 
 def _estimate(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor) -> BlockTrace:
-    """No sharing; every linear's output in fp32 and four copies of the input alive at once."""
+    """No sharing. Alive at once: four copies of the input in fp32, and every linear's output in
+    fp32 or what goes into and out of all the experts that a token chooses."""
     tokens = hidden.shape[0] * hidden.shape[1]
-    outputs = sum(m.out_features for m in linears.values() if isinstance(m, nn.Linear))
+    outputs = sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear))
+    chosen = max((getattr(module, "top_k", 0) for module in block.modules()), default=0)
+    expert = sum(sum(value.shape[1:]) for value in block.parameters() if value.dim() == 3)
     numbers = sum(value.numel() for value in block.parameters())
+    alive = max(4 * outputs, hidden.element_size() * chosen * expert)
     return BlockTrace(
         tuple((name,) for name in linears),
-        4 * tokens * (outputs + 4 * hidden.shape[-1]),
+        tokens * (alive + 16 * hidden.shape[-1]),
         2 * tokens * numbers,
         exact=False,
     )

@@ -54,6 +54,7 @@ class BlockCost:
     """What is known of one block before it is read."""
 
     weight_bytes: int  # all its parameters, in the dtype it runs in
+    merge_bytes: int  # the most that one of them takes on disk as several tensors (experts)
     activation_bytes: int  # most alive in a forward of one window
     stream: StreamShape
     groups: tuple[MomentGroup, ...]
@@ -68,6 +69,7 @@ class BlockCost:
         rows = min(ROWS_PER_UPDATE, batch * self.stream.seq_len)
         cast = 2 * rows * widest * moment_dtype(self.stream.dtype).itemsize
         phases = [
+            Phase("load", {"weights": self.weight_bytes, "merging": self.merge_bytes}),
             Phase(
                 "observe",
                 {
@@ -75,7 +77,7 @@ class BlockCost:
                     "moments": moments,
                     "activations": activations + cast,
                 },
-            )
+            ),
         ]
         factors = 0
         for group in self.groups:

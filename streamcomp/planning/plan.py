@@ -42,6 +42,7 @@ __all__ = [
 _ENOUGH_TOKENS = 8192
 # Share added to what the formulas count, for what the allocator rounds up.
 _SLACK = 1.05
+_NOTHING = "(?!)"  # a regular expression that matches no name
 # Disk for what is written beside the tensors: the plugin, the report, and their lines in it.
 _TEXT_BYTES, _TEXT_BYTES_PER_TENSOR = 256 * 2**10, 2 * 2**10
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -196,7 +197,7 @@ def make_evaluation_plan(
     """
     check_seq_len(skeleton, stream.seq_len)
     baseline = resident_bytes() + (2 * stream.nbytes if memory_backed else 0)
-    blocks = plan_blocks(skeleton, Recipe(seq_len=stream.seq_len), stream)
+    blocks = plan_blocks(skeleton, Recipe(seq_len=stream.seq_len, include=_NOTHING), stream)
     vocabulary = skeleton.embedding_source.shape[0]
 
     def forward(batch: int) -> int:
@@ -204,7 +205,10 @@ def make_evaluation_plan(
             max(
                 max(
                     b.cost.weight_bytes
-                    + 2 * batch * (b.cost.activation_bytes + stream.window_bytes)
+                    + max(
+                        b.cost.merge_bytes,
+                        2 * batch * (b.cost.activation_bytes + stream.window_bytes),
+                    )
                     for b in blocks
                 ),
                 cost.embed_bytes(stream, batch, vocabulary),
@@ -272,11 +276,23 @@ def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list
                 own,
                 trace,
                 cost.BlockCost(
-                    weight_bytes, trace.activation_bytes, stream, groups, own, recipe.form
+                    weight_bytes,
+                    _merge_bytes(skeleton, number),
+                    trace.activation_bytes,
+                    stream,
+                    groups,
+                    own,
+                    recipe.form,
                 ),
             )
         )
     return blocks
+
+
+def _merge_bytes(skeleton: Skeleton, number: int) -> int:
+    """Bytes of the tensors that are held beside the one parameter that they become."""
+    sources = skeleton.block_parameters(number).values()
+    return max((sum(i.nbytes for i in infos) for infos in sources if len(infos) > 1), default=0)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
@@ -324,8 +340,10 @@ class _Planner:
         if not eligible and (recipe.include or recipe.exclude):
             raise RecipeError("--include and --exclude leave no linear: see streamcomp inspect")
         if not any(rank is not None for block in blocks for rank in block.ranks.values()):
+            reasons = sorted({why for block in blocks for why in block.linears.left.values()})
             raise UnsupportedModelError(
-                f"{skeleton.index.folder}: no linear of its blocks can be factored"
+                f"{skeleton.index.folder}: no linear of its blocks can be factored "
+                f"({'; '.join(reasons[:3])})"
             )
         ranks = {name: rank for block in blocks for name, rank in block.ranks.items()}
         kept = sum(_numbers(recipe.form, linear, ranks[linear.full_name]) for linear in eligible)

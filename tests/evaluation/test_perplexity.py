@@ -193,7 +193,8 @@ from streamcomp import BudgetError, Resources, evaluate
 
 folder, text, budget = sys.argv[1:]
 try:
-    found = evaluate(folder, text, seq_len=128, windows=16, resources=Resources(budget or None, threads=1))
+    resources = Resources(budget or None, threads=1)
+    found = evaluate(folder, text, seq_len=128, windows=16, resources=resources)
     print(json.dumps(found.to_dict()))
 except BudgetError as error:
     print(json.dumps({"least": error.minimum_bytes}))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, RwkvConfig
 
 import streamcomp
 from streamcomp import OutputError
@@ -36,7 +37,7 @@ from tests.jobs import (
     varied_text,
 )
 from tests.modeling.folders import edit_config, save_edited
-from tests.pico import save_pico
+from tests.pico import make_tokenizer, save_pico
 
 SETTINGS = ("--samples", SMALL["samples"], "--seq-len", SMALL["seq_len"], "--threads", 1)
 
@@ -208,6 +209,27 @@ def test_a_model_that_is_no_causal_language_model_is_refused(
     edit_config(model, model_type="vit")
 
     assert_refused(run_compress(model, tmp_path / "out", text), 4, "no causal language model")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=264), "a Conv1D, no linear"),
+        (RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=264), "cannot be run block by"),
+    ],
+    ids=["gpt2", "rwkv"],
+)
+def test_a_model_that_cannot_be_compressed_is_refused_with_the_reason(
+    config: Any, message: str, text: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+
+    done = run_compress(model, tmp_path / "out", text)
+
+    assert_refused(done, 4, message)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from streamcomp import JobMismatchError, OutputError, RecipeError
+import streamcomp
+from streamcomp import JobMismatchError, OutputError, RecipeError, Resources
 from streamcomp.calibration.corpus import load_windows
 from tests.jobs import (
     SMALL,
@@ -33,7 +34,7 @@ from tests.jobs import (
     tree,
     varied_text,
 )
-from tests.pico import ARCHITECTURES, pico_tokens, save_pico
+from tests.pico import ARCHITECTURES, make_tokenizer, pico_tokens, save_pico
 
 FORMS = ("pivot", "uv")
 
@@ -163,6 +164,41 @@ def test_experts_and_routers_stay_dense_and_are_listed(
         "v_proj",
         "o_proj",
     }
+
+
+def test_a_linear_that_no_rank_makes_smaller_stays_dense_and_the_others_make_up_for_it(
+    text: Path, tmp_path: Path
+) -> None:
+    """The gate of Qwen2-MoE's shared expert has one row: its factors would be larger."""
+    config = Qwen2MoeConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=32,
+        vocab_size=264,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    dense, out = tmp_path / "model", tmp_path / "out"
+    AutoModelForCausalLM.from_config(config).save_pretrained(dense)
+    make_tokenizer().save_pretrained(dense)
+
+    model = compress(dense, out, text, ratio=0.3).report["model"]
+
+    linears = block_linears(dense)
+    gates = {name for name in linears if name.endswith("shared_expert_gate")}
+    assert len(gates) == 2
+    assert set(factored_modules(out)) == set(linears) - gates
+    assert model["linear_parameters"] == sum(m.weight.numel() for m in linears.values())
+    assert model["ratio"] == pytest.approx(0.3, abs=0.01) and model["ratio"] >= 0.3
+    found = streamcomp.evaluate(
+        out, str(text), seq_len=16, windows=2, resources=Resources(threads=1)
+    )
+    assert found.perplexity > 1
 
 
 @pytest.mark.parametrize("form", FORMS)
