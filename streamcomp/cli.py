@@ -254,7 +254,7 @@ def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
             format_seconds(step[2]),
             format_bytes(step[3]),
         )
-    console = Console()
+    console = _console()
     console.print(table)
     _print_rows(
         console,
@@ -287,7 +287,7 @@ def status(out: Path, work_dir: Path | None, as_json: bool, quiet: bool) -> None
         return
     state = "finished" if found.finished else "unfinished: the same compress command continues it"
     _print_rows(
-        Console(),
+        _console(),
         {
             "state": state,
             "steps": f"{found.steps_done} of {found.steps_total}, last {found.last_step or 'none'}",
@@ -354,7 +354,7 @@ def evaluate(
         _print_json(found.to_dict())
         return
     _print_rows(
-        Console(),
+        _console(),
         {
             "perplexity": f"{found.perplexity:.3f}  ({found.nll:.4f} nats per token)",
             "text": f"{found.text}, {found.windows} windows of {found.seq_len} tokens",
@@ -424,7 +424,7 @@ def inspect(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
             format_bytes(family.nbytes),
             ", ".join(name.rpartition(".")[2] for name in family.shares_with),
         )
-    console = Console()
+    console = _console()
     console.print(table)
     for name, (why, count) in found.left.items():
         console.print(f"left as it is: {name} ({why}), {count}x", highlight=False)
@@ -512,7 +512,7 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
         rows["damped"] += f"{worst['damping']:.0e} at {worst['name']}"
     if report["left"]:
         rows["left as it is"] = f"{len(report['left'])} modules, see {out}/streamcomp_report.json"
-    console = Console()
+    console = _console()
     _print_rows(console, rows, title=str(out))
     console.print(
         f"load it:  import streamcomp; AutoModelForCausalLM.from_pretrained({str(out)!r})",
@@ -521,10 +521,15 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
     )
 
 
+def _console() -> Console:
+    """Prints text as it is: a path or a name from a checkpoint may look like markup."""
+    return Console(markup=False, emoji=False)
+
+
 def _print_rows(console: Console, rows: dict[str, str], title: str | None = None) -> None:
     table = Table(show_header=False, title=title, title_justify="left")
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}", value)
+        table.add_row(Text(name, style="bold"), value)
     console.print(table)
 
 
