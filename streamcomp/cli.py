@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 import streamcomp
 from streamcomp.errors import RecipeError, StreamcompError
@@ -504,7 +505,7 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
         "peak RAM": f"{format_bytes(memory['peak_bytes'])} measured, "
         f"{format_bytes(memory['predicted_bytes'])} predicted, "
         f"{format_bytes(memory['budget_bytes'])} allowed",
-        "time": f"{format_seconds(report['seconds'])}  ({stages})",
+        "time": format_seconds(report["seconds"]) + (f"  ({stages})" if stages else ""),
     }
     if damped:
         worst = max(damped, key=lambda linear: linear["damping"])

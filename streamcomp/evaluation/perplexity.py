@@ -172,6 +172,7 @@ class _Run:
     def nll(self, states: HiddenStates, head_tokens: int) -> float:
         """Sum of -log p over all predicted tokens, ``head_tokens`` positions at a time."""
         total, last = 0.0, self.shape.seq_len - 1  # nothing is predicted from the last position
+        started = time.perf_counter()
         states.open()
         with self.streamer.head() as head:
             for window in range(self.shape.windows):
@@ -189,6 +190,7 @@ class _Run:
                     total += float(loss.double().sum())
         states.close()
         states.remove()
+        self.progress.finish_step(len(self.skeleton), "head", time.perf_counter() - started, "")
         return total
 
     def _batches(self) -> Iterator[tuple[int, int]]:

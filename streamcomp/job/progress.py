@@ -15,6 +15,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 from streamcomp.planning.meter import resident_bytes
 from streamcomp.units import format_bytes, format_seconds
@@ -26,7 +27,10 @@ class JobProgress(Protocol):
     """Told what a job does; decides what to show."""
 
     def begin(self, title: str, seconds: list[float], done: int, budget_bytes: int) -> None:
-        """A job of ``len(seconds)`` steps with their estimates, the first ``done`` finished."""
+        """A job of ``len(seconds)`` steps with their estimates, the first ``done`` finished.
+
+        ``budget_bytes`` is 0 for a job that has no budget.
+        """
 
     def stage(self, step: int, name: str, stage: str, share: float) -> None:
         """Within step number ``step``: what it is at, and how much of that is done (0..1)."""
@@ -90,10 +94,11 @@ class LineProgress:
         self._remaining.finished(step, seconds)
         total = len(self._remaining.estimates)
         left = format_seconds(self._remaining.after(step + 1))
+        allowed = f" of {format_bytes(self._budget)}" if self._budget else ""
         print(
             f"[{step + 1}/{total}] {name} {format_seconds(seconds)}"
-            f"{' · ' + detail if detail else ''} · RSS {format_bytes(resident_bytes())} of "
-            f"{format_bytes(self._budget)} · {left} left",
+            f"{' · ' + detail if detail else ''} · RSS {format_bytes(resident_bytes())}{allowed}"
+            f" · {left} left",
             file=sys.stderr,
         )
 
@@ -111,7 +116,7 @@ class BarProgress:
         self._remaining = _Remaining([])
         self._budget = 0
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[stage]}"),
@@ -127,7 +132,7 @@ class BarProgress:
     def begin(self, title: str, seconds: list[float], done: int, budget_bytes: int) -> None:
         self._remaining, self._budget = _Remaining(seconds), budget_bytes
         if done:
-            self._console.print(f"{title}: continued after step {done} of {len(seconds)}")
+            self._console.print(Text(f"{title}: continued after step {done} of {len(seconds)}"))
         self._bar.start()
         self._task = self._bar.add_task(
             title, total=len(seconds), completed=done, stage="", eta="", rss=self._rss()
@@ -153,7 +158,7 @@ class BarProgress:
             self._bar.update(self._task, completed=step + 1, rss=self._rss())
 
     def note(self, text: str) -> None:
-        self._console.print(f"[yellow]note:[/] {text}", highlight=False)
+        self._console.print(Text.assemble(("note:", "yellow"), f" {text}"))
 
     def end(self) -> None:
         self._bar.stop()
@@ -162,7 +167,8 @@ class BarProgress:
         used = resident_bytes()
         share = used / self._budget if self._budget else 0.0
         colour = "green" if share < 0.8 else "yellow" if share < 1 else "red"
-        return f"[{colour}]{format_bytes(used)}[/] / {format_bytes(self._budget)}"
+        allowed = f" / {format_bytes(self._budget)}" if self._budget else ""
+        return f"[{colour}]{format_bytes(used)}[/]{allowed}"
 
 
 def console_progress(quiet: bool) -> JobProgress:

@@ -88,7 +88,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_bytes(
         assert f"after {step} is committed" in names
     assert names.count("within hidden states") >= 4
     assert names.count("within a shard") >= 4
-    assert "before config.json gets its name" in names
+    assert ("before config.json gets its name" in names) == (statistics == "dense")
     for point in points:
         assert point["killed"], point
         assert point["different"] == [], point

@@ -68,7 +68,7 @@ def test_the_modules_that_run_before_the_blocks_are_found(
 ) -> None:
     skeleton = open_skeleton(pico(architecture))
 
-    assert skeleton.used_outer_modules == before
+    assert skeleton.modules_before == before
     assert all(value.is_meta for value in skeleton.model.parameters())
 
 
