@@ -150,7 +150,9 @@ def factorization_bytes(rows: int, columns: int, rank: int, form: str) -> int:
     held = side * side + basis + rank * columns
     rest = rows - rank if form == "pivot" else rows
     chunk = min(ROWS_AT_ONCE, rows) * max(columns, rank)
-    fit = (3 if form == "pivot" else 2) * rank * columns + 4 * rank * rank + (9 * rest * rank) // 4
+    pivoted = form == "pivot"  # keeps the pivot rows and the coefficients while it fits
+    fit = (3 if pivoted else 2) * rank * columns + 4 * rank * rank
+    fit += (13 if pivoted else 9) * rest * rank // 4
     lu = rows * rank + 3 * rest * rank if form == "pivot" else 0
     return (held + max(chunk, lu, fit)) * _F64
 

@@ -223,11 +223,14 @@ def main() -> None:
     def tell(kind: str, result: dict[str, Any]) -> None:
         print(json.dumps({"kind": kind, **result}), flush=True)
 
-    last = len(driver.points)
-    if driver.statistics == "compressed":  # publishing does not depend on it
-        last = driver.points.index("after copy the rest is committed") + 1
-    for number, name in enumerate(driver.points[:last]):
-        tell("point", {"name": name, **driver.kill_at(number)})
+    blocks = (
+        driver.points.index("after embed is committed"),
+        driver.points.index("after block 1 is committed"),
+    )
+    for number, name in enumerate(driver.points):
+        # what lies before and behind the blocks does not depend on the statistics
+        if driver.statistics == "dense" or blocks[0] <= number <= blocks[1]:
+            tell("point", {"name": name, **driver.kill_at(number)})
     torn = folder / "torn"
     driver.job(torn, 0, only="within the journal line of block 0")
     line = (torn / ".streamcomp" / JOURNAL).read_bytes().splitlines(keepends=True)[-1]

@@ -127,15 +127,33 @@ def test_with_trust_remote_code_no_streamcomp_is_needed(
         torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["pivot", "uv"])
-def test_without_either_it_fails_loudly(
-    form: str, compressed: Callable[..., Path], tmp_path: Path
-) -> None:
-    done = run_elsewhere([compressed("llama", form)], tmp_path, tmp_path / "cache", trust=False)
+LOUD = """
+import json, sys
+sys.modules["streamcomp"] = None
+from transformers import AutoModelForCausalLM
 
-    assert done.code != 0
-    assert "logits" not in done.out
-    assert "mismatch" in done.err.lower()
+for folder in json.loads(sys.argv[1]):
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except RuntimeError as error:
+        print("refused:", str(error).replace("\\n", " "))
+    else:
+        sys.exit(f"{folder} was loaded, with whatever weights")
+AutoModelForCausalLM.from_pretrained(folder)
+"""
+
+
+def test_without_either_it_fails_loudly(compressed: Callable[..., Path], tmp_path: Path) -> None:
+    folders = [compressed("llama", "pivot"), compressed("llama", "uv"), compressed("opt", "pivot")]
+
+    done = run_elsewhere(folders, tmp_path, tmp_path / "cache", trust=False, script=LOUD)
+
+    assert done.code == 1
+    assert "RuntimeError" in done.err
+    told = done.out.splitlines()
+    assert len(told) == len(folders)
+    for line in told:
+        assert line.startswith("refused:") and "mismatch" in line.lower()
 
 
 def test_the_plugin_is_one_file_that_needs_no_streamcomp(compressed: Callable[..., Path]) -> None:
