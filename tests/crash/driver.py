@@ -231,6 +231,8 @@ def main() -> None:
         # what lies before and behind the blocks does not depend on the statistics
         if driver.statistics == "dense" or blocks[0] <= number <= blocks[1]:
             tell("point", {"name": name, **driver.kill_at(number)})
+    if driver.statistics == "dense":
+        return
     torn = folder / "torn"
     driver.job(torn, 0, only="within the journal line of block 0")
     line = (torn / ".streamcomp" / JOURNAL).read_bytes().splitlines(keepends=True)[-1]

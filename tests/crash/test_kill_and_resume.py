@@ -111,30 +111,25 @@ def test_killed_at_any_point_and_continued_it_leaves_no_temporary_file(
         assert point["left_over"] == [], point
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
-def test_a_resumed_job_may_be_killed_too(
-    statistics: str, driven: dict[str, list[dict[str, Any]]]
-) -> None:
-    assert not of_kind(driven[statistics], "torn")[0]["whole_line"]
-    for point in of_kind(driven[statistics], "point of a resumed job"):
+def test_a_resumed_job_may_be_killed_too(driven: dict[str, list[dict[str, Any]]]) -> None:
+    assert not of_kind(driven["compressed"], "torn")[0]["whole_line"]
+    for point in of_kind(driven["compressed"], "point of a resumed job"):
         assert point["killed"] and not point["different"] and not point["left_over"], point
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
 def test_a_job_killed_after_each_of_its_steps_does_each_once(
-    statistics: str, driven: dict[str, list[dict[str, Any]]]
+    driven: dict[str, list[dict[str, Any]]],
 ) -> None:
-    (result,) = of_kind(driven[statistics], "every step")
+    (result,) = of_kind(driven["compressed"], "every step")
 
     assert result["runs"] == 5  # tokenize, embed, two blocks, the rest
     assert not result["different"] and not result["left_over"]
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
 def test_a_job_killed_again_and_again_comes_through(
-    statistics: str, driven: dict[str, list[dict[str, Any]]]
+    driven: dict[str, list[dict[str, Any]]],
 ) -> None:
-    results = of_kind(driven[statistics], "again and again")
+    results = of_kind(driven["compressed"], "again and again")
 
     assert sum(result["kills"] for result in results) > len(results)
     assert all(not result["different"] and not result["left_over"] for result in results)
