@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from streamcomp.errors import CalibrationError
 
-__all__ = ["HELD_OUT", "REFERENCE", "Windows", "load_windows", "reference_text"]
+__all__ = ["HELD_OUT", "REFERENCE", "Windows", "load_windows", "reference_text", "text_files"]
 
 # The language reference that every CPython brings along, and the part kept from calibration.
 REFERENCE = "python-reference"
@@ -94,6 +94,17 @@ def reference_text(held_out: bool) -> list[str]:
     ]
 
 
+def text_files(folder: Path) -> list[Path]:
+    """The text files below ``folder``, in order; what is hidden is not looked at."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in _SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
 def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -159,7 +170,7 @@ def _texts(source: str, enough: int) -> Iterator[str]:
     elif path.is_file():
         yield from _read(path)
     elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        files = text_files(path)
         if not files:
             raise CalibrationError(f"{source} holds no text file ({', '.join(_SUFFIXES)})")
         for file in files:

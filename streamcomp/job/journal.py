@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 
+from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
@@ -156,8 +157,8 @@ def _source_hash(index: CheckpointIndex) -> str:
 
 
 def _file_marks(path: Path) -> list[int]:
-    """Size and time of change of a file; of a folder, summed over its files."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    """Size and time of change of a file; of a folder, of its texts together."""
+    files = [path] if path.is_file() else text_files(path)
     stats = [file.stat() for file in files]
     return [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 

@@ -135,6 +135,8 @@ class Job:
             raise OutputError(f"{self.out} is a file, OUT must be a folder")
         if self.out.resolve() == self.index.folder.resolve():
             raise OutputError(f"{self.out} is the model's own folder: give another OUT")
+        if self.work.resolve() in (self.out.resolve(), self.index.folder.resolve()):
+            raise OutputError(f"{self.work} is OUT or the model's folder: give another --work-dir")
         if not self.out.is_dir() or Journal.read(self.work) is not None:
             return
         others = sorted(p.name for p in self.out.iterdir() if p.name != WORK_FOLDER)

@@ -242,6 +242,23 @@ def test_a_calibration_file_changed_in_between_is_refused(
     assert caught.value.field == "calibration_files"
 
 
+def test_a_folder_of_texts_may_hold_the_output_too(
+    pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    varied_text(tmp_path / "text.txt", 4000)
+    out = tmp_path / "out"
+    for after in range(4):
+        with pytest.raises(Interrupted):
+            compress(pico("llama"), out, tmp_path, progress=Interrupt(after))
+
+    compress(pico("llama"), out, tmp_path, progress=(notes := Notes()))
+
+    assert notes.steps == ["copy the rest"]
+    varied_text(tmp_path / "more.txt", 10)
+    with pytest.raises(JobMismatchError):
+        compress(pico("llama"), out, tmp_path)
+
+
 @pytest.mark.parametrize("package", ["torch", "transformers"])
 def test_another_version_of_a_library_continues_no_job_but_recognises_a_finished_one(
     package: str, pico: Callable[..., Path], text: Path, tmp_path: Path

@@ -489,6 +489,17 @@ def test_the_model_s_own_folder_is_not_touched(model: Path, text: Path) -> None:
     assert tree(model) == before
 
 
+def test_the_work_needs_a_folder_of_its_own(model: Path, text: Path, tmp_path: Path) -> None:
+    before = tree(model)
+
+    for work in (tmp_path / "out", model):
+        done = run_compress(model, tmp_path / "out", text, "--work-dir", work)
+
+        assert_refused(done, 6, "is OUT or the model's folder: give another --work-dir")
+    assert tree(model) == before
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_is_no_folder(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "out", "a file")
 

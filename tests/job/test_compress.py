@@ -34,6 +34,7 @@ from tests.jobs import (
     tree,
     varied_text,
 )
+from tests.modeling.folders import save_edited
 from tests.pico import ARCHITECTURES, make_tokenizer, pico_tokens, save_pico
 
 FORMS = ("pivot", "uv")
@@ -246,6 +247,53 @@ def test_a_source_in_one_file_gives_the_same_tensors_as_one_in_many(
     first, second = stored_tensors(many), stored_tensors(single)
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_tensors_that_the_model_does_not_use_are_kept(text: Path, tmp_path: Path) -> None:
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(4.0),  # as old checkpoints
+        "lm_head.weight": torch.ones(264, 32),  # beside the embedding that it is tied to
+        "something.else": torch.arange(7),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(3, dtype=torch.uint8),
+    }
+    dense = save_edited(tmp_path / "dense", lambda tensors: tensors.update(extra), tie=True)
+
+    compress(dense, tmp_path / "out", text)
+
+    written = stored_tensors(tmp_path / "out")
+    for name, tensor in extra.items():
+        assert written[name].dtype == tensor.dtype and torch.equal(written[name], tensor)
+
+
+def test_each_tensor_keeps_the_dtype_it_has(text: Path, tmp_path: Path) -> None:
+    def widen(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if "norm" in name or "down_proj" in name:
+                tensors[name] = tensors[name].float()
+
+    dense, out = save_edited(tmp_path / "dense", widen, dtype=torch.bfloat16), tmp_path / "out"
+    compress(dense, out, text)
+
+    source, written = stored_tensors(dense), stored_tensors(out)
+    assert {tensor.dtype for tensor in source.values()} == {torch.bfloat16, torch.float32}
+    assert all(written[name].dtype == tensor.dtype for name, tensor in source.items())
+    for name in factored_modules(out):
+        assert written[f"{name}.coef"].dtype == source[f"{name}.weight"].dtype
+
+
+def test_a_model_of_links_as_the_hub_s_cache_has_it_is_read(
+    pico: Callable[..., Path], text: Path, tmp_path: Path, compressed: Callable[..., Any]
+) -> None:
+    links = tmp_path / "snapshot"
+    links.mkdir()
+    for path in pico("llama").iterdir():
+        (links / path.name).symlink_to(path)
+
+    compress(links, tmp_path / "out", text)
+
+    assert stored_files(tmp_path / "out") == stored_files(compressed("llama")[1])
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
 def test_the_folder_is_a_whole_model_and_nothing_else(
