@@ -11,6 +11,7 @@ from streamcomp.api import (
     export,
     inspect,
     plan,
+    redo,
     status,
 )
 from streamcomp.errors import (
@@ -59,5 +60,6 @@ __all__ = [
     "export",
     "inspect",
     "plan",
+    "redo",
     "status",
 ]

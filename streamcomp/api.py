@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from streamcomp.checkpoint.atomic import write_text
 from streamcomp.checkpoint.hub import checkpoint_folder, headers_folder
 from streamcomp.checkpoint.index import read_header, read_index
 from streamcomp.errors import OutputError
@@ -26,11 +28,19 @@ from streamcomp.job.publish import (
     remove_work,
     to_json,
 )
-from streamcomp.job.run import WORK_FOLDER, Job, choose_device, prepare_process
+from streamcomp.job.redo import redo_linears
+from streamcomp.job.run import (
+    WORK_FOLDER,
+    Job,
+    choose_device,
+    output_folders,
+    prepare_process,
+    steps_of_output,
+)
 from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.meter import budget_bytes, is_memory_backed, warm_up
-from streamcomp.planning.plan import Plan, make_plan, measure_rates
+from streamcomp.planning.plan import Plan, can_be_analysed, make_plan, measure_rates
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = [
@@ -41,17 +51,22 @@ __all__ = [
     "export",
     "inspect",
     "plan",
+    "redo",
     "status",
 ]
 
 
 @dataclass(frozen=True)
 class CompressResult:
-    """A compressed model: its folder, and the report that also lies there."""
+    """A compressed model: its folder, and the report that also lies there.
+
+    Of several ratios, the first; ``others`` are the rest.
+    """
 
     out: Path
     report: dict[str, Any]
     already_done: bool  # the folder held it before this call
+    others: tuple[CompressResult, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,16 +104,63 @@ def compress(
     out, progress = Path(out), progress or SilentProgress()
     prepare_process(resources)
     index = read_index(checkpoint_folder(model, revision))
-    done = read_report(out)
-    if done is not None:
-        check_fingerprint(done["fingerprint"], fingerprint(index, recipe), out, versions=False)
-        remove_work(resources.work_dir or out / WORK_FOLDER)
-        return CompressResult(out, done, already_done=True)
+    folders = output_folders(out, recipe)
+    done = [read_report(folder) for folder in folders]
+    if all(report is not None for report in done):
+        for report in done:
+            assert report is not None
+            check_fingerprint(
+                report["fingerprint"], fingerprint(index, recipe), out, versions=False
+            )
+        _clean(resources.work_dir or out / WORK_FOLDER)
+        return _result(folders, done, already_done=True)
     job = Job(index, out, recipe, resources, progress)
     with job.open():
         job.run()
-        report = _publish(job)
-    remove_work(job.work)
+        reports = [_publish(job, number) for number in range(len(folders))]
+    _clean(job.work)
+    return _result(folders, reports, already_done=False)
+
+
+def redo(
+    model: str | Path,
+    out: str | Path,
+    pattern: str,
+    *,
+    damping: float,
+    resources: Resources | None = None,
+    revision: str | None = None,
+    progress: JobProgress | None = None,
+) -> CompressResult:
+    """Decompose the linears of a finished job again whose name matches the regex ``pattern``.
+
+    With another ``damping``, from the moments that the job kept (``Resources.keep_work``); ranks
+    stay as they are. Interrupted, it can be run again.
+
+    Raises RecipeError where nothing matches or the job kept nothing.
+    """
+    resources = resources or Resources()
+    out, progress = Path(out), progress or SilentProgress()
+    prepare_process(resources)
+    index = read_index(checkpoint_folder(model, revision))
+    report = read_report(out)
+    if report is None:
+        raise OutputError(f"{out} holds no finished job: --redo is for one that kept its work")
+    recipe = Recipe.from_mapping(report["recipe"], "report")
+    check_fingerprint(report["fingerprint"], fingerprint(index, recipe), out, versions=False)
+    work = resources.work_dir or out / WORK_FOLDER
+    redone = redo_linears(index, out, work, recipe, resources, report, pattern, damping, progress)
+    names = {linear["name"] for linear in redone}
+    report["linears"] = [
+        next(new for new in redone if new["name"] == old["name"]) if old["name"] in names else old
+        for old in report["linears"]
+    ]
+    report["redone"] = [
+        *report.get("redone", []),
+        {"pattern": pattern, "damping": damping, "linears": sorted(names)},
+    ]
+    write_text(out / "streamcomp_report.html", html_report(report))
+    write_text(out / REPORT, to_json(report))
     return CompressResult(out, report, already_done=False)
 
 
@@ -125,6 +187,8 @@ def plan(
             recipe,
             budget_bytes(resources.max_ram),
             measure_rates(device, skeleton.dtype),
+            analysis=resources.keep_work and can_be_analysed(recipe),
+            keep_work=resources.keep_work,
             memory_backed=resources.work_dir is not None and is_memory_backed(resources.work_dir),
         )
 
@@ -180,8 +244,11 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
 def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
     """Where the job in ``out`` stands; OutputError where there is none."""
     out = Path(out)
-    report = read_report(out)
-    if report is not None:
+    folders = [out, *sorted(out.glob("ratio-*"))]
+    report = next((found for folder in folders if (found := read_report(folder))), None)
+    journal = Journal.read(work_dir or out / WORK_FOLDER)
+    unfinished = journal is not None and len(journal.steps) < journal.header["total"]
+    if report is not None and not unfinished:
         steps = report["steps"]
         return JobStatus(
             out,
@@ -194,7 +261,6 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
             report["memory"]["peak_bytes"],
             report["recipe"],
         )
-    journal = Journal.read(work_dir or out / WORK_FOLDER)
     if journal is None:
         raise OutputError(f"{out} holds no job, or its work lies elsewhere: give --work-dir")
     seconds = [step["seconds"] for step in journal.steps]
@@ -214,9 +280,10 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
     )
 
 
-def _publish(job: Job) -> dict[str, Any]:
+def _publish(job: Job, output: int) -> dict[str, Any]:
     """Everything beside the weights; the folder becomes a model with its last file."""
-    shards = [job.shard_path(number) for number in range(len(job.skeleton) + 1)]
+    out = job.outputs[output]
+    shards = [job.shard_path(output, number) for number in range(len(job.skeleton) + 1)]
     written = [info for shard in shards for info in read_header(shard).values()]
     report = job_report(
         job.index,
@@ -224,11 +291,12 @@ def _publish(job: Job) -> dict[str, Any]:
         {k: job.fingerprint[k] for k in asdict(job.recipe)},
         job.plan,
         job.journal.header,
-        job.journal.steps,
+        steps_of_output(job.journal.steps, output),
     )
+    report["asked"] = job.plan.outputs[output].asked
     dtypes = {info.name: info.dtype for info in written}
     config = dict(job.index.config)
-    config["quantization_config"] = quantization_config(report["linears"], job.recipe.form, dtypes)
+    config["quantization_config"] = quantization_config(report["linears"], dtypes)
     config["auto_map"] = AUTO_MAP
     extra = {
         PLUGIN: plugin_source(),
@@ -236,5 +304,22 @@ def _publish(job: Job) -> dict[str, Any]:
         "streamcomp_report.html": html_report(report),
         REPORT: to_json(report),
     }
-    publish(job.index, job.out, shards, config, extra)
+    publish(job.index, out, shards, config, extra)
     return report
+
+
+def _result(
+    folders: list[Path], reports: Sequence[dict[str, Any] | None], already_done: bool
+) -> CompressResult:
+    first, *others = [
+        CompressResult(folder, report or {}, already_done)
+        for folder, report in zip(folders, reports, strict=True)
+    ]
+    return replace(first, others=tuple(others))
+
+
+def _clean(work: Path) -> None:
+    """Remove the work of a finished job, unless that was to be kept."""
+    journal = Journal.read(work) if work.is_dir() else None
+    if journal is None or not journal.header["levers"].get("keep_work"):
+        remove_work(work)

@@ -17,7 +17,16 @@ from rich.text import Text
 
 import streamcomp
 from streamcomp.errors import RecipeError, StreamcompError
-from streamcomp.recipe import ALLOCATIONS, FORMS, STATISTICS, Recipe, Resources
+from streamcomp.linalg.low_rank import GRADIENT_DAMPING
+from streamcomp.recipe import (
+    ALLOCATIONS,
+    AXES,
+    FORMS,
+    METHODS,
+    STATISTICS,
+    Recipe,
+    Resources,
+)
 from streamcomp.units import format_bytes, format_seconds
 
 if sys.version_info >= (3, 11):
@@ -82,27 +91,127 @@ _quiet = click.option(
     "--quiet", "-q", is_flag=True, help="No progress; only the result and errors."
 )
 
+_keep_work = click.option(
+    "--keep-work",
+    is_flag=True,
+    help="Keep decompositions and moments in the work folder: other ratios and --redo use them.",
+)
+
 _resources = _options(_max_ram, _device, _threads, _work_dir)
 _output = _options(_json, _quiet)
+
+
+class _Ratios(click.ParamType):  # type: ignore[type-arg]
+    """One number, or several with commas between them."""
+
+    name = "ratios"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | tuple[float, ...]:
+        if isinstance(value, float | tuple):
+            return value
+        try:
+            found = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no number: write 0.2 or 0.2,0.4", param, ctx)
+        return found[0] if len(found) == 1 else found
+
 
 _recipe = _options(
     click.option(
         "--ratio",
-        type=float,
-        metavar="SHARE",
-        help="Share of the linears' parameters to remove, between 0 and 1.  "
-        f"[default: {_DEFAULT.ratio}]  Example: --ratio 0.4",
+        type=_Ratios(),
+        metavar="SHARE[,...]",
+        help="Share of the linears' parameters to remove, between 0 and 1; several give a folder "
+        f"each from one analysis.  [default: {_DEFAULT.ratio}]  Example: --ratio 0.2,0.4",
+    ),
+    click.option(
+        "--size",
+        metavar="BYTES",
+        help="Bytes of weights that the result has at most, in the place of --ratio.  "
+        "Example: --size 5GiB",
     ),
     click.option(
         "--method",
-        metavar="NAME",
-        help=f"Method of decomposition: svd-llm.  [default: {_DEFAULT.method}]",
+        type=click.Choice(METHODS),
+        help="two-sided weighs errors by what they do to the model's loss; svd-llm by the inputs; "
+        "rom: principal components of the outputs, block after block; swsc: channels that share "
+        f"weights.  [default: {_DEFAULT.method}]",
     ),
     click.option(
         "--form",
         type=click.Choice(FORMS),
         help="How factors are stored: pivot holds a higher rank in the same bytes, uv is plain "
-        f"low rank.  [default: {_DEFAULT.form}]",
+        "low rank, shared is swsc's.  [default: pivot; shared for swsc]",
+    ),
+    click.option(
+        "--allocation",
+        type=click.Choice(ALLOCATIONS),
+        help="How the ratio is shared among linears: evenly, or so that the least is lost over "
+        "all of them.  [default: loss for two-sided, uniform else]",
+    ),
+    click.option(
+        "--refine",
+        type=int,
+        metavar="STEPS",
+        help="Steps of training of each block's factors against the dense block.  "
+        f"[default: {_DEFAULT.refine}]  Example: --refine 200",
+    ),
+    click.option(
+        "--rate",
+        type=float,
+        metavar="SHARE",
+        help="Learning rate of --refine, relative to the factors' size.  [default: its own]",
+    ),
+    click.option(
+        "--update",
+        is_flag=True,
+        default=None,
+        help="Refit left factors in closed form on what compressed blocks put out.",
+    ),
+    click.option(
+        "--anchor",
+        type=float,
+        metavar="SHARE",
+        help="Share of the dense model's outputs in the target of --update; the rest is of the "
+        f"compressed stream.  [default: {_DEFAULT.anchor:g}]  Example: --anchor 0.5",
+    ),
+    click.option(
+        "--blocks",
+        metavar="WHICH",
+        help="Blocks to compress; the others stay dense and count in the ratio.  [default: all]  "
+        "Example: --blocks last:12",
+    ),
+    click.option(
+        "--module-ratio",
+        type=float,
+        metavar="SHARE",
+        help="Share removed from each linear of those blocks, in the place of --ratio.  "
+        "Example: --module-ratio 0.54",
+    ),
+    click.option(
+        "--damping",
+        type=float,
+        metavar="SHARE",
+        help="Added to the moments' diagonals, relative to their mean.  [default: 0.01 of the "
+        "gradients for two-sided, else as little as is needed]  Example: --damping 1e-3",
+    ),
+    click.option(
+        "--centred",
+        is_flag=True,
+        default=None,
+        help="For rom: components about the mean, which adds a bias to each linear.",
+    ),
+    click.option(
+        "--clusters",
+        type=int,
+        metavar="K",
+        help="For swsc: representatives per linear; 0 = whatever loses least.  "
+        f"[default: {_DEFAULT.clusters}]",
+    ),
+    click.option(
+        "--axis",
+        type=click.Choice(AXES),
+        help=f"For swsc: whether rows or columns share.  [default: {_DEFAULT.axis}]",
     ),
     click.option(
         "--calibration",
@@ -110,6 +219,13 @@ _recipe = _options(
         metavar="SOURCE",
         help="Text file, folder or hub dataset; repeat it to mix evenly.  "
         "[default: Python's language reference]  Example: --calibration wiki.txt",
+    ),
+    click.option(
+        "--chat",
+        is_flag=True,
+        default=None,
+        help="Render calibration texts through the model's chat template; .jsonl lines may hold "
+        "messages.",
     ),
     click.option(
         "--samples",
@@ -133,13 +249,15 @@ _recipe = _options(
     click.option(
         "--statistics",
         type=click.Choice(STATISTICS),
-        help="Take moments from the dense model's hidden states, or from those of the blocks "
-        f"compressed so far.  [default: {_DEFAULT.statistics}]",
+        help="Take moments from the dense model's hidden states, from those of the blocks "
+        "compressed so far, or not at all.  [default: dense; compressed for rom]",
     ),
     click.option(
-        "--allocation",
-        type=click.Choice(ALLOCATIONS),
-        help=f"How the ratio is shared among linears.  [default: {_DEFAULT.allocation}]",
+        "--store-every",
+        type=int,
+        metavar="K",
+        help="For two-sided: keep the hidden states of every K-th block on disk and run the others "
+        f"again.  [default: {_DEFAULT.store_every}]  Example: --store-every 8",
     ),
     click.option(
         "--seed",
@@ -199,9 +317,18 @@ def _names(command: click.Command) -> set[str]:
 @click.argument("out", type=click.Path(path_type=Path))
 @_recipe
 @_resources
+@_keep_work
+@click.option(
+    "--redo",
+    metavar="REGEX",
+    help="On a finished OUT whose work was kept: decompose the linears that match again, with "
+    "--damping.  Example: --redo 'layers\\.1[0-2]\\.mlp' --damping 1e-3",
+)
 @_revision
 @_output
-def compress(model: str, out: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
+def compress(
+    model: str, out: Path, redo: str | None, as_json: bool, quiet: bool, **settings: Any
+) -> None:
     """Compress MODEL (a folder, or a name on the hub) into the folder OUT.
 
     Run it again with the same settings and it goes on where it stopped; on a finished OUT
@@ -211,6 +338,9 @@ def compress(model: str, out: Path, as_json: bool, quiet: bool, **settings: Any)
     """
     from streamcomp.job.progress import console_progress
 
+    if redo is not None:
+        _redo(model, out, redo, as_json, console_progress(quiet or as_json), settings)
+        return
     result = streamcomp.compress(
         model,
         out,
@@ -220,11 +350,40 @@ def compress(model: str, out: Path, as_json: bool, quiet: bool, **settings: Any)
         progress=console_progress(quiet or as_json),
     )
     if as_json:
-        _print_json({"out": str(result.out), "already_done": result.already_done} | result.report)
+        _print_json(_with_others(result))
         return
     if result.already_done:
         click.echo(f"{out} is already done; to compress anew, remove it or give another OUT")
-    _print_summary(result.out, result.report)
+    for made in (result, *result.others):
+        _print_summary(made.out, made.report)
+
+
+def _with_others(result: streamcomp.CompressResult) -> dict[str, Any]:
+    plain = {"out": str(result.out), "already_done": result.already_done} | result.report
+    if result.others:
+        plain["others"] = [{"out": str(other.out)} | other.report for other in result.others]
+    return plain
+
+
+def _redo(
+    model: str, out: Path, pattern: str, as_json: bool, progress: Any, settings: dict[str, Any]
+) -> None:
+    if not settings["damping"]:
+        raise RecipeError("--redo needs the --damping to use, e.g. --damping 1e-3")
+    result = streamcomp.redo(
+        model,
+        out,
+        pattern,
+        damping=settings["damping"],
+        resources=_make_resources(settings),
+        revision=settings["revision"],
+        progress=progress,
+    )
+    if as_json:
+        _print_json(_with_others(result))
+        return
+    done = result.report["redone"][-1]
+    click.echo(f"{out}: {len(done['linears'])} linears done again, damping {done['damping']:g}")
 
 
 @cli.command()
@@ -266,7 +425,7 @@ def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
             "time": f"about {format_seconds(made.seconds)}",
             "disk": f"{format_bytes(made.disk_bytes)} at most, {format_bytes(made.output_bytes)} "
             "of it the result",
-            "forward": f"{made.batch} windows of {made.stream.seq_len} tokens at a time",
+            "forward": f"{made.levers.batch} windows of {made.stream.seq_len} tokens at a time",
             "linears": f"{len(made.linears)} eligible, ratio {made.ratio:.4f}, "
             f"{len(made.left)} other modules left as they are",
         },
@@ -468,7 +627,7 @@ def _make_recipe(settings: dict[str, Any]) -> Recipe:
 
 def _make_resources(settings: dict[str, Any]) -> Resources:
     names = [field.name for field in dataclasses.fields(Resources)]
-    return Resources(**{name: settings[name] for name in names})
+    return Resources(**{name: settings[name] for name in names if name in settings})
 
 
 def _merged(steps: Any) -> list[tuple[str, Any, float, int]]:
@@ -494,7 +653,7 @@ def _merged(steps: Any) -> list[tuple[str, Any, float, int]]:
 def _print_summary(out: Path, report: dict[str, Any]) -> None:
     model, memory = report["model"], report["memory"]
     stages = ", ".join(f"{k} {format_seconds(v)}" for k, v in report["stages"].items() if v >= 0.1)
-    damped = [linear for linear in report["linears"] if linear["damping"]]
+    damped = [linear for linear in report["linears"] if linear["damping"] > _usual(report)]
     rows = {
         "linear parameters": f"{model['linear_parameters']:,} -> "
         f"{model['linear_parameters_kept']:,}"
@@ -520,6 +679,12 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _usual(report: dict[str, Any]) -> float:
+    """The damping that the recipe itself asks for."""
+    recipe = report["recipe"]
+    return recipe["damping"] or (GRADIENT_DAMPING if recipe["method"] == "two-sided" else 0.0)
 
 
 def _console() -> Console:

@@ -13,46 +13,87 @@ from pathlib import Path
 from typing import Any
 
 from streamcomp.errors import RecipeError
+from streamcomp.units import parse_bytes
 
-__all__ = ["ALLOCATIONS", "ANALYSIS_FIELDS", "FORMS", "STATISTICS", "Recipe", "Resources"]
+__all__ = [
+    "ALLOCATIONS",
+    "AXES",
+    "FORMS",
+    "METHODS",
+    "OUTPUT_FIELDS",
+    "STATISTICS",
+    "Recipe",
+    "Resources",
+    "chosen_blocks",
+]
 
-FORMS = ("pivot", "uv")
-STATISTICS = ("dense", "compressed")
-ALLOCATIONS = ("uniform",)
+METHODS = ("two-sided", "svd-llm", "rom", "swsc")
+FORMS = ("pivot", "uv", "shared")
+STATISTICS = ("dense", "compressed", "none")
+ALLOCATIONS = ("uniform", "loss")
+AXES = ("auto", "rows", "columns")
+_AUTO = "auto"
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_BLOCKS = re.compile(r"(?:(first|last):(\d+)|(\d+)-(\d+))")
 
-# Fields that calibration and statistics depend on; the others only shape the output.
-ANALYSIS_FIELDS = ("calibration", "samples", "seq_len", "seed", "statistics", "batch")
+# Fields that shape the output alone: jobs that differ in nothing else share their analysis.
+OUTPUT_FIELDS = (
+    "ratio", "size", "form", "allocation", "module_ratio", "update", "anchor", "refine", "rate"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the compressed model, given its source."""
+    """All that decides the compressed model, given its source.
 
-    ratio: float = 0.2  # share of the eligible linears' parameters to remove, in (0, 1)
-    method: str = "svd-llm"  # a name of streamcomp.methods
-    form: str = "pivot"  # how factors are stored: FORMS
-    statistics: str = "dense"  # which stream the moments are taken from
-    allocation: str = "uniform"  # how ranks are shared among linears
+    ``"auto"`` becomes the method's own value when the recipe is made.
+    """
+
+    ratio: float | tuple[float, ...] = 0.2  # share of the linears' parameters to remove; or several
+    size: str = ""  # bytes of the output, "5GiB", in the place of a ratio
+    method: str = "two-sided"  # METHODS
+    form: str = _AUTO  # how factors are stored: FORMS
+    statistics: str = _AUTO  # which stream the moments are taken from: STATISTICS
+    allocation: str = _AUTO  # how ranks are shared among linears: ALLOCATIONS
+    blocks: str = ""  # those to compress: "last:12", "first:4", "3-10"; "" = all
+    module_ratio: float = 0.0  # share removed from each linear of those blocks; 0 = from ratio
+    centred: bool = False  # rom: components about the mean, which adds a bias
+    clusters: int = 0  # swsc: representatives per linear; 0 = whatever loses least
+    axis: str = "auto"  # swsc: AXES
+    damping: float = 0.0  # relative, added to the moments; 0 = the method's own
+    update: bool = False  # refit left factors on the compressed stream (SVD-LLM's update)
+    anchor: float = 1.0  # update: share of the dense stream in the target
+    refine: int = 0  # steps of refinement per block; 0 = none
+    rate: float = 0.0  # learning rate of the refinement; 0 = its own
     calibration: tuple[str, ...] = ()  # files, folders, hub datasets; () = Python's reference
+    chat: bool = False  # render texts through the chat template
     samples: int = 128  # calibration windows
     seq_len: int = 512  # tokens per window
     batch: int = 0  # windows per forward; 0 = the planner chooses
+    store_every: int = 1  # two-sided: every how many blocks hidden states stay on disk
     seed: int = 0  # draws the windows
     include: str = ""  # regex searched in a linear's name; "" = all
     exclude: str = ""  # regex searched in a linear's name; "" = none
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise RecipeError(
-                f"ratio {self.ratio:g}: the share to remove lies between 0 and 1, e.g. 0.2"
-            )
+        self._resolve()
+        self._check_ratios()
+        _one_of("method", self.method, METHODS)
         _one_of("form", self.form, FORMS)
         _one_of("statistics", self.statistics, STATISTICS)
         _one_of("allocation", self.allocation, ALLOCATIONS)
-        for name, least in (("samples", 1), ("seq_len", 2), ("batch", 0), ("seed", 0)):
-            if (value := getattr(self, name)) < least:
+        _one_of("axis", self.axis, AXES)
+        for name, least in (
+            ("samples", 1), ("seq_len", 2), ("batch", 0), ("seed", 0), ("refine", 0),
+            ("store_every", 1), ("clusters", 0), ("rate", 0), ("damping", 0), ("module_ratio", 0),
+            ("anchor", 0),
+        ):  # fmt: skip
+            if not (value := getattr(self, name)) >= least:
                 raise RecipeError(f"{name} {value}: at least {least} is needed")
+        for name, most in (("anchor", 1.0), ("damping", 1.0), ("rate", 1.0)):
+            if (value := getattr(self, name)) > most:
+                raise RecipeError(f"{name} {value}: at most {most:g} is possible")
+        self._check_together()
         for name in ("include", "exclude"):
             try:
                 re.compile(getattr(self, name))
@@ -60,6 +101,25 @@ class Recipe:
                 raise RecipeError(
                     f"{name} {getattr(self, name)!r} is no regular expression: {error}"
                 ) from None
+        if self.blocks and not _BLOCKS.fullmatch(self.blocks):
+            raise RecipeError(f"blocks {self.blocks!r} unknown: last:12, first:4 or 3-10")
+        if self.size:
+            parse_bytes(self.size)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """One per output."""
+        return self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the loss's gradients are needed."""
+        return self.method == "two-sided"
+
+    @property
+    def follows(self) -> bool:
+        """Whether factors are changed on the compressed stream after their decomposition."""
+        return self.update or self.refine > 0
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], origin: str = "recipe") -> Recipe:
@@ -70,8 +130,71 @@ class Recipe:
             name = key.replace("-", "_")
             if name not in kinds:
                 raise RecipeError(f"{origin}: unknown setting {key!r}; known: {', '.join(kinds)}")
-            values[name] = _coerce(origin, name, value, kinds[name])
+            if name == "ratio" and isinstance(value, list | tuple):
+                values[name] = tuple(_coerce(origin, name, item, float) for item in value)
+            else:
+                values[name] = _coerce(origin, name, value, kinds[name])
         return cls(**values)
+
+    def _resolve(self) -> None:
+        """Put in the method's own choices."""
+        own = {
+            "form": "shared" if self.method == "swsc" else "pivot",
+            "statistics": "compressed" if self.method == "rom" else "dense",
+            "allocation": "loss" if self.two_sided and not self.module_ratio else "uniform",
+        }
+        for name, value in own.items():
+            if getattr(self, name) == _AUTO:
+                object.__setattr__(self, name, value)
+        if isinstance(self.ratio, tuple) and len(self.ratio) == 1:
+            object.__setattr__(self, "ratio", self.ratio[0])
+
+    def _check_ratios(self) -> None:
+        for ratio in self.ratios:
+            if not 0 < ratio < 1:
+                raise RecipeError(
+                    f"ratio {ratio:g}: the share to remove lies between 0 and 1, e.g. 0.2"
+                )
+        if not self.ratios or len(set(self.ratios)) < len(self.ratios):
+            raise RecipeError(f"ratio {self.ratio}: each of several ratios stands there once")
+        if not 0 <= self.module_ratio < 1:
+            raise RecipeError(f"module_ratio {self.module_ratio:g}: at least 0 and below 1")
+        if len(self.ratios) > 1 and (self.size or self.module_ratio):
+            raise RecipeError("several ratios need neither size nor module_ratio: give one of them")
+        if self.size and self.module_ratio:
+            raise RecipeError("size and module_ratio exclude each other: give one of them")
+
+    def _check_together(self) -> None:
+        """RecipeError where two settings contradict each other."""
+        shared = self.method == "swsc"
+        for wrong, message in (
+            (shared != (self.form == "shared"),
+             f"form {self.form} is not for method {self.method}: swsc stores shared channels, "
+             "the others pivot or uv"),
+            (self.two_sided and self.statistics != "dense",
+             "method two-sided takes its statistics from the dense model: leave --statistics out"),
+            (self.method == "rom" and self.statistics == "none",
+             "method rom needs statistics: dense or compressed"),
+            (self.allocation == "loss" and self.statistics == "compressed",
+             "allocation loss needs all spectra before the first block is compressed: "
+             "use --statistics dense"),
+            (self.allocation == "loss" and (shared or self.statistics == "none"),
+             f"allocation loss needs the spectra of statistics, which method {self.method} with "
+             f"statistics {self.statistics} does not have: use --allocation uniform"),
+            (self.allocation == "loss" and self.module_ratio > 0,
+             "module_ratio shares the ratio evenly: use --allocation uniform"),
+            (self.centred and (self.method != "rom" or self.follows or self.allocation == "loss"),
+             "centred is for method rom, without update, refine and allocation loss"),
+            (shared and self.follows, "update and refine are not for method swsc"),
+            (self.statistics == "none" and self.follows, "update and refine need statistics"),
+            (self.clusters > 0 and not shared, "clusters is for method swsc"),
+            (self.axis != "auto" and not shared, "axis is for method swsc"),
+            (self.store_every > 1 and not self.two_sided, "store_every is for method two-sided"),
+            (self.anchor != 1 and not self.update, "anchor is for update: give --update too"),
+            (self.rate > 0 and not self.refine, "rate is for refine: give --refine too"),
+        ):  # fmt: skip
+            if wrong:
+                raise RecipeError(message)
 
 
 @dataclass(frozen=True)
@@ -82,12 +205,31 @@ class Resources:
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     threads: int = 0  # CPU threads; 0 = one per core the process may use
     work_dir: Path | None = None  # streams and journal; None = OUT/.streamcomp
+    keep_work: bool = False  # keep analysis and moments for other ratios and for redo
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):
             raise RecipeError(f"device {self.device!r} unknown: auto, cpu, cuda or cuda:N")
         if self.threads < 0:
             raise RecipeError(f"threads {self.threads}: at least 0 is needed (0 = all cores)")
+
+
+def chosen_blocks(blocks: str, total: int) -> range:
+    """The numbers of the blocks meant by ``blocks``, of ``total``; RecipeError if there are none.
+
+    ``last:12``, ``first:4``, ``3-10`` (both ends included), or nothing for all of them.
+    """
+    match = _BLOCKS.fullmatch(blocks)
+    if match is None:
+        return range(total)
+    if match[1]:
+        count = int(match[2])
+        found = range(total - count, total) if match[1] == "last" else range(count)
+    else:
+        found = range(int(match[3]), int(match[4]) + 1)
+    if not len(found) or found.start < 0 or found.stop > total:
+        raise RecipeError(f"blocks {blocks}: the model has blocks 0 to {total - 1}")
+    return found
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -3,13 +3,20 @@
 Text is cut into consecutive windows of equal length, which never overlap, and the seed draws
 among them. Where the tokenizer opens a text with a token of its own (BOS), every window
 begins with it, as the model has learnt to expect.
+
+For a model trained on conversations the text can be rendered through its chat template
+first. Conversations are rendered as they are; other text is cut into passages, each of them
+the answer to a user who gives its first sentence. A BOS that the template puts in front of a
+conversation moves to the front of the windows; one that marks every turn stays where it is.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +40,12 @@ _PIECE_CHARS = 128 * 1024  # tokenised at a time: the tokenizer's own records ar
 # memory; windows are drawn from what was read.
 _MOST_CHARS_PER_SOURCE = 16 * 2**20
 
+_PASSAGE_CHARS = 2000  # at most, in one answer
+_PASSAGE_ENDS = ("\n\n", "\n \n", "\n", " ")  # the first that stands in the latter half
+_PROMPT_CHARS = 200  # at most, in the question
+
+_Messages = Sequence[dict[str, Any]]  # each with role and content
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -43,17 +56,25 @@ class Windows:
 
 
 def load_windows(
-    model_folder: Path, sources: Sequence[str], samples: int, seq_len: int, seed: int | None
+    model_folder: Path,
+    sources: Sequence[str],
+    samples: int,
+    seq_len: int,
+    seed: int | None,
+    *,
+    chat: bool = False,
 ) -> Windows:
     """``samples`` windows of ``seq_len`` tokens, evenly from all ``sources``.
 
     A source is a text file, a folder of them, ``REFERENCE``, ``HELD_OUT`` or the name of a
     dataset on the hub; none means ``REFERENCE``. The seed draws windows from the whole
-    source; without a seed they are the first ones. ``samples=0`` takes all there are.
-    Raises CalibrationError where a source yields no window at all.
+    source; without a seed they are the first ones. ``samples=0`` takes all there are. With
+    ``chat`` texts are rendered through the model's chat template. Raises CalibrationError
+    where a source yields no window at all, and where there is no template to render with.
     """
     tokenizer = _tokenizer(model_folder)
-    opening = _opening(tokenizer)
+    template = _Template(tokenizer, model_folder) if chat else None
+    opening = _opening(tokenizer, template)
     names = list(sources) or [REFERENCE]
     notes: list[str] = []
     parts = []
@@ -62,7 +83,7 @@ def load_windows(
         if samples and not share:
             notes.append(f"{name}: no window, there are more sources than samples")
             continue
-        tokens = _tokens(tokenizer, name, enough=share * seq_len)
+        tokens = _tokens(tokenizer, _texts(name, share * seq_len, template))
         windows = _cut(tokens, seq_len, opening)
         if not len(windows):
             raise CalibrationError(
@@ -114,20 +135,59 @@ def _tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def _opening(tokenizer: Any) -> list[int]:
-    """The tokens that open a text: BOS, where the tokenizer adds it by itself."""
+@dataclass(frozen=True)
+class _Template:
+    """The chat template of a model; transformers runs it in a sandbox."""
+
+    tokenizer: Any
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise CalibrationError(
+                f"{self.folder} has no chat template: leave out --chat, or take the variant of "
+                "the model that was trained on conversations"
+            )
+
+    @cached_property
+    def bos_places(self) -> list[int]:
+        """Where BOS stands in a conversation: [0] if it opens it, more if it marks turns."""
+        bos = self.tokenizer.bos_token
+        text = self._render(_answer("a"))
+        return [found.start() for found in re.finditer(re.escape(bos), text)] if bos else []
+
+    def render(self, messages: _Messages) -> str:
+        """The text of a conversation, without the BOS that opens it."""
+        text = self._render(messages)
+        return text.removeprefix(self.tokenizer.bos_token) if self.bos_places == [0] else text
+
+    def _render(self, messages: _Messages) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # templates fail in as many ways as there are of them
+            roles = ", ".join(str(message["role"]) for message in messages) or "nobody"
+            raise CalibrationError(
+                f"the chat template of {self.folder} does not render a conversation of {roles}: "
+                f"{str(error)[:200]}"
+            ) from None
+
+
+def _opening(tokenizer: Any, template: _Template | None) -> list[int]:
+    """The tokens that open a text: BOS, where the template adds it, or else the tokenizer."""
     bos = tokenizer.bos_token_id
+    if template and template.bos_places:
+        return [bos] if template.bos_places == [0] else []
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
-def _tokens(tokenizer: Any, source: str, enough: int) -> Tensor:
-    """Tokens of ``source`` (tokens,) int32; ``enough`` bounds what is fetched from the hub."""
+def _tokens(tokenizer: Any, texts: Iterable[str]) -> Tensor:
+    """Tokens of ``texts`` (tokens,) int32."""
     parts = [
         torch.tensor(
             tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"],
             dtype=torch.int32,
         )
-        for piece in _pieces(_texts(source, enough))
+        for piece in _pieces(texts)
     ]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
 
@@ -162,40 +222,87 @@ def _draw(windows: Tensor, count: int, seed: int | None) -> Tensor:
     return windows[order[:count].sort().values]
 
 
-def _texts(source: str, enough: int) -> Iterator[str]:
-    """The texts of ``source``, a megabyte or so at a time."""
+def _texts(source: str, enough: int, template: _Template | None) -> Iterator[str]:
+    """The texts of ``source``, a megabyte or so at a time.
+
+    ``enough`` tokens bound what is fetched from the hub.
+    """
     path = Path(source)
     if source in (REFERENCE, HELD_OUT):
-        yield from reference_text(held_out=source == HELD_OUT)
+        for text in reference_text(held_out=source == HELD_OUT):
+            yield _rendered(text, template)
     elif path.is_file():
-        yield from _read(path)
+        yield from _read(path, template)
     elif path.is_dir():
         files = text_files(path)
         if not files:
             raise CalibrationError(f"{source} holds no text file ({', '.join(_SUFFIXES)})")
         for file in files:
-            yield from _read(file)
+            yield from _read(file, template)
     elif source.count("/") == 1 and not source.startswith((".", "/")):
         for file in _hub_files(source, enough):
-            yield from _read(file)
+            yield from _read(file, template)
     else:
         raise CalibrationError(f"{source}: no such file or folder")
 
 
-def _read(path: Path) -> Iterator[str]:
-    """Lines of a text file in large pieces; of .jsonl the field ``text`` of each line."""
+def _read(path: Path, template: _Template | None) -> Iterator[str]:
+    """Lines of a text file in large pieces; of .jsonl what each line holds."""
     try:
         with path.open(encoding="utf-8") as file:
             while lines := list(islice(file, 4096)):
                 if path.suffix == ".jsonl":
-                    lines = [json.loads(line)["text"] + "\n\n" for line in lines if line.strip()]
-                yield "".join(lines)
+                    parsed = (json.loads(line) for line in lines if line.strip())
+                    yield "".join(_text_of(line, path, template) for line in parsed)
+                else:
+                    yield _rendered("".join(lines), template)
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is no UTF-8 text: {error.reason}") from None
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise CalibrationError(f'{path}: every line must be {{"text": "..."}}') from None
+        messages = ' or {"messages": [{"role": "...", "content": "..."}]}' if template else ""
+        raise CalibrationError(f'{path}: every line must be {{"text": "..."}}{messages}') from None
+
+
+def _text_of(line: Any, path: Path, template: _Template | None) -> str:
+    """What a line of a .jsonl file holds; KeyError or TypeError where it holds no text."""
+    if "messages" in line and template:
+        messages = line["messages"]
+        if not all({"role", "content"} <= set(message) for message in messages):
+            raise KeyError("role or content")
+        return template.render(messages)
+    if "messages" in line and "text" not in line:
+        raise CalibrationError(f'{path} holds conversations ("messages"): --chat renders them')
+    return _rendered(line["text"] + "\n\n", template)
+
+
+def _rendered(text: str, template: _Template | None) -> str:
+    if template is None:
+        return text
+    return "".join(template.render(_answer(passage)) for passage in _passages(text))
+
+
+def _passages(text: str) -> Iterator[str]:
+    """``text`` cut at blank lines, or else at line ends or spaces, into passages."""
+    start = 0
+    while start < len(text):
+        stop = start + _PASSAGE_CHARS
+        if stop < len(text):
+            ends = (text.rfind(mark, stop - _PASSAGE_CHARS // 2, stop) for mark in _PASSAGE_ENDS)
+            stop = next((end for end in ends if end >= 0), stop)
+        if passage := text[start:stop].strip():
+            yield passage
+        start = stop
+
+
+def _answer(passage: str) -> _Messages:
+    """A conversation in which ``passage`` answers its own first sentence or line."""
+    sentence = re.split(r"(?<=[.!?])\s|\n", passage, maxsplit=1)[0]
+    return [
+        {"role": "user", "content": sentence[:_PROMPT_CHARS]},
+        {"role": "assistant", "content": passage},
+    ]
 
 
 def _hub_files(name: str, enough: int) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Takes the moments of a block's linears while the block runs."""
+"""Takes the moments of a block's linears while the block runs, forward or also backward."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from streamcomp.errors import NonFiniteError
-from streamcomp.linalg.moments import SecondMoment
-from streamcomp.methods.base import Moment, Side
+from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment
+from streamcomp.methods.base import GradientMoment, Moment, Side
 from streamcomp.modeling.linears import Linear
 
 __all__ = ["MomentGroup", "Observer", "group_moments", "moment_dtype"]
@@ -20,24 +20,37 @@ __all__ = ["MomentGroup", "Observer", "group_moments", "moment_dtype"]
 
 @dataclass(frozen=True)
 class MomentGroup:
-    """One moment to take, and the linears that it serves."""
+    """One moment to take, and the linears that it serves.
+
+    With ``gradients`` each linear also has one of its own: of the gradient of its output, or of
+    its input where that is smaller.
+    """
 
     side: Side
     size: int  # the moment is size x size
     linears: tuple[Linear, ...]
+    gradients: bool = False
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        return self.size * self.size * moment_dtype(dtype).itemsize
+        numbers = self.size * self.size
+        if self.gradients:
+            numbers += sum(min(m.rows, m.columns) ** 2 for m in self.linears)
+        return numbers * moment_dtype(dtype).itemsize
 
 
 def group_moments(
-    linears: Sequence[Linear], shared: Sequence[Sequence[str]]
+    linears: Sequence[Linear],
+    shared: Sequence[Sequence[str]],
+    *,
+    gradients: bool = False,
+    inputs_only: bool = False,
 ) -> tuple[MomentGroup, ...]:
     """The moments that serve all ``linears`` with the fewest bytes.
 
     ``shared`` lists names that are fed the same tensor. They can share one moment of their
     inputs (n x n), or have one each of their outputs (m x m); the latter is only an option
-    where m <= n, for a linear is decomposed on its smaller side.
+    where m <= n, for a linear is decomposed on its smaller side, and where the method can do with
+    it (not ``inputs_only``).
     """
     by_name = {linear.name: linear for linear in linears}
     grouped = [[by_name.pop(name) for name in names if name in by_name] for names in shared]
@@ -47,10 +60,11 @@ def group_moments(
             continue
         inputs = members[0].columns
         outputs = [member.rows for member in members]
-        if max(outputs) <= inputs and sum(m * m for m in outputs) < inputs * inputs:
-            groups += [MomentGroup("outputs", m.rows, (m,)) for m in members]
+        fewer = max(outputs) <= inputs and sum(m * m for m in outputs) < inputs * inputs
+        if fewer and not inputs_only:
+            groups += [MomentGroup("outputs", m.rows, (m,), gradients) for m in members]
         else:
-            groups.append(MomentGroup("inputs", inputs, tuple(members)))
+            groups.append(MomentGroup("inputs", inputs, tuple(members), gradients))
     return tuple(groups)
 
 
@@ -63,26 +77,40 @@ class Observer:
     """While open, every forward of ``block`` adds to the moments of ``groups``.
 
     A context manager. Holds the moments, ``sum(group.nbytes(dtype))``, until they are taken.
-    An output is observed without its bias: it is W x whose energy is to be kept.
+    An output is observed without its bias: it is W x whose energy is to be kept. Groups with
+    gradients observe every backward too, through hooks on the linears' outputs. ``totals`` sums
+    the rows as well, for methods that subtract the mean.
     """
 
     def __init__(
-        self, block: nn.Module, block_name: str, groups: Sequence[MomentGroup], device: torch.device
+        self,
+        block: nn.Module,
+        block_name: str,
+        groups: Sequence[MomentGroup],
+        device: torch.device,
+        *,
+        totals: bool = False,
     ) -> None:
         self._block, self._block_name, self._groups = block, block_name, groups
-        self._device = device
-        self._moments: dict[MomentGroup, SecondMoment] = {}
+        self._device, self._totals = device, totals
+        self._watched: dict[MomentGroup, _Watched] = {}
+        self._gradients: dict[Linear, _GradientSum] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Observer:
         for group in self._groups:
-            module = self._block.get_submodule(group.linears[0].name)
-            assert isinstance(module, nn.Linear)
-            moment = SecondMoment(
-                group.size, dtype=moment_dtype(module.weight.dtype), device=self._device
-            )
-            self._moments[group] = moment
-            self._hooks.append(_watch(module, group.side, moment))
+            module = self._module(group.linears[0])
+            dtype = moment_dtype(module.weight.dtype)
+            watched = _Watched(SecondMoment(group.size, dtype=dtype, device=self._device))
+            if self._totals:
+                watched.total = torch.zeros(group.size, dtype=torch.float64, device=self._device)
+            self._watched[group] = watched
+            self._hooks.append(_watch(module, group.side, watched))
+            for linear in group.linears if group.gradients else ():
+                size = min(linear.rows, linear.columns)
+                summed = _GradientSum(SecondMoment(size, dtype=dtype, device=self._device))
+                self._gradients[linear] = summed
+                self._hooks.append(_watch_gradient(self._module(linear), summed))
         return self
 
     def __exit__(
@@ -97,25 +125,83 @@ class Observer:
 
     def take(self, group: MomentGroup) -> Moment:
         """Hand over the moment of ``group`` and forget it; NonFiniteError if it overflowed."""
-        value = self._moments.pop(group).value
-        if not bool(value.diagonal().sum().isfinite()):
-            raise NonFiniteError(
-                f"{self._block_name}.{group.linears[0].name}: its {group.side} are NaN or "
-                "infinite on the calibration text; is the dtype of the model too narrow?"
-            )
-        return Moment(group.side, value)
+        watched = self._watched.pop(group)
+        _check(f"{self._block_name}.{group.linears[0].name}", group.side, watched.moment.value)
+        return Moment(group.side, watched.moment.value, watched.rows, watched.total)
+
+    def take_gradient(self, linear: Linear) -> GradientMoment:
+        """Hand over the gradients' moment of ``linear`` and forget it; NonFiniteError as above."""
+        summed = self._gradients.pop(linear)
+        _check(f"{self._block_name}.{linear.name}", "gradients", summed.moment.value)
+        return GradientMoment(summed.moment.value, summed.energy)
+
+    def _module(self, linear: Linear) -> nn.Linear:
+        module = self._block.get_submodule(linear.name)
+        assert isinstance(module, nn.Linear)
+        return module
 
 
-def _watch(module: nn.Linear, side: Side, moment: SecondMoment) -> Any:
+@dataclass
+class _Watched:
+    """A moment, and the number and sum of its rows."""
+
+    moment: SecondMoment
+    rows: int = 0
+    total: Tensor | None = None
+
+    def update(self, rows: Tensor, shift: Tensor | None = None) -> None:
+        self.moment.update(rows, shift)
+        count = rows.numel() // rows.shape[-1]
+        self.rows += count
+        if self.total is not None:
+            self.total += rows.detach().reshape(-1, rows.shape[-1]).sum(0, dtype=torch.float64)
+            if shift is not None:
+                self.total -= count * shift.detach().double()
+
+
+@dataclass
+class _GradientSum:
+    """The moment of g, or of W^T g, and the sum of ||g||^2."""
+
+    moment: SecondMoment
+    energy: float = 0.0
+
+    def update(self, gradient: Tensor, weight: Tensor) -> None:
+        """Add g (..., m) of a linear's output; ``weight`` is (m, n)."""
+        flat = gradient.detach().reshape(-1, weight.shape[0])  # (T, m)
+        for rows in flat.split(ROWS_PER_UPDATE):
+            self.energy += float(rows.float().square().sum(dtype=torch.float64))
+            self.moment.update(rows @ weight if weight.shape[0] > weight.shape[1] else rows)
+
+
+def _watch(module: nn.Linear, side: Side, watched: _Watched) -> Any:
     if side == "inputs":
 
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            moment.update(args[0])
+            watched.update(args[0])
 
         return module.register_forward_pre_hook(before)
 
     def after(linear: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         bias = linear.bias
-        moment.update(output, shift=bias if isinstance(bias, Tensor) else None)
+        watched.update(output, shift=bias if isinstance(bias, Tensor) else None)
 
     return module.register_forward_hook(after)
+
+
+def _watch_gradient(module: nn.Linear, summed: _GradientSum) -> Any:
+    weight = module.weight.detach()
+
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: summed.update(gradient, weight))
+
+    return module.register_forward_hook(after)
+
+
+def _check(name: str, what: str, value: Tensor) -> None:
+    if not bool(value.diagonal().sum().isfinite()):
+        raise NonFiniteError(
+            f"{name}: its {what} are NaN or infinite on the calibration text; is the dtype of the "
+            "model too narrow?"
+        )

@@ -35,10 +35,11 @@ def export_checkpoint(
 ) -> Path:
     """Write ``index``, a compressed model, to ``destination`` with every linear in ``form``.
 
-    ``dense`` multiplies the factors out; ``uv`` turns pivots into a plain left factor. One
-    linear is in memory at a time. ``extra`` are small files that only ``uv`` needs, and
-    ``auto_map`` the config's way to them. A run that was interrupted goes on after its last
-    whole shard.
+    ``dense`` multiplies the factors out; ``uv`` turns pivots into a plain left factor. What one
+    of the two cannot hold is refused: channels that share weights as ``uv``, a bias that the
+    architecture does not have as ``dense``. One linear is in memory at a time. ``extra`` are
+    small files that only ``uv`` needs, and ``auto_map`` the config's way to them. A run that was
+    interrupted goes on after its last whole shard.
     """
     if form not in _FORMS:
         raise RecipeError(f"form {form!r} unknown; one of: {', '.join(_FORMS)}")
@@ -47,6 +48,7 @@ def export_checkpoint(
     if destination.resolve() == index.folder.resolve():
         raise OutputError(f"{destination} is the model's own folder: give another DEST")
     modules: dict[str, dict[str, Any]] = index.config["quantization_config"]["modules"]
+    _check_form(form, modules)
     _claim(index, destination, form)
     shards = []
     progress.begin("export", [1.0] * len(index.shards), 0, 0)
@@ -67,14 +69,29 @@ def export_checkpoint(
     if form == "uv":
         for name, text in extra.items():
             write_text(destination / name, text)
-        linears = [{"name": name, "rank": spec["rank"]} for name, spec in modules.items()]
+        linears = [{"name": name, "spec": spec | {"form": form}} for name, spec in modules.items()]
         dtypes = {name: info.dtype for name, info in index.tensors.items()}
-        config["quantization_config"] = quantization_config(linears, "uv", dtypes)
+        config["quantization_config"] = quantization_config(linears, dtypes)
         config["auto_map"] = auto_map
     write_index(destination, shards)
     write_json(destination / "config.json", config)
     (destination / _MARKER).unlink(missing_ok=True)
     return destination
+
+
+def _check_form(form: str, modules: dict[str, dict[str, Any]]) -> None:
+    """Refuse what ``form`` cannot hold, by the first linear of its kind."""
+    for name, spec in modules.items():
+        if form == "uv" and spec["form"] == "shared":
+            raise RecipeError(
+                f"{name} has channels that share weights, no two factors hold them: "
+                "export it with --form dense"
+            )
+        if form == "dense" and "bias" in spec:
+            raise RecipeError(
+                f"{name} has a bias that its architecture does not know, every loader would "
+                "leave it out: export it with --form uv"
+            )
 
 
 def _claim(index: CheckpointIndex, destination: Path, form: str) -> None:
@@ -111,7 +128,7 @@ def _factored_entries(
 ) -> Iterator[Entry]:
     """One linear's tensors in ``form``, computed when their turn comes."""
     rank, columns = weight.shape
-    left = index.tensors[f"{owner}.{'U' if spec['form'] == 'uv' else 'pivots'}"]
+    left = index.tensors[f"{owner}.{'pivots' if spec['form'] == 'pivot' else 'U'}"]
     rows, dtype = left.shape[0], weight.torch_dtype
 
     def load() -> FactoredLinear:

@@ -163,8 +163,7 @@ def _summary(report: _Record, linears: Sequence[_Record]) -> str:
 def _figures(report: _Record) -> _Html:
     """The row of key figures."""
     model, memory, steps = report["model"], report["memory"], report["steps"]
-    recipe = report.get("recipe", {})
-    asked = f"asked {recipe['ratio']:.1%}; " if "ratio" in recipe else ""
+    asked = f"asked {report['asked']:.1%}; " if "asked" in report else ""
     whole = f"{model['model_ratio']:.1%} of the whole model"
     kept = f"{model['bytes_kept'] / model['bytes']:.1%} of the original"
     peak, predicted, budget = (

@@ -169,6 +169,7 @@ class _Run:
             self.progress.finish_step(number, f"block {number}", time.perf_counter() - started, "")
         return source
 
+    @torch.no_grad()
     def nll(self, states: HiddenStates, head_tokens: int) -> float:
         """Sum of -log p over all predicted tokens, ``head_tokens`` positions at a time."""
         total, last = 0.0, self.shape.seq_len - 1  # nothing is predicted from the last position

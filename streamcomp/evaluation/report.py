@@ -17,6 +17,9 @@ from streamcomp.units import format_bytes
 
 __all__ = ["job_report", "model_card", "model_name"]
 
+# What a step's line in the journal holds beside its figures.
+_BULKY = ("linears", "analysis", "ranks", "refined")
+
 
 def job_report(
     index: CheckpointIndex,
@@ -32,7 +35,7 @@ def job_report(
     """
     linears = [linear for step in steps for linear in step.get("linears", [])]
     eligible = sum(linear.numel for linear in plan.linears)
-    removed = index.numel - sum(info.numel for info in written if info.is_float)
+    removed = index.numel - sum(info.numel for info in written if _counts(info))
     stages: dict[str, float] = {}
     for step in steps:
         for name, seconds in step["stages"].items():
@@ -58,16 +61,24 @@ def job_report(
         },
         "seconds": round(sum(step["seconds"] for step in steps), 1),
         "stages": stages,
-        "windows": next(step["windows"] for step in steps if "windows" in step),
+        "windows": next((step["windows"] for step in steps if "windows" in step), 0),
         "recipe": recipe,
         "levers": header["levers"],
         "fingerprint": header["fingerprint"],
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         "notes": [note for step in steps for note in step.get("notes", [])],
         "linears": linears,
+        "refined": [
+            {"block": step["block"], **step["refined"]} for step in steps if "refined" in step
+        ],
         "left": plan.left,
-        "steps": [{k: v for k, v in step.items() if k != "linears"} for step in steps],
+        "steps": [{k: v for k, v in step.items() if k not in _BULKY} for step in steps],
     }
+
+
+def _counts(info: TensorInfo) -> bool:
+    """Whether a tensor's numbers count in the ratio: floats, and labels as in SWSC's paper."""
+    return info.is_float or info.name.endswith(".labels")
 
 
 def model_name(folder: Path) -> str:

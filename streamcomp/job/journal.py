@@ -26,12 +26,20 @@ from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
-from streamcomp.recipe import Recipe
+from streamcomp.recipe import OUTPUT_FIELDS, Recipe
 
-__all__ = ["JOURNAL", "Fingerprint", "Journal", "check_fingerprint", "fingerprint", "locked"]
+__all__ = [
+    "JOURNAL",
+    "Fingerprint",
+    "Journal",
+    "check_fingerprint",
+    "fingerprint",
+    "locked",
+    "same_analysis",
+]
 
 JOURNAL = "journal.jsonl"
-_VERSION = 1
+_VERSION = 2
 
 # field -> value; all must agree for a job to be continued
 Fingerprint = dict[str, Any]
@@ -69,6 +77,12 @@ def check_fingerprint(
             )
 
 
+def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two jobs differ in nothing but what shapes their output."""
+    names = (one.keys() | other.keys()) - set(OUTPUT_FIELDS)
+    return all(one.get(name) == other.get(name) for name in names)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock on ``folder``; JobLockedError if another process has it."""
@@ -88,8 +102,15 @@ def locked(folder: Path) -> Iterator[None]:
 class Journal:
     """The journal in ``folder``; :meth:`open` continues one or begins it."""
 
-    def __init__(self, path: Path, header: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: dict[str, Any],
+        steps: list[dict[str, Any]],
+        inherited: bool = False,
+    ) -> None:
         self.path, self.header, self.steps = path, header, steps
+        self.inherited = inherited  # begun with the analysis of another job
 
     @classmethod
     def read(cls, folder: Path) -> Journal | None:
@@ -118,11 +139,18 @@ class Journal:
         write_text(folder / JOURNAL, json.dumps(header) + "\n")
         return cls(folder / JOURNAL, header, [])
 
+    def inherit(self, wanted: Fingerprint, before: str) -> Journal:
+        """A journal of the job ``wanted`` that begins with the steps of this one ``before`` one."""
+        names = [entry["step"] for entry in self.steps]
+        steps = self.steps[: names.index(before)] if before in names else []
+        header = self.header | {"fingerprint": wanted}
+        return Journal(self.path, header, steps, inherited=True)
+
     def trim(self) -> None:
         """Cut off what a crash left behind the last whole line, before appending."""
         lines = [json.dumps(entry) + "\n" for entry in (self.header, *self.steps)]
         with output_errors(self.path):
-            if self.path.stat().st_size != sum(map(len, lines)):
+            if self.inherited or self.path.stat().st_size != sum(map(len, lines)):
                 write_text(self.path, "".join(lines))
 
     def commit(self, step: str, results: Mapping[str, Any]) -> None:

@@ -39,6 +39,18 @@ _COMPANIONS = (
 )
 _NOT_COPIED = ("config.json", REPORT)
 
+# All that a job puts into its work folder.
+_WORK_FILES = (
+    JOURNAL,
+    "windows.safetensors",
+    "hidden-*.bin",
+    "compressed-*.bin",
+    "gradient-*.bin",
+    "analysis-*.safetensors",
+    "moments-*.safetensors",
+    ".*.tmp",
+)
+
 
 def publish(
     index: CheckpointIndex,
@@ -76,19 +88,13 @@ def write_index(out: Path, shards: list[Path]) -> None:
     )
 
 
-def quantization_config(
-    linears: list[dict[str, Any]], form: str, dtypes: Mapping[str, str]
-) -> dict[str, Any]:
-    """The config's entry for ``linears`` factored in ``form``; ``dtypes`` by tensor name."""
+def quantization_config(linears: list[dict[str, Any]], dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """The config's entry for factored ``linears``; ``dtypes`` by tensor name."""
     return {
         "quant_method": "streamcomp",
         "version": FORMAT_VERSION,
         "modules": {
-            linear["name"]: {
-                "form": form,
-                "rank": linear["rank"],
-                "dtype": dtypes[f"{linear['name']}.weight"],
-            }
+            linear["name"]: linear["spec"] | {"dtype": dtypes[f"{linear['name']}.weight"]}
             for linear in linears
         },
     }
@@ -103,7 +109,7 @@ def remove_work(work: Path) -> None:
     """Delete what a job left in its work folder, and the folder if nothing else is in it."""
     if not work.is_dir():
         return
-    for pattern in (JOURNAL, "windows.safetensors", "hidden-*.bin", ".*.tmp"):
+    for pattern in _WORK_FILES:
         for path in work.glob(pattern):
             path.unlink(missing_ok=True)
     if not any(work.iterdir()):

@@ -14,28 +14,49 @@ side that is decomposed:
 - m > n: with H = L L^T, the eigenvectors V of M = L^T W^T W L (n x n) give the basis
   W L V Lambda^-1/2, and no inverse of L is needed.
 
+**Two-sided** whitening looks at what an error does to the model's loss: with the gradients
+G = dL/dY (m x T) and Gamma = G G^T it minimises ||Gamma^1/2 (W - W') H^1/2||_F, whose cut
+energies are second-order losses of the model and so compare across linears. One factor
+cancels, and again the smaller side is enough:
+
+- m <= n: with Gamma = R^T R, the eigenvectors U of R K R^T give W' = (R^-1 U_r)(U_r^T R W);
+- m > n: with H = S S^T and K' = W^T Gamma W, the moment of W^T g (n x n), the eigenvectors V of
+  S^T K' S give W' = (W S V_r)(V_r^T S^-1).
+
+With Gamma = I both are the one-sided solution. Gamma is damped by eps tr(Gamma)/m I, without
+which the directions that the gradients never take would be free.
+
 Everything runs in fp64. No randomised SVD: at the ranks used here it costs perplexity.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "GRADIENT_DAMPING",
     "ROWS_AT_ONCE",
     "Decomposition",
+    "centred",
     "decompose_inputs",
     "decompose_outputs",
+    "decompose_two_sided_inputs",
+    "decompose_two_sided_outputs",
     "fit_left",
     "output_moment",
+    "refit_left",
 ]
 
 # Damping starts here, relative to the mean of the moment's diagonal, and grows tenfold.
 FIRST_DAMPING = 1e-6
 MOST_DAMPING = 1.0
+
+# Added to the gradients' moment, relative to the mean of its diagonal.
+GRADIENT_DAMPING = 1e-2
 
 # Rows of a weight that are cast to fp64 at a time.
 ROWS_AT_ONCE = 2048
@@ -46,42 +67,53 @@ _ORTHONORMAL = 1e-8
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Output directions of a linear, best first, with their energies.
+    """The factors of a linear W (m x n) for every rank at once, best directions first.
 
     Parameters
     ----------
     spectrum : Tensor of shape (k,), fp64, descending, k = min(m, n)
-        Energy of each direction: the squared singular values of W H^1/2.
-    vectors : Tensor of shape (m, k) or (n, k), fp64
-        The basis itself, or where ``mixes`` is set, the matrix B with basis = W B.
+        Energy of each direction: the squared singular values of the whitened weight.
+    left : Tensor of shape (m, k) or (n, k)
+        Columns of the left factor, or where ``mixes`` is set, the matrix A with columns W A.
+    right : Tensor of shape (k, m) or (k, n), or None
+        The matrix B with rows B W of the right factor, or where ``mixes`` is set, those rows
+        themselves. None: the left columns are orthonormal, and the rows are left^T W.
     mixes : bool
-        Whether ``vectors`` has to be multiplied by the weight from the left.
+        Which of the two sides was decomposed.
     damping : float
-        What was added to the moment's diagonal, relative to its mean; 0 if nothing.
+        What was added to a moment's diagonal, relative to its mean; 0 if nothing.
+    condition : float
+        Largest over smallest eigenvalue of the moment that was decomposed, its damping included;
+        infinite where the moment is singular.
+    fallback : str
+        What was done because the data did not allow the method itself; empty if nothing.
     """
 
     spectrum: Tensor
-    vectors: Tensor
+    left: Tensor
+    right: Tensor | None
     mixes: bool
     damping: float
+    condition: float = math.nan
+    fallback: str = ""
 
-    def basis(self, weight: Tensor, rank: int) -> Tensor:
-        """Orthonormal columns spanning the best ``rank`` output directions, (m, r) fp64."""
-        if not self.mixes:
-            return self.vectors[:, :rank]
-        mixing = self.vectors[:, :rank]
-        basis = torch.empty(weight.shape[0], rank, dtype=mixing.dtype, device=mixing.device)
-        for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            torch.mm(weight[rows].to(mixing.dtype), mixing, out=basis[rows])
-        gram = basis.T @ basis  # (r, r)
-        gram.diagonal().sub_(1)
-        if gram.abs().max() > _ORTHONORMAL:  # tiny energies: columns lost their length
-            basis = torch.linalg.qr(basis).Q
-        return basis
+    def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Left (m, r) and right (r, n) factor of the best approximation of ``rank``, fp64."""
+        left = self.left[:, :rank].double()
+        if self.mixes:
+            left = _times(weight, left)
+        if self.right is None:
+            if self.mixes:
+                left = _orthonormal(left)
+            return left, _transposed_times(left, weight)
+        right = self.right[:rank].double()
+        return left, right if self.mixes else _transposed_times(right.T, weight)
 
     def relative_loss(self, rank: int) -> float:
-        """||W X - W' X||^2 / ||W X||^2 at ``rank``; 0 for a linear that puts out nothing."""
+        """Share of the whole energy that is lost at ``rank``; 0 where there is no energy.
+
+        One-sided, this is ||W X - W' X||^2 / ||W X||^2.
+        """
         total = float(self.spectrum.sum())
         return float(self.spectrum[rank:].sum()) / total if total > 0 else 0.0
 
@@ -92,33 +124,31 @@ def output_moment(weight: Tensor, inputs: Tensor) -> Tensor:
     return wide @ inputs.double() @ wide.T
 
 
-def decompose_outputs(weight: Tensor, outputs: Tensor) -> Decomposition:
+def decompose_outputs(weight: Tensor, outputs: Tensor, damping: float = 0.0) -> Decomposition:
     """Decompose from the moment K (m, m) of the outputs; meant for m <= n.
 
-    Where K is not positive definite, damping adds eps W W^T to it once, as eps I would to H:
-    it orders the directions that the data leaves open, and no factorisation can fail here.
-    Holds four m x m fp64 matrices at its peak, LAPACK's workspace among them.
+    ``damping`` adds eps W W^T to K, as eps I would be added to H; where K is not positive
+    definite, the least is added in any case: it orders the directions that the data leaves open,
+    and no factorisation can fail here. Holds four m x m fp64 matrices at its peak, LAPACK's
+    workspace among them.
     """
     moment = outputs.double()
-    values, vectors = torch.linalg.eigh(moment)
-    damping = 0.0
-    if values[0] <= 0 < values[-1]:
+    values, vectors = torch.linalg.eigh(_damped(moment, weight, damping) if damping else moment)
+    if values[0] <= 0 < values[-1] and not damping:
         damping = FIRST_DAMPING
-        inner = _gram(weight.T)  # (m, m) = W W^T
-        inner *= damping * moment.trace() / inner.trace()
-        values, vectors = torch.linalg.eigh(inner.add_(moment))
-    return _decomposition(values, vectors, mixes=False, damping=damping)
+        values, vectors = torch.linalg.eigh(_damped(moment, weight, damping))
+    return _decomposition(values, vectors, None, mixes=False, damping=damping)
 
 
-def decompose_inputs(weight: Tensor, inputs: Tensor) -> Decomposition:
+def decompose_inputs(weight: Tensor, inputs: Tensor, damping: float = 0.0) -> Decomposition:
     """Decompose from the moment H (n, n) of the inputs, on the smaller side of W (m, n).
 
-    Where H has no Cholesky factor, damping adds eps I to it. Holds five n x n fp64
-    matrices at its peak for m > n, LAPACK's workspace among them.
+    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes. Holds five
+    n x n fp64 matrices at its peak for m > n, LAPACK's workspace among them.
     """
     if weight.shape[0] <= weight.shape[1]:
-        return decompose_outputs(weight, output_moment(weight, inputs))
-    lower, damping = _cholesky(inputs)  # (n, n)
+        return decompose_outputs(weight, output_moment(weight, inputs), damping)
+    lower, damping = _cholesky(inputs, damping)  # (n, n)
     small = lower.T @ _gram(weight) @ lower  # (n, n) = L^T W^T W L
     values, vectors = torch.linalg.eigh(small)
     if not bool(inputs.diagonal().any()):  # an input that is always zero: nothing is lost
@@ -126,7 +156,76 @@ def decompose_inputs(weight: Tensor, inputs: Tensor) -> Decomposition:
     scale = values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     scale[values <= 0] = 0
     vectors *= scale
-    return _decomposition(values, lower @ vectors, mixes=True, damping=damping)
+    return _decomposition(values, lower @ vectors, None, mixes=True, damping=damping)
+
+
+def decompose_two_sided_outputs(
+    weight: Tensor, outputs: Tensor, gradients: Tensor, damping: float = GRADIENT_DAMPING
+) -> Decomposition:
+    """Two-sided, from the moments of the outputs K and of their gradients Gamma, (m, m) both.
+
+    Meant for m <= n. ``damping`` is added to Gamma, relative to its mean diagonal. Holds six
+    m x m fp64 matrices at its peak, LAPACK's workspace among them.
+    """
+    if not float(gradients.diagonal().sum()) > 0:
+        return _without_gradients(decompose_outputs(weight, outputs))
+    lower, damping = _cholesky(gradients, damping)  # R = lower^T
+    small = lower.T @ outputs.double() @ lower  # (m, m) = R K R^T
+    values, vectors = torch.linalg.eigh(small)
+    if values[0] <= 0 < values[-1]:
+        small = lower.T @ _damped(outputs.double(), weight, FIRST_DAMPING) @ lower
+        values, vectors = torch.linalg.eigh(small)
+    right = vectors.T @ lower.T
+    left = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
+    return _decomposition(values, left, right, mixes=False, damping=damping)
+
+
+def decompose_two_sided_inputs(
+    weight: Tensor,
+    inputs: Tensor,
+    gradients: Tensor,
+    gradient_energy: float,
+    damping: float = GRADIENT_DAMPING,
+) -> Decomposition:
+    """Two-sided, from the moments H of the inputs and K' of W^T g, (n, n) both.
+
+    Meant for m > n. ``gradient_energy`` is tr(Gamma), the sum of ||g||^2, by which Gamma is
+    damped: K' + eps tr(Gamma)/m W^T W. Holds six n x n fp64 matrices at its peak, LAPACK's
+    workspace among them.
+    """
+    if not gradient_energy > 0:
+        return _without_gradients(decompose_inputs(weight, inputs))
+    lower, least = _cholesky(inputs)  # S
+    outer = _gram(weight).mul_(damping * gradient_energy / weight.shape[0])
+    values, vectors = torch.linalg.eigh(lower.T @ outer.add_(gradients) @ lower)  # S^T K' S
+    if not bool(inputs.diagonal().any()):
+        values = torch.zeros_like(values)
+    right = torch.linalg.solve_triangular(lower, vectors.T, upper=False, left=False)  # V^T S^-1
+    return _decomposition(values, lower @ vectors, right, mixes=True, damping=max(damping, least))
+
+
+def centred(moment: Tensor, total: Tensor, rows: int) -> Tensor:
+    """The moment of rows less their mean, fp64, from their moment, sum and number."""
+    wide = total.double()
+    return moment.double() - torch.outer(wide, wide) / rows
+
+
+def refit_left(outputs: Tensor, inner: Tensor, ridge: float = 1e-6) -> Tensor:
+    """The left factor U (m, r) that minimises ||Y - U Z||_F^2 + eps ||U||_F^2 (SVD-LLM's update).
+
+    With the right factor V fixed, Z = V X^ is what it makes of the compressed stream's inputs and
+    Y = W X are the dense stream's outputs. ``outputs`` is Y Z^T (m, r), ``inner`` Z Z^T (r, r),
+    eps is ``ridge`` times the mean of its diagonal.
+    """
+    wide = inner.double()
+    mean = float(wide.diagonal().mean())
+    damped = wide.clone()
+    damped.diagonal().add_(ridge * mean if mean > 0 else 1.0)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        solved: Tensor = outputs.double() @ torch.linalg.pinv(damped, hermitian=True)
+        return solved
+    return torch.cholesky_solve(outputs.double().T, factor).T
 
 
 def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
@@ -148,10 +247,60 @@ def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
 
 
 def _decomposition(
-    values: Tensor, vectors: Tensor, *, mixes: bool, damping: float
+    values: Tensor, left: Tensor, right: Tensor | None, *, mixes: bool, damping: float
 ) -> Decomposition:
     """Turn eigh's ascending order around; rounding below zero counts as zero."""
-    return Decomposition(values.flip(0).clamp_min(0), vectors.flip(1), mixes, damping)
+    least, most = float(values[0]), float(values[-1])
+    return Decomposition(
+        values.flip(0).clamp_min(0),
+        left.flip(1),
+        None if right is None else right.flip(0),
+        mixes,
+        damping,
+        most / least if least > 0 else math.inf,
+    )
+
+
+def _without_gradients(found: Decomposition) -> Decomposition:
+    """What is done where no gradient ever arrives: the inputs decide, and no loss is expected."""
+    spectrum = torch.zeros_like(found.spectrum)
+    return replace(found, spectrum=spectrum, fallback="no gradient arrives: one-sided")
+
+
+def _damped(moment: Tensor, weight: Tensor, damping: float) -> Tensor:
+    """K + eps W W^T (m, m), as if eps I had been added to H; scaled to K's mean diagonal."""
+    inner = _gram(weight.T)  # (m, m) = W W^T
+    trace = inner.trace()
+    if trace > 0:
+        inner *= damping * moment.trace() / trace
+    return inner.add_(moment)
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    """``basis`` (m, r), its columns made orthonormal where tiny energies cost them that."""
+    gram = basis.T @ basis  # (r, r)
+    gram.diagonal().sub_(1)
+    return torch.linalg.qr(basis).Q if gram.abs().max() > _ORTHONORMAL else basis
+
+
+def _times(weight: Tensor, mixing: Tensor) -> Tensor:
+    """W A (m, r) in A's dtype, ``ROWS_AT_ONCE`` rows of W (m, n) at a time."""
+    product = torch.empty(
+        weight.shape[0], mixing.shape[1], dtype=mixing.dtype, device=mixing.device
+    )
+    for start in range(0, weight.shape[0], ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        torch.mm(weight[rows].to(mixing.dtype), mixing, out=product[rows])
+    return product
+
+
+def _transposed_times(left: Tensor, weight: Tensor) -> Tensor:
+    """left^T W (r, n) in left's dtype, ``ROWS_AT_ONCE`` rows of W (m, n) at a time."""
+    product = torch.zeros(left.shape[1], weight.shape[1], dtype=left.dtype, device=left.device)
+    for start in range(0, len(left), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        product.addmm_(left[rows].T, weight[rows].to(left.dtype))
+    return product
 
 
 def _gram(matrix: Tensor) -> Tensor:
@@ -163,17 +312,18 @@ def _gram(matrix: Tensor) -> Tensor:
     return gram
 
 
-def _cholesky(moment: Tensor) -> tuple[Tensor, float]:
-    """Lower fp64 factor of ``moment`` (n, n) and the relative damping it took."""
+def _cholesky(moment: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
+    """Lower fp64 factor of ``moment`` (n, n) with at least ``damping``, and the damping it took."""
     wide = moment.double()
     mean = float(wide.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(wide)
-    damping = 0.0
-    while int(info):
-        damping = damping * 10 or FIRST_DAMPING
+    while True:
+        damped = wide
+        if damping and mean > 0:
+            damped = wide.clone()
+            damped.diagonal().add_(damping * mean)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if not int(info):
+            return factor, damping
+        damping = max(10 * damping, FIRST_DAMPING)
         if damping > MOST_DAMPING or mean <= 0:  # an input that is always zero
             return torch.eye(len(wide), dtype=wide.dtype, device=wide.device), MOST_DAMPING
-        damped = wide.clone()
-        damped.diagonal().add_(damping * mean)
-        factor, info = torch.linalg.cholesky_ex(damped)
-    return factor, damping

@@ -5,38 +5,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamcomp.linalg.low_rank import ROWS_AT_ONCE, fit_left
+from streamcomp.linalg.channel_sharing import AXES, SharedChannels
+from streamcomp.linalg.low_rank import fit_left
 from streamcomp.linalg.pivot import interpolate
 
-__all__ = ["factor_tensors"]
+__all__ = ["factor_tensors", "shared_tensors"]
 
 
-def factor_tensors(
-    form: str, weight: Tensor, basis: Tensor, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """W' = B B^T W in ``form``, by the names that the tensors have on disk.
+def factor_tensors(form: str, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """W' = left right in ``form``, by the names that the tensors have on disk.
 
-    ``weight`` (m, n), ``basis`` B (m, r) with orthonormal columns. The r x n factor is
-    rounded to ``dtype`` first and the other one fitted to it. ``uv``: ``weight`` (r, n) and
-    ``U`` (m, r). ``pivot``: ``weight`` (r, n), ``coef`` (m - r, r) and ``pivots`` (m,), the
-    row of [weight; coef weight] at which each output row lies.
+    ``left`` (m, r) of full rank, ``right`` (r, n), fp64. The r x n factor is rounded to ``dtype``
+    first and the other one fitted to it. ``uv``: ``weight`` (r, n) and ``U`` (m, r). ``pivot``:
+    ``weight`` (r, n), ``coef`` (m - r, r) and ``pivots`` (m,), the row of [weight; coef weight]
+    at which each output row lies.
     """
-    right = torch.zeros(basis.shape[1], weight.shape[1], dtype=basis.dtype, device=basis.device)
-    for start in range(0, len(basis), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        right.addmm_(basis[rows].T, weight[rows].to(basis.dtype))  # (r, n)
     if form == "uv":
+        left, right = _balanced(left, right)
         rounded = right.to(dtype)
-        return {"weight": rounded, "U": fit_left(basis, right, rounded).to(dtype).contiguous()}
-    pivots, rest, coefficients = interpolate(basis)
-    right = basis[pivots] @ right  # (r, n), the pivot rows of W'
+        return {"weight": rounded, "U": fit_left(left, right, rounded).to(dtype).contiguous()}
+    pivots, rest, coefficients = interpolate(left)
+    right = left[pivots] @ right  # (r, n), the pivot rows of W'
     rounded = right.to(dtype)
-    places = torch.empty(len(basis), dtype=torch.int32, device=basis.device)
+    places = torch.empty(len(left), dtype=torch.int32, device=left.device)
     places[torch.cat((pivots, rest))] = torch.arange(
-        len(basis), dtype=torch.int32, device=basis.device
+        len(left), dtype=torch.int32, device=left.device
     )
     return {
         "weight": rounded,
         "coef": fit_left(coefficients, right, rounded).to(dtype).contiguous(),
         "pivots": places,
     }
+
+
+def shared_tensors(shared: SharedChannels, dtype: torch.dtype) -> dict[str, Tensor]:
+    """W' of ``shared`` by the names that the tensors of the form ``shared`` have on disk.
+
+    ``weight`` (r, n) and ``U`` (m, r) as in ``uv``, ``codebook`` (k, n) or (m, k), and ``labels``
+    (m,) or (n,), int16 where that holds the number of clusters, else int32.
+    """
+    clusters = shared.codebook.shape[AXES.index(shared.axis)]
+    whole = torch.int16 if clusters <= torch.iinfo(torch.int16).max else torch.int32
+    return {
+        **factor_tensors("uv", shared.left, shared.right, dtype),
+        "codebook": shared.codebook.to(dtype).contiguous(),
+        "labels": shared.labels.to(whole),
+    }
+
+
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with columns and rows of equal length: neither over- nor underflows."""
+    lengths = left.norm(dim=0), right.norm(dim=1)
+    scale = (lengths[0] / lengths[1]).sqrt()
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
+    return left / scale, right * scale[:, None]

@@ -15,7 +15,7 @@ class SvdLlm:
 
     name = "svd-llm"
 
-    def decompose(self, weight: Tensor, moment: Moment) -> Decomposition:
+    def decompose(self, weight: Tensor, moment: Moment, damping: float) -> Decomposition:
         if moment.side == "inputs":
-            return decompose_inputs(weight, moment.value)
-        return decompose_outputs(weight, moment.value)
+            return decompose_inputs(weight, moment.value, damping)
+        return decompose_outputs(weight, moment.value, damping)

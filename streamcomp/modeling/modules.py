@@ -17,17 +17,22 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 __all__ = [
+    "AXES",
     "FORMAT_VERSION",
     "FORMS",
     "FactoredLinear",
     "LowRankLinear",
     "NameMap",
     "PivotLinear",
+    "SharedLinear",
     "factored",
     "install_factored",
 ]
 
 FORMAT_VERSION = 1
+
+# Which channels of a linear share weights: outputs (rows) or inputs (columns).
+AXES = ("rows", "columns")
 
 
 class FactoredLinear(nn.Linear):
@@ -112,28 +117,110 @@ class PivotLinear(FactoredLinear):
         return torch.cat((identity, coef)).index_select(0, self.pivots)
 
 
+class SharedLinear(FactoredLinear):
+    """Form ``shared``: channels share the ``clusters`` k columns or rows of a codebook (SWSC).
+
+    With labels l and y_uv = U (V x) + bias, V stored as ``weight``:
+
+    - ``rows``: y_i = (codebook x)_{l_i} + y_uv_i, with a codebook (k, n);
+    - ``columns``: y = codebook z + y_uv with z_c the sum of the x_j of label c, codebook (m, k).
+
+    No m x n matrix is made.
+    """
+
+    form = "shared"
+    labels: Tensor  # (m,) for rows, (n,) for columns; int16 where that holds k, else int32
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        *,
+        clusters: int,
+        axis: str,
+        **place: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, bias, **place)
+        self.axis, self.clusters = axis, clusters
+        rows = axis == "rows"
+        shape = (clusters, in_features) if rows else (out_features, clusters)
+        self.U = nn.Parameter(torch.empty(out_features, rank, **place))  # (m, r)
+        self.codebook = nn.Parameter(torch.empty(shape, **place))
+        whole = torch.int16 if clusters <= torch.iinfo(torch.int16).max else torch.int32
+        channels = out_features if rows else in_features
+        labels = torch.empty(channels, dtype=whole, device=place.get("device"))
+        self.register_buffer("labels", labels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = nn.functional.linear(nn.functional.linear(input, self.weight), self.U, self.bias)
+        labels = self.labels.int()  # an index is int32 at least
+        if self.axis == "rows":
+            shared = nn.functional.linear(input, self.codebook)  # (..., k)
+            return output + shared.index_select(-1, labels)
+        wide = _wide(input)
+        sums = wide.new_zeros(*input.shape[:-1], self.clusters).index_add(-1, labels, wide)
+        return output + nn.functional.linear(sums.to(input.dtype), self.codebook)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, clusters={self.clusters}, axis={self.axis}"
+
+    def dense_weight(self) -> Tensor:
+        """The product of the factors and what the channels share, (m, n), in fp32 at least."""
+        shared = _wide(self.codebook).index_select(AXES.index(self.axis), self.labels.int())
+        return super().dense_weight() + shared
+
+    def left_factor(self) -> Tensor:
+        return _wide(self.U)
+
+
+# Forms that hold any matrix of a rank, and nothing else: ``shared`` is not one of them.
 FORMS: dict[str, type[FactoredLinear]] = {
     module.form: module for module in (LowRankLinear, PivotLinear)
 }
+
+_KEYS = {"form", "rank", "dtype", "bias"}
+_SHARED_KEYS = {"clusters", "axis"}
 
 
 def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     """An empty factored linear in the place of ``dense``, as ``spec`` of the config says.
 
-    ``spec`` holds ``form``, ``rank`` and ``dtype``; anything else is refused, for a reader
-    that skips what it does not know returns a wrong model. Raises ValueError.
+    ``spec`` holds ``form``, ``rank`` and ``dtype``; for the form ``shared`` also ``clusters``
+    and ``axis``; and ``"bias": true`` where there is a bias that ``dense`` has not. Anything
+    else is refused, for a reader that skips what it does not know returns a wrong model.
+    Raises ValueError.
     """
-    unknown = sorted(set(spec) - {"form", "rank", "dtype"})
+    form, rank = spec.get("form"), spec.get("rank")
+    shared = form == SharedLinear.form
+    unknown = sorted(set(spec) - _KEYS - (_SHARED_KEYS if shared else set()))
     if unknown:
         raise ValueError(f"streamcomp: unknown key {unknown[0]!r}: written by a newer version?")
-    form, rank = spec.get("form"), spec.get("rank")
-    if form not in FORMS:
+    if not isinstance(form, str) or (form not in FORMS and not shared):
         raise ValueError(f"streamcomp: unknown form {form!r}: written by a newer version?")
     rows, columns = dense.out_features, dense.in_features
-    if not isinstance(rank, int) or not 0 < rank < min(rows, columns):
+    if type(rank) is not int or not 0 < rank < min(rows, columns):
         raise ValueError(f"streamcomp: rank {rank!r} is impossible for {rows} x {columns}")
+    if "bias" in spec and spec["bias"] is not True:
+        raise ValueError(f"streamcomp: bias {spec['bias']!r} is impossible: true, or no such key")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    return FORMS[form](columns, rows, rank, dense.bias is not None, **place)
+    bias = "bias" in spec or dense.bias is not None
+    if not shared:
+        return FORMS[form](columns, rows, rank, bias, **place)
+    clusters, axis = _sharing(spec, rows, columns)
+    return SharedLinear(columns, rows, rank, bias, clusters=clusters, axis=axis, **place)
+
+
+def _sharing(spec: Mapping[str, Any], rows: int, columns: int) -> tuple[int, str]:
+    """``clusters`` and ``axis`` of a ``shared`` form; ValueError where they cannot be."""
+    clusters, axis = spec.get("clusters"), spec.get("axis")
+    if axis not in AXES:
+        raise ValueError(f"streamcomp: axis {axis!r} is impossible: {' or '.join(AXES)}")
+    channels = rows if axis == "rows" else columns
+    if type(clusters) is not int or not 0 < clusters <= channels:
+        raise ValueError(f"streamcomp: clusters {clusters!r} are impossible for {channels} {axis}")
+    return clusters, axis
 
 
 class NameMap:

@@ -159,6 +159,10 @@ class Skeleton:
         return head
 
     @property
+    def head_name(self) -> str:
+        return _name_of(self.model, self.head)
+
+    @property
     def outer_modules(self) -> set[str]:
         """Names of the modules that hold parameters and lie in no block."""
         prefix = self.layers_name + "."
@@ -206,7 +210,7 @@ class Skeleton:
         def run() -> None:
             hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=device)
             stop = self.head.register_forward_pre_hook(_raise_stop)  # it is large: do not compute
-            with self._zero_parameters(device), suppress(_Stop):
+            with self._zero_parameters(device), suppress(_Stop), torch.no_grad():
                 self.finish(hidden)
             stop.remove()
 
@@ -252,9 +256,11 @@ class Skeleton:
             for store, leaf, value in held:
                 store[leaf] = value
 
-    @torch.no_grad()
     def finish(self, hidden: Tensor) -> Tensor:
-        """Logits (batch, seq, vocabulary) of the last block's output (batch, seq, hidden)."""
+        """Logits (batch, seq, vocabulary) of the last block's output (batch, seq, hidden).
+
+        Can be differentiated; wants ``torch.no_grad`` around it where that is not needed.
+        """
         self._tape.start(hidden)
         tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
         with self._tapped():

@@ -7,7 +7,7 @@ only the rows in use are read. A block's weights live inside a ``with``, and so 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.modeling.modules import FactoredLinear
 from streamcomp.modeling.skeleton import Call, Skeleton
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
@@ -47,9 +48,60 @@ class LoadedBlock:
         """Hidden states (batch, seq, hidden) through the block."""
         return self._skeleton.unwrap(self.module(hidden, *call.args, **call.kwargs))
 
+    @torch.enable_grad()
+    def differentiate(self, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
+        """The loss's gradient at the block's input, from that at its output (``gradient``).
+
+        Both of the shape of ``hidden``. Weights take no gradient; hooks on what flows through
+        the linears see theirs.
+        """
+        start = hidden.detach().requires_grad_()
+        output = self._skeleton.unwrap(self.module(start, *call.args, **call.kwargs))
+        found: Tensor = torch.autograd.grad(output, start, gradient)[0]
+        return found
+
+    def run_with(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+        """As :meth:`run`, with other values for some parameters, and with autograd where it is on.
+
+        ``parameters`` by their names in the block, rounded to the dtype of those they stand for.
+        """
+        hidden = hidden.to(next(self.module.parameters()).device)
+        rounded = {name: value.to(hidden.dtype) for name, value in parameters.items()}
+        output = torch.func.functional_call(
+            self.module, rounded, (hidden, *call.args), dict(call.kwargs)
+        )
+        return self._skeleton.unwrap(output)
+
+    def dense_linear(self, name: str) -> nn.Linear:
+        """The original linear ``name``, whether it is replaced or not."""
+        linear = self._replaced.get(name) or self.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def weight(self, name: str) -> Tensor:
+        """The weight (m, n) of the original linear ``name``."""
+        return self.dense_linear(name).weight.detach()
+
+    def factored(self, name: str) -> FactoredLinear:
+        """What runs in the place of the linear ``name``."""
+        module = self.module.get_submodule(name)
+        assert isinstance(module, FactoredLinear)
+        return module
+
     def replace(self, name: str, module: nn.Module) -> None:
         """Run ``module`` in the place of the linear ``name`` until the block is dropped."""
-        self._replaced[name] = self._swap(name, module)
+        held = self._swap(name, module)
+        self._replaced.setdefault(name, held)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """The original modules in their places, for as long as the ``with`` lasts."""
+        now = {name: self._swap(name, module) for name, module in self._replaced.items()}
+        try:
+            yield
+        finally:
+            for name, module in now.items():
+                self._swap(name, module)
 
     def restore(self) -> None:
         """Put the original modules back."""
@@ -91,14 +143,18 @@ class BlockStreamer:
         try:
             loaded.digest = self._load(lambda parameter: parameter.startswith(name + "."))
             _check_loaded(name, module)
+            module.requires_grad_(False)
             yield loaded
         finally:
             loaded.restore()
             _free(module)
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function from hidden states (batch, seq, hidden) to logits; holds the whole head."""
+    def head(self, dtype: torch.dtype | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from hidden states (batch, seq, hidden) to logits; holds the whole head.
+
+        It runs in ``dtype``, by default the model's own, and can be differentiated.
+        """
         module = self.skeleton.head
         outer = self.skeleton.modules_behind(self.device) - {self.skeleton.embedding_name}
         token = torch.zeros(1, 1, dtype=torch.int64)
@@ -109,10 +165,15 @@ class BlockStreamer:
                     weight = reader.read(self.skeleton.embedding_source)
                 weight = weight.to(self.device, self.skeleton.dtype)
                 module.weight = nn.Parameter(weight, requires_grad=False)
+            if dtype not in (None, self.skeleton.dtype):
+                for name in outer | {self.skeleton.head_name}:
+                    self.skeleton.model.get_submodule(name).to(dtype)
+            self.skeleton.model.requires_grad_(False)
             with self._embedding_rows(token, any_tokens=True):
                 yield self.skeleton.finish
         finally:
-            _free(module)
+            for name in outer | {self.skeleton.head_name}:
+                _free(self.skeleton.model.get_submodule(name))
 
     def _load_outer(self, names: set[str], but: nn.Module | None = None) -> None:
         """Load modules that lie in no block; all their tensors must be there, but ``but``'s."""

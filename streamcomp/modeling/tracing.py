@@ -38,6 +38,7 @@ class BlockTrace:
 
     groups: tuple[tuple[str, ...], ...]  # linears that share an input, in running order
     activation_bytes: int  # most bytes alive at a time, the input among them, weights not
+    autograd_bytes: int  # the same of a forward and the backward to the input behind it
     flops: int
     exact: bool  # False: the block could not be traced, and all of it is an estimate
 
@@ -83,15 +84,27 @@ def _trace(
             counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
             with counter, _LiveBytes([start]) as live:
                 torch.func.functional_call(block, state, (start, *copied[0]), copied[1])
+            for hook in hooks:
+                hook.remove()
+            with torch.enable_grad(), _LiveBytes([start]) as both:
+                _backward(block, state, start.requires_grad_(), copied)
     finally:
         for hook in hooks:
             hook.remove()
     return BlockTrace(
         tuple(tuple(names) for names in groups),
         live.peak,
+        both.peak,
         counter.get_total_flops(),
         exact=True,
     )
+
+
+def _backward(block: nn.Module, state: Any, start: Tensor, copied: Any) -> None:
+    """A forward, and a backward to ``start`` from a gradient of ones."""
+    output = torch.func.functional_call(block, state, (start, *copied[0]), copied[1])
+    output = output[0] if isinstance(output, tuple | list) else output
+    torch.autograd.grad(output, start, torch.ones_like(output))
 
 
 def _estimate(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor) -> BlockTrace:
@@ -106,6 +119,7 @@ def _estimate(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor
     return BlockTrace(
         tuple((name,) for name in linears),
         tokens * (alive + 16 * hidden.shape[-1]),
+        2 * tokens * (alive + 32 * hidden.shape[-1]),
         2 * tokens * numbers,
         exact=False,
     )

@@ -1,16 +1,16 @@
 """What a job will do: its steps, their bytes and seconds, and the levers that make it fit.
 
-A plan is made from headers. The one lever that it pulls is the number of windows per
-forward (*micro-batch*): large enough for fast products, halved until every step fits.
+A plan is made from headers. The levers that it pulls are sizes of what runs at a time: windows per
+forward (*micro-batch*), windows per forward and backward, tokens per call of the head. Each is
+large enough for fast products, and halved until every step fits.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,20 +19,31 @@ from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, group_moments, moment_dtype
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.errors import BudgetError, RecipeError, UnsupportedModelError
-from streamcomp.linalg.allocation import stored_numbers, uniform_ranks
 from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import BlockTrace, trace_block
 from streamcomp.planning import cost
 from streamcomp.planning.meter import resident_bytes
-from streamcomp.recipe import Recipe
+from streamcomp.planning.outputs import (
+    OutputPlan,
+    Ranks,
+    asked_ratios,
+    block_saving,
+    can_be_factored,
+    plan_output,
+)
+from streamcomp.planning.schedule import Step, live_after, schedule
+from streamcomp.recipe import Recipe, chosen_blocks
 from streamcomp.units import format_bytes
 
 __all__ = [
     "BlockPlan",
+    "Levers",
     "MachineRates",
     "Plan",
     "StepPlan",
+    "can_be_analysed",
+    "gradient_dtype",
     "make_evaluation_plan",
     "make_plan",
     "measure_rates",
@@ -48,6 +59,10 @@ _TEXT_BYTES, _TEXT_BYTES_PER_TENSOR = 256 * 2**10, 2 * 2**10
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # By which the baseline differs from one process to the next.
 _DRIFT_BYTES = 2 * 2**20
+# A backward, in forwards.
+_REVERSE_PASSES = 2
+# Windows that a step of refinement runs, one at a time.
+_WINDOWS_PER_STEP = 2
 
 
 @dataclass(frozen=True)
@@ -60,28 +75,50 @@ class MachineRates:
 
 
 @dataclass(frozen=True)
+class Levers:
+    """What runs at a time; these change rounding, so a job keeps those that it began with."""
+
+    batch: int  # windows per forward
+    reverse_batch: int  # windows per forward and backward
+    head_tokens: int  # tokens per call of the head
+
+    @classmethod
+    def of_step(cls, kind: str) -> str:
+        """The lever that the memory of such a step depends on."""
+        return {"reverse": "reverse_batch", "loss": "head_tokens"}.get(kind, "batch")
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One step: what it is called, the most it holds, how long it takes."""
 
-    name: str
+    step: Step
     peak_bytes: int  # resident at the peak, interpreter and libraries included
     peak_phase: str
     parts: dict[str, int]  # the peak by what it is for
     seconds: float
     written_bytes: int
 
+    @property
+    def name(self) -> str:
+        return self.step.name
+
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: its linears, the moments that serve them, and the rank of each."""
+    """One block: its linears, and the moments that serve those to be factored."""
 
     number: int
     name: str
     linears: BlockLinears
     groups: tuple[MomentGroup, ...]
-    ranks: dict[str, int | None]  # by full name; None = dense
     trace: BlockTrace
     cost: cost.BlockCost
+
+    @property
+    def targets(self) -> list[Linear]:
+        """The linears to factor, in the order in which they are decomposed."""
+        return [linear for group in self.groups for linear in group.linears]
 
 
 @dataclass(frozen=True)
@@ -89,15 +126,15 @@ class Plan:
     """The whole job."""
 
     blocks: tuple[BlockPlan, ...]
+    outputs: tuple[OutputPlan, ...]
     steps: tuple[StepPlan, ...]
-    batch: int  # windows per forward
+    levers: Levers
+    analysis: bool  # decompositions are kept in the work folder before any factor is written
     budget_bytes: int
     minimum_bytes: int  # the least budget that some plan fits
     baseline_bytes: int  # resident before the first step
     stream: StreamShape
-    output_bytes: int
-    disk_bytes: int  # output, streams and journal together, at most
-    ratio: float  # share of the eligible numbers that is removed
+    disk_bytes: int  # outputs, streams, analysis and journal together, at most
 
     @property
     def peak_bytes(self) -> int:
@@ -107,13 +144,28 @@ class Plan:
     def seconds(self) -> float:
         return sum(step.seconds for step in self.steps)
 
-    @cached_property
-    def ranks(self) -> dict[str, int | None]:
-        return {name: rank for block in self.blocks for name, rank in block.ranks.items()}
+    @property
+    def ratio(self) -> float:
+        """Share of the eligible numbers that the first output removes."""
+        return self.outputs[0].reached
+
+    @property
+    def ranks(self) -> Ranks:
+        """Ranks of the first output."""
+        return self.outputs[0].ranks
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
 
     @property
     def linears(self) -> list[Linear]:
         return [linear for block in self.blocks for linear in block.linears.eligible]
+
+    @property
+    def chosen(self) -> list[Linear]:
+        """The linears to factor, block after block."""
+        return [linear for block in self.blocks for linear in block.targets]
 
     @property
     def left(self) -> dict[str, str]:
@@ -126,7 +178,8 @@ class Plan:
             "minimum_bytes": self.minimum_bytes,
             "peak_bytes": self.peak_bytes,
             "baseline_bytes": self.baseline_bytes,
-            "batch": self.batch,
+            "batch": self.levers.batch,
+            "levers": asdict(self.levers),
             "windows": self.stream.windows,
             "seq_len": self.stream.seq_len,
             "seconds": round(self.seconds, 1),
@@ -144,9 +197,24 @@ class Plan:
                 }
                 for step in self.steps
             ],
-            "ranks": self.ranks,
+            "ranks": dict(self.ranks),
+            "outputs": [
+                {
+                    "asked": output.asked,
+                    "ratio": output.reached,
+                    "bytes": output.nbytes,
+                    "final": output.final,
+                    "ranks": dict(output.ranks),
+                }
+                for output in self.outputs
+            ],
             "left": self.left,
         }
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a backward runs in: fp16 is too narrow for gradients, they take fp32."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def make_plan(
@@ -155,26 +223,34 @@ def make_plan(
     budget_bytes: int,
     rates: MachineRates,
     *,
-    batch: int | None = None,
+    levers: Levers | None = None,
+    ranks: Sequence[Ranks] | None = None,
+    analysis: bool = False,
+    keep_work: bool = False,
+    baseline: int | None = None,
     memory_backed: bool = False,
 ) -> Plan:
     """Plan a compression within ``budget_bytes``; BudgetError with the least that would do.
 
-    ``batch`` fixes the micro-batch, as a resumed job does; else the recipe's, or where that
-    is 0 the largest useful one that fits. ``memory_backed`` says that the work folder lies
-    in memory, so that the streams count in the budget.
+    ``levers`` fixes them, as a resumed job does; else the recipe's micro-batch, or where that
+    is 0 the largest useful one that fits. ``ranks``, one mapping per output, are those that the
+    spectra have led to. ``analysis`` keeps decompositions also where one output alone needs none,
+    ``keep_work`` keeps them and the moments behind the end. ``memory_backed`` says that the work
+    folder lies in memory, so that what is in it counts in the budget.
     """
     if skeleton.compressed:
         raise UnsupportedModelError(
             f"{skeleton.index.folder} is already compressed by streamcomp: start from the original"
         )
     check_seq_len(skeleton, recipe.seq_len)
-    baseline = resident_bytes()
+    baseline = resident_bytes() if baseline is None else baseline
     stream = StreamShape(recipe.samples, recipe.seq_len, skeleton.hidden_size, skeleton.dtype)
     blocks = plan_blocks(skeleton, recipe, stream)
-    planner = _Planner(skeleton, recipe, rates, blocks, stream, baseline, memory_backed)
-    fixed = batch or recipe.batch
-    least, chosen = _choose_batch(planner, fixed, budget_bytes)
+    analysis = analysis or needs_analysis(recipe)
+    planner = _Planner(
+        skeleton, recipe, rates, blocks, stream, baseline, memory_backed, ranks, analysis, keep_work
+    )
+    least, chosen = _choose_levers(planner, levers, recipe.batch, budget_bytes)
     steps = planner.steps(chosen)
     minimum = _budget_for(max(step.peak_bytes for step in planner.steps(least)))
     peak = max(steps, key=lambda step: step.peak_bytes)
@@ -186,6 +262,17 @@ def make_plan(
             minimum_bytes=minimum,
         )
     return planner.plan(steps, chosen, budget_bytes, minimum)
+
+
+def can_be_analysed(recipe: Recipe) -> bool:
+    """Whether decompositions depend on the dense model alone, and one serves every output."""
+    return recipe.statistics == "dense" and recipe.method != "swsc" and not recipe.centred
+
+
+def needs_analysis(recipe: Recipe) -> bool:
+    """Whether decompositions have to be kept before any factor is written."""
+    several = len(recipe.ratios) > 1
+    return recipe.two_sided or recipe.allocation == "loss" or (several and can_be_analysed(recipe))
 
 
 def make_evaluation_plan(
@@ -238,20 +325,14 @@ def make_evaluation_plan(
 
 
 def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list[BlockPlan]:
-    """Linears, groups and ranks of every block; one trace per kind of block."""
+    """Linears and groups of every block; one trace per kind of block."""
     _, calls = skeleton.dry_record(1, stream.seq_len)
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
     traces: dict[tuple[Any, ...], BlockTrace] = {}
-    found = [
-        find_linears(skeleton, number, recipe.include, recipe.exclude)
-        for number in range(len(skeleton))
-    ]
-    linears = [linear for block in found for linear in block.eligible]
-    shapes = [(linear.rows, linear.columns) for linear in linears]
-    shares = uniform_ranks(shapes, recipe.ratio, recipe.form)
-    ranks = {linear.full_name: rank for linear, rank in zip(linears, shares, strict=True)}
+    chosen = chosen_blocks(recipe.blocks, len(skeleton))
     blocks = []
-    for number, block in enumerate(found):
+    for number in range(len(skeleton)):
+        block = find_linears(skeleton, number, recipe.include, recipe.exclude)
         kind = (*skeleton.block_kind(number), tuple(linear.name for linear in block.eligible))
         if kind not in traces:
             modules = {
@@ -260,33 +341,32 @@ def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list
             }
             traces[kind] = trace_block(skeleton.block(number), modules, hidden, calls[number])
         trace = traces[kind]
-        factored = [linear for linear in block.eligible if ranks[linear.full_name] is not None]
-        groups = group_moments(factored, trace.groups)
-        own = {linear.full_name: ranks[linear.full_name] for linear in block.eligible}
+        groups = _groups(recipe, block, trace) if number in chosen else ()
         weight_bytes = sum(
             value.numel() * value.element_size()
             for value in skeleton.block(number).state_dict().values()
         )
-        blocks.append(
-            BlockPlan(
-                number,
-                skeleton.block_name(number),
-                block,
-                groups,
-                own,
-                trace,
-                cost.BlockCost(
-                    weight_bytes,
-                    _merge_bytes(skeleton, number),
-                    trace.activation_bytes,
-                    stream,
-                    groups,
-                    own,
-                    recipe.form,
-                ),
-            )
+        known = cost.BlockCost(
+            weight_bytes,
+            _merge_bytes(skeleton, number),
+            trace.activation_bytes,
+            trace.autograd_bytes,
+            stream,
+            groups,
         )
+        name = skeleton.block_name(number)
+        blocks.append(BlockPlan(number, name, block, groups, trace, known))
     return blocks
+
+
+def _groups(recipe: Recipe, block: BlockLinears, trace: BlockTrace) -> tuple[MomentGroup, ...]:
+    factored = [linear for linear in block.eligible if can_be_factored(linear, recipe.form)]
+    return group_moments(
+        factored,
+        trace.groups,
+        gradients=recipe.two_sided,
+        inputs_only=recipe.method == "swsc" or recipe.statistics == "none",
+    )
 
 
 def _merge_bytes(skeleton: Skeleton, number: int) -> int:
@@ -321,7 +401,7 @@ def check_seq_len(skeleton: Skeleton, seq_len: int) -> None:
 
 
 class _Planner:
-    """Steps of one job for any micro-batch."""
+    """Steps of one job for any levers."""
 
     def __init__(
         self,
@@ -332,95 +412,254 @@ class _Planner:
         stream: StreamShape,
         baseline: int,
         memory_backed: bool,
+        ranks: Sequence[Ranks] | None,
+        analysis: bool,
+        keep_work: bool,
     ) -> None:
         self.skeleton, self.recipe, self.rates = skeleton, recipe, rates
         self.blocks, self.stream, self.baseline = blocks, stream, baseline
-        self.in_memory = 2 * stream.nbytes if memory_backed else 0
+        self.analysis = analysis
         eligible = [linear for block in blocks for linear in block.linears.eligible]
+        chosen = [linear for block in blocks for linear in block.targets]
         if not eligible and (recipe.include or recipe.exclude):
             raise RecipeError("--include and --exclude leave no linear: see streamcomp inspect")
-        if not any(rank is not None for block in blocks for rank in block.ranks.values()):
+        if not chosen:
             reasons = sorted({why for block in blocks for why in block.linears.left.values()})
             raise UnsupportedModelError(
                 f"{skeleton.index.folder}: no linear of its blocks can be factored "
                 f"({'; '.join(reasons[:3])})"
             )
-        ranks = {name: rank for block in blocks for name, rank in block.ranks.items()}
-        kept = sum(_numbers(recipe.form, linear, ranks[linear.full_name]) for linear in eligible)
-        total = sum(linear.numel for linear in eligible)
-        self.ratio = 1 - kept / total
-
-    def steps(self, batch: int) -> tuple[StepPlan, ...]:
-        compressed = self.recipe.statistics == "compressed"
-        vocabulary = self.skeleton.embedding_source.shape[0]
-        tokenizer = self.skeleton.index.folder / "tokenizer.json"
-        steps = [
-            self._step(
-                "tokenize",
-                [
-                    cost.Phase(
-                        "tokenize",
-                        {
-                            "tokenizer": cost.tokenize_bytes(
-                                tokenizer.stat().st_size if tokenizer.exists() else 0,
-                                self.stream.windows,
-                                self.stream.seq_len,
-                            )
-                        },
-                    )
-                ],
-                seconds=1.0,
-                written=4 * self.stream.windows * self.stream.seq_len,
-            ),
-            self._step(
-                "embed",
-                [
-                    cost.Phase(
-                        "embed",
-                        {"embeddings": cost.embed_bytes(self.stream, batch, vocabulary)},
-                    )
-                ],
-                seconds=0.5,
-                written=self.stream.nbytes,
-            ),
+        self.outputs = [
+            plan_output(skeleton, recipe, asked, eligible, chosen, ranks[i] if ranks else None)
+            for i, asked in enumerate(asked_ratios(skeleton, recipe, eligible))
         ]
-        for block in self.blocks:
-            steps.append(
-                self._step(
-                    f"block {block.number}",
-                    block.cost.phases(batch, propagates_factors=compressed),
-                    seconds=self._block_seconds(block, passes=2 if compressed else 1),
-                    written=self.stream.nbytes + self._block_bytes(block),
+        numbers = chosen_blocks(recipe.blocks, len(blocks))
+        self.schedule = schedule(recipe, len(blocks), numbers, analysis)
+        self.kept = self._moment_files() if keep_work else 0
+        self.work_bytes = self._work_bytes(keep_work)
+        self.in_memory = self.work_bytes if memory_backed else 0
+
+    def steps(self, levers: Levers) -> tuple[StepPlan, ...]:
+        """Every step with its phases; the names of kinds are methods here and in the job."""
+        made = []
+        for step in self.schedule:
+            phases = list(getattr(self, f"_{step.kind}")(step, levers))
+            peak = max(phases, key=lambda phase: phase.nbytes)
+            total = self.baseline + self.in_memory + _with_slack(peak.nbytes)
+            made.append(
+                StepPlan(
+                    step,
+                    total,
+                    peak.name,
+                    dict(peak.parts),
+                    self._seconds(step),
+                    sum(map(self._file_bytes, step.writes)) + self._shard_bytes(step),
                 )
             )
-        other = sum(info.nbytes for info in self.skeleton.other_tensors())
-        steps.append(
-            self._step(
-                "copy the rest",
-                [cost.Phase("copy", {"buffers": 2 * COPY_BYTES})],
-                seconds=other / 500e6,
-                written=other,
-            )
-        )
-        return tuple(steps)
+        return tuple(made)
 
-    def plan(self, steps: tuple[StepPlan, ...], batch: int, budget: int, minimum: int) -> Plan:
-        output = sum(map(self._block_bytes, self.blocks)) + steps[-1].written_bytes
+    def plan(self, steps: tuple[StepPlan, ...], levers: Levers, budget: int, minimum: int) -> Plan:
+        disk = sum(output.nbytes + self._text_bytes() for output in self.outputs)
         return Plan(
             tuple(self.blocks),
+            tuple(self.outputs),
             steps,
-            batch,
+            levers,
+            self.analysis,
             budget,
             minimum,
             self.baseline,
             self.stream,
-            output,
-            output
-            + 2 * self.stream.nbytes
-            + 4 * self.stream.windows * self.stream.seq_len
-            + self._text_bytes(),
-            self.ratio,
+            disk + self.work_bytes,
         )
+
+    # -- phases of each kind of step -----------------------------------------------------
+
+    def _tokenize(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        tokenizer = self.skeleton.index.folder / "tokenizer.json"
+        size = tokenizer.stat().st_size if tokenizer.exists() else 0
+        tokens = cost.tokenize_bytes(size, self.stream.windows, self.stream.seq_len)
+        yield cost.Phase("tokenize", {"tokenizer": tokens})
+
+    def _embed(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        vocabulary = self.skeleton.embedding_source.shape[0]
+        held = cost.embed_bytes(self.stream, levers.batch, vocabulary)
+        yield cost.Phase("embed", {"embeddings": held})
+
+    def _forward(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        block = self.blocks[step.block].cost
+        yield block.load()
+        yield block.forward(levers.batch)
+
+    def _loss(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        vocabulary = self.skeleton.embedding_source.shape[0]
+        held = cost.head_gradient_bytes(
+            _head_bytes(self.skeleton), vocabulary, levers.head_tokens, self.stream.window_bytes
+        )
+        wider = gradient_dtype(self.stream.dtype).itemsize / self.stream.dtype.itemsize
+        yield cost.Phase("loss", {"head and logits": int(wider * held)})
+
+    def _reverse(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        block = self.blocks[step.block]
+        yield block.cost.load()
+        if any(key.startswith("hidden") for key in step.writes):
+            yield from (
+                self.blocks[k].cost.forward(levers.reverse_batch)
+                for k in range(step.block - len(step.writes), step.block)
+                if k >= 0
+            )
+        dtype = gradient_dtype(self.stream.dtype)
+        yield block.cost.reverse(levers.reverse_batch, dtype)
+        yield from self._decompositions(block)
+
+    def _analyse(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        block = self.blocks[step.block]
+        yield block.cost.load()
+        yield block.cost.observe(levers.batch)
+        yield from self._decompositions(block)
+
+    def _decompositions(self, block: BlockPlan) -> Iterator[cost.Phase]:
+        swsc = self.recipe.method == "swsc"
+        for group in block.groups:
+            for linear in group.linears:
+                yield block.cost.decompose(linear, group, swsc=swsc)
+
+    def _ranks(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        numbers = sum(min(m.rows, m.columns) for block in self.blocks for m in block.targets)
+        yield cost.Phase("allocate", {"spectra": 12 * 8 * numbers})
+
+    def _block(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        block, recipe = self.blocks[step.block], self.recipe
+        known = block.cost
+        yield known.load()
+        observes = not self.analysis and recipe.statistics != "none"
+        if observes:
+            yield known.observe(levers.batch)
+        if not self.analysis:
+            yield from self._decompositions(block)
+        ranks = self._most_ranks(step)
+        factors, moments = 0, known.moment_bytes if observes else 0
+        for group in block.groups:
+            for linear in (linear for linear in group.linears if linear in ranks):
+                bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients)
+                held = moments + (bases if self.analysis else 0)
+                yield known.factorize(linear, ranks[linear], recipe.form, held, factors)
+                factors += self._factor_bytes(linear, ranks[linear])
+            moments -= group.nbytes(self.stream.dtype) if observes else 0
+        if recipe.follows:
+            yield known.forward(levers.batch, factors)
+        if recipe.update:
+            yield known.update(levers.batch, ranks, factors)
+        if recipe.refine:
+            item = self.stream.dtype.itemsize
+            yield known.refine(factors // item, factors)
+        if recipe.statistics == "compressed" or recipe.follows:
+            yield known.forward(levers.batch, factors)
+        yield known.write(factors)
+
+    def _copy(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        yield cost.Phase("copy", {"buffers": 2 * COPY_BYTES})
+
+    # -- what they are made of -----------------------------------------------------------
+
+    def _most_ranks(self, step: Step) -> dict[Linear, int]:
+        output, form = self.outputs[step.output], self.recipe.form
+        found = {m: output.most_rank(m, form) for m in self.blocks[step.block].targets}
+        return {linear: rank for linear, rank in found.items() if rank is not None}
+
+    def _factor_bytes(self, linear: Linear, rank: int) -> int:
+        """What a factored linear holds at most while its block is at work."""
+        side = linear.rows + linear.columns
+        less = rank if self.recipe.form == "pivot" else 0
+        return self.stream.dtype.itemsize * rank * (side - less) + 8 * side
+
+    def _seconds(self, step: Step) -> float:
+        if step.kind == "copy":
+            return self._shard_bytes(step) / 500e6
+        if step.kind == "loss":
+            tokens = self.stream.windows * self.stream.seq_len
+            head = _head_bytes(self.skeleton) / self.stream.dtype.itemsize
+            return 3 * 2.0 * tokens * head / self.rates.model_flops
+        if step.block < 0:
+            return 0.5
+        block, recipe = self.blocks[step.block], self.recipe
+        forward = self.stream.windows * block.trace.flops / self.rates.model_flops
+        if step.kind == "forward":
+            return forward
+        if step.kind in ("reverse", "analyse"):
+            passes = 1 + _REVERSE_PASSES if step.kind == "reverse" else 1
+            again = len([key for key in step.writes if key.startswith("hidden")])
+            again = again if step.kind == "reverse" else 0
+            return (passes + again) * forward + self._moment_seconds(block, True)
+        streams = len({key.partition("-")[0] for key in step.reads} & {"hidden", "compressed"})
+        refined = recipe.refine * 3 * _WINDOWS_PER_STEP / max(1, self.stream.windows)
+        again = 1 if recipe.statistics == "compressed" else 0
+        share = streams * (2 if recipe.follows else 1) + refined + again
+        return share * forward + self._moment_seconds(block, not self.analysis)
+
+    def _moment_seconds(self, block: BlockPlan, decomposes: bool) -> float:
+        """Moments and decompositions where ``decomposes``, else factors alone."""
+        tokens = self.stream.windows * self.stream.seq_len
+        if not decomposes:
+            flops = sum(
+                cost.factorization_flops(m.rows, m.columns, min(m.rows, m.columns) // 2)
+                for m in block.targets
+            )
+            return flops / self.rates.solve_flops
+        item = moment_dtype(self.stream.dtype).itemsize
+        numbers = sum(group.nbytes(self.stream.dtype) // item for group in block.groups)
+        moments = 2.0 * tokens * numbers if self.recipe.statistics != "none" else 0.0
+        solve = sum(
+            cost.decomposition_flops(linear.rows, linear.columns, group.side)
+            for group in block.groups
+            for linear in group.linears
+        )
+        return moments / self.rates.moment_flops + solve / self.rates.solve_flops
+
+    def _file_bytes(self, key: str) -> int:
+        """Bytes of the files that ``key`` of the schedule stands for."""
+        kind = key.partition("-")[0]
+        if kind == "windows":
+            return 4 * self.stream.windows * self.stream.seq_len
+        if kind == "gradient":
+            wider = gradient_dtype(self.stream.dtype).itemsize
+            return self.stream.nbytes * wider // self.stream.dtype.itemsize
+        if kind == "analysis":
+            block = self.blocks[int(key.partition("-")[2])]
+            gradient = block.cost.output_gradient_bytes if self.recipe.two_sided else 0
+            return gradient + sum(
+                cost.analysis_bytes(m.rows, m.columns, group.gradients) + _TEXT_BYTES_PER_TENSOR
+                for group in block.groups
+                for m in group.linears
+            )
+        return self.stream.nbytes
+
+    def _moment_files(self) -> int:
+        return sum(block.cost.moment_bytes for block in self.blocks)
+
+    def _work_bytes(self, keep_work: bool) -> int:
+        """The most that lies in the work folder at a time."""
+        most, forever = 0, 0
+        for number, step in enumerate(self.schedule):
+            there = live_after(self.schedule, number) | set(step.writes)
+            if keep_work:
+                forever += sum(self._file_bytes(k) for k in step.writes if k.startswith("analysis"))
+                there = {key for key in there if not key.startswith("analysis")}
+            most = max(most, forever + sum(map(self._file_bytes, there)))
+        return most + self.kept
+
+    def _shard_bytes(self, step: Step) -> int:
+        """Bytes of the shard that a step writes."""
+        if step.kind == "copy":
+            return sum(info.nbytes for info in self.skeleton.other_tensors())
+        if step.kind != "block":
+            return 0
+        numbers = self.outputs[step.output].numbers
+        saved = sum(
+            block_saving(self.recipe, linear, numbers)
+            for linear in self.blocks[step.block].linears.eligible
+        )
+        return saved + sum(info.nbytes for info in self.skeleton.block_tensors(step.block))
 
     def _text_bytes(self) -> int:
         """What lies beside tensors at most: headers, journal, report, tokenizer."""
@@ -432,55 +671,29 @@ class _Planner:
         )
         return companions + _TEXT_BYTES + _TEXT_BYTES_PER_TENSOR * len(index.tensors)
 
-    def _step(
-        self, name: str, phases: Sequence[cost.Phase], seconds: float, written: int
-    ) -> StepPlan:
-        peak = max(phases, key=lambda phase: phase.nbytes)
-        total = self.baseline + self.in_memory + _with_slack(peak.nbytes)
-        return StepPlan(name, total, peak.name, dict(peak.parts), seconds, written)
 
-    def _block_seconds(self, block: BlockPlan, passes: int) -> float:
-        tokens = self.stream.windows * self.stream.seq_len
-        forward = passes * self.stream.windows * block.trace.flops / self.rates.model_flops
-        moments = sum(2.0 * tokens * group.size**2 for group in block.groups)
-        solve = sum(
-            cost.decomposition_flops(linear.rows, linear.columns, rank, group.side)
-            for group in block.groups
-            for linear in group.linears
-            if (rank := block.ranks[linear.full_name]) is not None
-        )
-        return forward + moments / self.rates.moment_flops + solve / self.rates.solve_flops
-
-    def _block_bytes(self, block: BlockPlan) -> int:
-        """Bytes of a block's shard in the output."""
-        total = sum(info.nbytes for info in self.skeleton.block_tensors(block.number))
-        for linear in block.linears.eligible:
-            rank = block.ranks[linear.full_name]
-            if rank is not None:
-                item = linear.source.nbytes // linear.numel
-                total += item * _numbers(self.recipe.form, linear, rank) - linear.source.nbytes
-                total += 4 * linear.rows if self.recipe.form == "pivot" else 0
-        return total
-
-
-def _choose_batch(planner: _Planner, fixed: int, budget: int) -> tuple[int, int]:
-    """The least micro-batch that is allowed, and the largest that fits (or the least)."""
-    if fixed:
+def _choose_levers(
+    planner: _Planner, fixed: Levers | None, batch: int, budget: int
+) -> tuple[Levers, Levers]:
+    """The least levers that are allowed, and the largest that fit (or the least)."""
+    if fixed is not None:
         return fixed, fixed
-    batch = _largest_batch(planner.stream)
-    while batch > 1 and max(step.peak_bytes for step in planner.steps(batch)) > budget:
-        batch //= 2
-    return 1, batch
+    largest = batch or _largest_batch(planner.stream)
+    chosen = Levers(largest, largest, planner.stream.seq_len)
+    least = Levers(batch or 1, batch or 1, 1)
+    for lever in (field.name for field in fields(Levers)):
+        while getattr(chosen, lever) > getattr(least, lever) and any(
+            step.peak_bytes > budget and Levers.of_step(step.step.kind) == lever
+            for step in planner.steps(chosen)
+        ):
+            chosen = replace(chosen, **{lever: math.ceil(getattr(chosen, lever) / 2)})
+    return least, chosen
 
 
 def _largest_batch(stream: StreamShape) -> int:
     """The largest power of two of windows that is useful."""
     useful = max(1, min(stream.windows, _ENOUGH_TOKENS // stream.seq_len))
     return 1 << (useful.bit_length() - 1)
-
-
-def _numbers(form: str, linear: Linear, rank: int | None) -> int:
-    return linear.numel if rank is None else stored_numbers(form, linear.rows, linear.columns, rank)
 
 
 def _with_slack(counted: int) -> int:

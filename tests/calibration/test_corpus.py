@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from streamcomp.calibration import corpus
 from streamcomp.calibration.corpus import HELD_OUT, REFERENCE, load_windows, reference_text
 from streamcomp.errors import CalibrationError
 from tests.modeling.folders import edit_config
-from tests.pico import BOS, make_tokenizer, pico_text, save_pico
+from tests.pico import BOS, EOS, make_tokenizer, pico_text, save_pico
 
 
 @pytest.fixture
@@ -209,6 +210,182 @@ def test_many_lines_are_read_in_order(model: Path, tmp_path: Path) -> None:
     tokens = load_windows(model, [str(path)], 0, 8, None).tokens
 
     assert all_bytes(tokens) == path.read_bytes()
+
+
+# -- conversations
+
+TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
+WITH_BOS = "{{ bos_token }}" + TURNS
+CONVERSATION = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+RENDERED = "<user>Hi?</s>\n<assistant>Hello.</s>\n"
+
+
+def chat_model(folder: Path, template: str, *, bos: bool = False) -> Path:
+    save_pico(folder)
+    tokenizer = make_tokenizer(bos=bos)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def jsonl(path: Path, *lines: object) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def rendered(model: Path, source: str, seq_len: int = 4) -> str:
+    """All of ``source``, rendered; what is short of a window at its end is missing."""
+    tokens = load_windows(model, [source], 0, seq_len, None, chat=True).tokens
+    text: str = make_tokenizer().decode(tokens.flatten().tolist())
+    return text
+
+
+def test_conversations_are_rendered_as_they_are(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", *[{"messages": CONVERSATION, "id": 1}] * 4)
+
+    assert rendered(chat_model(tmp_path / "model", TURNS), source, seq_len=1) == RENDERED * 4
+
+
+def test_the_marks_of_a_template_become_its_tokens(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", {"messages": CONVERSATION})
+
+    tokens = load_windows(
+        chat_model(tmp_path / "model", TURNS), [source], 0, 1, None, chat=True
+    ).tokens
+
+    assert int((tokens == EOS).sum()) == 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_passage_answers_its_own_first_sentence(tmp_path: Path, name: str) -> None:
+    passage = "One. Two\nthree."
+    if name == "a.txt":
+        (tmp_path / name).write_text(f"\n{passage}\n\n")
+    else:
+        jsonl(tmp_path / name, {"text": passage})
+
+    text = rendered(chat_model(tmp_path / "model", TURNS), str(tmp_path / name), seq_len=1)
+
+    assert text == f"<user>One.</s>\n<assistant>{passage}</s>\n"
+
+
+@pytest.mark.parametrize("between", ["\n\n", "\n \n", "\n", " ", ""])
+def test_text_is_cut_into_passages_without_loss(tmp_path: Path, between: str) -> None:
+    paragraphs = [f"{number:04}" + "x" * 296 for number in range(40)]
+    (tmp_path / "a.txt").write_text(between.join(paragraphs))
+
+    text = rendered(chat_model(tmp_path / "model", TURNS), str(tmp_path / "a.txt"), seq_len=1)
+
+    answers = re.findall(r"<assistant>(.*?)</s>", text, flags=re.DOTALL)
+    prompts = re.findall(r"<user>(.*?)</s>", text, flags=re.DOTALL)
+    assert max(map(len, answers)) <= 2000
+    assert between.join(answers) == between.join(paragraphs)
+    assert all(
+        answer.startswith(prompt) and len(prompt) <= 200
+        for prompt, answer in zip(prompts, answers, strict=True)
+    )
+
+
+@pytest.mark.parametrize("by_tokenizer", [False, True])
+@pytest.mark.parametrize("template", [TURNS, WITH_BOS])
+def test_bos_opens_every_window_once_whoever_adds_it(
+    tmp_path: Path, template: str, by_tokenizer: bool
+) -> None:
+    model = chat_model(tmp_path / "model", template, bos=by_tokenizer)
+    source = jsonl(tmp_path / "a.jsonl", *[{"messages": CONVERSATION}] * 20)
+
+    tokens = load_windows(model, [source], 0, 9, None, chat=True).tokens
+
+    if by_tokenizer or template is WITH_BOS:
+        assert (tokens[:, 0] == BOS).all()
+        assert not (tokens[:, 1:] == BOS).any()
+        tokens = tokens[:, 1:]
+    text = make_tokenizer().decode(tokens.flatten().tolist())
+    assert text == (RENDERED * 20)[: len(text)]
+
+
+@pytest.mark.parametrize("by_tokenizer", [False, True])
+def test_a_bos_that_marks_every_turn_stays(tmp_path: Path, by_tokenizer: bool) -> None:
+    model = chat_model(tmp_path / "model", TURNS.replace("<{{", "<s><{{"), bos=by_tokenizer)
+    source = jsonl(tmp_path / "a.jsonl", *[{"messages": CONVERSATION}] * 4)
+
+    assert rendered(model, source, seq_len=1) == re.sub("<(user|assis)", r"<s><\1", RENDERED) * 4
+
+
+def test_the_reference_can_be_rendered_too(tmp_path: Path) -> None:
+    model = chat_model(tmp_path / "model", TURNS)
+
+    tokens = load_windows(model, [HELD_OUT], 50, 64, None, chat=True).tokens
+
+    assert b"<assistant>" in all_bytes(tokens)
+
+
+def test_conversations_without_chat_are_refused_with_the_remedy(
+    model: Path, tmp_path: Path
+) -> None:
+    source = jsonl(tmp_path / "a.jsonl", {"messages": CONVERSATION})
+
+    with pytest.raises(CalibrationError, match='holds conversations.*"messages".*--chat renders'):
+        load_windows(model, [source], 1, 16, seed=0)
+
+
+def test_text_beside_a_conversation_is_taken_without_chat(model: Path, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", {"messages": CONVERSATION, "text": "x" * 16})
+
+    assert all_bytes(load_windows(model, [source], 1, 16, 0).tokens) == b"x" * 16
+    assert rendered(chat_model(tmp_path / "model", TURNS), source, seq_len=1) == RENDERED
+
+
+def test_a_model_without_chat_template_is_refused(model: Path) -> None:
+    with pytest.raises(CalibrationError, match="has no chat template: leave out --chat"):
+        load_windows(model, [REFERENCE], 1, 16, seed=0, chat=True)
+
+
+def test_a_template_that_refuses_a_conversation_is_quoted(tmp_path: Path) -> None:
+    strict = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no systems') }}{% endif %}"
+    )
+    model = chat_model(tmp_path / "model", strict)
+    system = [{"role": "system", "content": "Be kind."}, *CONVERSATION]
+    source = jsonl(tmp_path / "a.jsonl", {"messages": system})
+
+    with pytest.raises(CalibrationError, match="of system, user, assistant: no systems"):
+        load_windows(model, [source], 1, 16, seed=0, chat=True)
+
+
+def test_a_template_reaches_nothing_outside_its_sandbox(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    opened = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(marker)!r}) }}}}"
+    for number, template in enumerate((escape, opened)):
+        model = chat_model(tmp_path / str(number), template)
+
+        with pytest.raises(CalibrationError, match="chat template"):
+            load_windows(model, [REFERENCE], 1, 16, seed=0, chat=True)
+
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"messages": "Hi"},
+        {"messages": 3},
+        {"messages": [{"role": "user"}]},
+        {"messages": ["Hi"]},
+        {"messages": {"role": "user", "content": "Hi"}},
+        {"text": ["Hi"]},
+        {"content": "Hi"},
+        ["messages"],
+        3,
+    ],
+)
+def test_lines_that_are_no_conversation_are_refused(tmp_path: Path, line: object) -> None:
+    model = chat_model(tmp_path / "model", TURNS)
+    source = jsonl(tmp_path / "a.jsonl", line)
+
+    with pytest.raises(CalibrationError, match=r'every line must be {"text".* or {"messages"'):
+        load_windows(model, [source], 1, 16, seed=0, chat=True)
 
 
 # -- what is refused

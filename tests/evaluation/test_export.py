@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,21 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Generator
 from transformers import AutoModelForCausalLM
 
 import streamcomp
-from streamcomp import OutputError, Resources
+from streamcomp import OutputError, RecipeError, Resources
 from streamcomp.evaluation import export
-from streamcomp.modeling.modules import FactoredLinear, LowRankLinear
+from streamcomp.linalg.channel_sharing import AXES, share_channels
+from streamcomp.methods.factors import factor_tensors, shared_tensors
+from streamcomp.modeling.modules import (
+    FORMAT_VERSION,
+    FactoredLinear,
+    LowRankLinear,
+    SharedLinear,
+)
 from tests.jobs import (
     Interrupted,
     compress,
@@ -29,6 +39,7 @@ from tests.jobs import (
     tree,
     varied_text,
 )
+from tests.modeling.folders import edit_config
 from tests.pico import ARCHITECTURES, pico_tokens
 
 
@@ -240,3 +251,82 @@ def test_a_finished_export_is_not_overwritten(
         streamcomp.export(compressed("llama"), dest)
 
     assert tree(dest) == before
+
+
+# -- what only one of the two forms can hold
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def factored_once(dense: Path, target: Path, spec: dict[str, Any], given: Any) -> Path:
+    """A copy of ``dense`` in which one linear, ``UP``, is of ``spec`` and has ``given`` tensors."""
+    shutil.copytree(dense, target)
+    tensors = stored_tensors(target)
+    for path in [*target.glob("*.safetensors"), *target.glob("*.index.json")]:
+        path.unlink()
+    del tensors[f"{UP}.weight"]
+    tensors |= {f"{UP}.{leaf}": tensor for leaf, tensor in given.items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    modules = {UP: {"dtype": "F32", **spec}}
+    quantization = {"quant_method": "streamcomp", "version": FORMAT_VERSION, "modules": modules}
+    edit_config(target, quantization_config=quantization)
+    return target
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_shared_channels_are_exported_dense_and_not_as_two_factors(
+    axis: str, pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = stored_tensors(pico("llama"))
+    weight = source[f"{UP}.weight"]
+    shared = share_channels(weight, None, int(0.7 * weight.numel()), axis=axis, dtype=torch.float32)
+    clusters, rank = shared.codebook.shape[AXES.index(axis)], shared.left.shape[1]
+    spec = {"form": "shared", "rank": rank, "clusters": clusters, "axis": axis}
+    tensors = shared_tensors(shared, torch.float32)
+    out, dest = factored_once(pico("llama"), tmp_path / "out", spec, tensors), tmp_path / "dense"
+    model = load_dense(out)
+    expected = logits_of(model, pico_tokens())
+
+    streamcomp.export(out, dest)
+
+    assert isinstance(model.get_submodule(UP), SharedLinear)
+    assert model.get_submodule(UP).labels.dtype == torch.int16
+    written = stored_tensors(dest)
+    assert {name for name, t in source.items() if not torch.equal(t, written[name])} == {
+        f"{UP}.weight"
+    }
+    found = written[f"{UP}.weight"].double()
+    torch.testing.assert_close(found, shared.dense(), rtol=1e-5, atol=1e-5)
+    dense = logits_of(load_dense(dest), pico_tokens())
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RecipeError, match=f"{UP} has channels that share.*--form dense"):
+        streamcomp.export(out, tmp_path / "uv", form="uv")
+    assert not (tmp_path / "uv").exists()
+
+
+@pytest.mark.parametrize("form", ["pivot", "uv"])
+def test_an_added_bias_is_exported_in_two_factors_and_not_dense(
+    form: str, pico: Callable[..., Path], tmp_path: Path, random: Generator
+) -> None:
+    left, right = (torch.randn(*shape, generator=random).double() for shape in ((48, 7), (7, 32)))
+    tensors = factor_tensors(form, left, right, torch.float32)
+    biased = {**tensors, "bias": torch.linspace(-2, 2, 48)}
+    spec = {"form": form, "rank": 7}
+    plain = factored_once(pico("llama"), tmp_path / "plain", spec, tensors)
+    out = factored_once(pico("llama"), tmp_path / "out", {**spec, "bias": True}, biased)
+    expected = logits_of(load_dense(out), pico_tokens())
+
+    for folder in (plain, out):
+        streamcomp.export(folder, tmp_path / f"{folder.name}-uv", form="uv")
+
+    assert factored_modules(tmp_path / "plain-uv")[UP].keys() == {"form", "rank", "dtype"}
+    assert factored_modules(tmp_path / "out-uv")[UP]["bias"] is True
+    assert torch.equal(stored_tensors(tmp_path / "out-uv")[f"{UP}.bias"], biased["bias"])
+    found = logits_of(load_dense(tmp_path / "out-uv"), pico_tokens())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    without = logits_of(load_dense(tmp_path / "plain-uv"), pico_tokens())
+    assert not torch.allclose(without, expected, atol=1e-2)
+    with pytest.raises(RecipeError, match=f"{UP} has a bias.*--form uv"):
+        streamcomp.export(out, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()

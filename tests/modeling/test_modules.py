@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Generator, nn
+from torch.profiler import ProfilerActivity, profile
 
 from streamcomp.modeling.modules import (
+    AXES,
     FORMS,
     FactoredLinear,
     NameMap,
     PivotLinear,
+    SharedLinear,
     factored,
     install_factored,
 )
@@ -34,6 +37,21 @@ def filled(form: str, random: Generator, *, bias: bool = False, **place: Any) ->
 
 def spec(**changes: Any) -> dict[str, Any]:
     return {"form": "uv", "rank": 4, "dtype": "float32", **changes}
+
+
+def shared_spec(**changes: Any) -> dict[str, Any]:
+    return spec(**{"form": "shared", "clusters": 5, "axis": "rows", **changes})
+
+
+def filled_shared(
+    axis: str, random: Generator, *, clusters: int = 5, bias: bool = False, **place: Any
+) -> SharedLinear:
+    """Of 20 inputs, 12 outputs and rank 4, with random values and labels."""
+    module = SharedLinear(20, 12, 4, bias, clusters=clusters, axis=axis, **place)
+    for parameter in module.requires_grad_(False).parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=random))
+    module.labels.copy_(torch.randint(clusters, module.labels.shape, generator=random))
+    return module
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -108,6 +126,134 @@ def test_gradients_flow_through_the_factors(form: str, random: Generator) -> Non
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+# -- channels that share
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_the_dense_weight_is_that_of_the_definition(axis: str, random: Generator) -> None:
+    module = filled_shared(axis, random, dtype=torch.float64)
+
+    dense = module.dense_weight() - module.U @ module.weight
+
+    channels, codes = (dense, module.codebook) if axis == "rows" else (dense.T, module.codebook.T)
+    for channel, label in zip(channels, module.labels.tolist(), strict=True):
+        assert torch.allclose(channel, codes[label], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(20,), (5, 20), (3, 5, 20), (0, 20)])
+@pytest.mark.parametrize("clusters", [1, 5, 32767, 32768])  # int16 ends at 32767
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("axis", AXES)
+def test_shared_channels_multiply_by_the_dense_weight(
+    axis: str, bias: bool, clusters: int, shape: tuple[int, ...], random: Generator
+) -> None:
+    module = filled_shared(axis, random, clusters=clusters, bias=bias, dtype=torch.float64)
+    module.labels[0] = clusters - 1
+    inputs = torch.randn(*shape, dtype=torch.float64, generator=random)
+
+    outputs = module(inputs)
+
+    expected = inputs @ module.dense_weight().T + (module.bias if bias else 0)
+    assert module.labels.dtype == (torch.int16 if clusters <= 32767 else torch.int32)
+    assert outputs.shape == (*shape[:-1], 12)
+    assert torch.allclose(outputs, expected, rtol=0, atol=1e-12)
+    # the shared part is not of the rank of the factors
+    assert torch.linalg.matrix_rank(module.dense_weight()) == min(
+        12, 4 + len(module.labels.unique())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("axis", AXES)
+def test_narrow_shared_channels_run_in_their_own_dtype(
+    axis: str, dtype: torch.dtype, random: Generator
+) -> None:
+    module = filled_shared(axis, random, dtype=dtype)
+    inputs = torch.randn(5, 20, generator=random)
+
+    outputs = module(inputs.to(dtype))
+
+    assert outputs.dtype == dtype
+    assert module.dense_weight().dtype == torch.float32
+    expected = inputs @ module.dense_weight().T
+    assert (outputs.float() - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_inputs_are_summed_wide() -> None:
+    """In bf16 a sum of 512 ones would stop at 256."""
+    module = SharedLinear(512, 4, 1, clusters=1, axis="columns", dtype=torch.bfloat16)
+    module.requires_grad_(False).labels.zero_()
+    for parameter in module.parameters():
+        parameter.zero_()
+    module.codebook.fill_(1)
+
+    outputs = module(torch.ones(1, 512, dtype=torch.bfloat16))
+
+    assert outputs.tolist() == [[512.0] * 4]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("axis", AXES)
+def test_shared_channels_are_stored_and_read_back(axis: str, bias: bool, random: Generator) -> None:
+    module = filled_shared(axis, random, bias=bias)
+    other = filled_shared(axis, random, bias=bias)
+    inputs = torch.randn(5, 20, generator=random)
+    assert not torch.equal(other(inputs), module(inputs))
+
+    other.load_state_dict(module.state_dict())
+
+    assert sorted(module.tensors()) == sorted(
+        ["U", "codebook", "labels", "weight"] + ["bias"] * bias
+    )
+    assert sorted(module.state_dict()) == sorted(module.tensors())
+    assert module.weight.shape == (4, 20)
+    assert module.codebook.shape == ((5, 20) if axis == "rows" else (12, 5))
+    assert torch.equal(other(inputs), module(inputs))
+
+
+def test_labels_are_no_parameter_and_stay_whole_numbers(random: Generator) -> None:
+    module = filled_shared("rows", random).to(torch.float16)
+
+    assert {name for name, _ in module.named_parameters()} == {"weight", "U", "codebook"}
+    assert module.labels.dtype == torch.int16
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_gradients_reach_the_codebook_and_the_inputs(axis: str, random: Generator) -> None:
+    module = filled_shared(axis, random, dtype=torch.float64).requires_grad_()
+    inputs = torch.randn(5, 20, dtype=torch.float64, generator=random, requires_grad=True)
+
+    module(inputs).square().sum().backward()
+
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    assert inputs.grad is not None
+    expected = 2 * (inputs @ module.dense_weight().T) @ module.dense_weight()
+    assert torch.allclose(inputs.grad, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_shared_channels_pass_for_a_linear(axis: str, random: Generator) -> None:
+    module = filled_shared(axis, random)
+
+    assert isinstance(module, nn.Linear)
+    assert (module.in_features, module.out_features) == (20, 12)
+    assert f"rank=4, clusters=5, axis={axis}" in repr(module)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_no_matrix_of_the_dense_shape_is_made(axis: str, random: Generator) -> None:
+    """Of 20 000 x 20 000 one would take 1.5 GiB; the forward holds no tenth of that."""
+    side = 20_000
+    module = SharedLinear(side, side, 1, clusters=2, axis=axis)
+    inputs = torch.randn(1, side, generator=random)
+    module.requires_grad_(False).labels.zero_()
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        module(inputs)
+
+    assert 0 < sum(max(0, event.self_cpu_memory_usage) for event in seen.events()) < 100 * side
+
+
 # -- the config's words
 
 
@@ -128,7 +274,8 @@ def test_a_dense_linear_is_replaced_by_an_empty_one_of_its_kind(form: str, bias:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (spec(form="shared"), "unknown form 'shared': written by a newer version"),
+        (spec(form="other"), "unknown form 'other': written by a newer version"),
+        (spec(form=["uv"]), "unknown form \\['uv'\\]"),
         ({"rank": 4}, "unknown form None"),
         (spec(codebook=16), "unknown key 'codebook': written by a newer version"),
         (spec(rank=0), "rank 0 is impossible for 12 x 20"),
@@ -137,6 +284,22 @@ def test_a_dense_linear_is_replaced_by_an_empty_one_of_its_kind(form: str, bias:
         (spec(rank=4.0), "rank 4.0 is impossible"),
         (spec(rank="4"), "rank '4' is impossible"),
         (spec(rank=None), "rank None is impossible"),
+        (spec(rank=True), "rank True is impossible"),
+        (spec(clusters=3), "unknown key 'clusters': written by a newer version"),
+        (spec(form="pivot", axis="rows"), "unknown key 'axis'"),
+        (spec(form="shared"), "axis None is impossible: rows or columns"),
+        (shared_spec(axis="row"), "axis 'row' is impossible: rows or columns"),
+        (shared_spec(scale=2), "unknown key 'scale': written by a newer version"),
+        (shared_spec(rank=12), "rank 12 is impossible for 12 x 20"),
+        (shared_spec(clusters=0), "clusters 0 are impossible for 12 rows"),
+        (shared_spec(clusters=13), "clusters 13 are impossible for 12 rows"),
+        (shared_spec(clusters=21, axis="columns"), "clusters 21 are impossible for 20 columns"),
+        (shared_spec(clusters=5.0), "clusters 5.0 are impossible"),
+        (shared_spec(clusters=True), "clusters True are impossible"),
+        (shared_spec(clusters=None), "clusters None are impossible"),
+        (spec(bias=False), "bias False is impossible: true, or no such key"),
+        (spec(bias=1), "bias 1 is impossible"),
+        (shared_spec(bias="true"), "bias 'true' is impossible"),
     ],
 )
 def test_what_the_config_may_not_say_is_refused(given: dict[str, Any], message: str) -> None:
@@ -149,6 +312,32 @@ def test_what_the_config_may_not_say_is_refused(given: dict[str, Any], message: 
 def test_a_rank_as_large_as_the_shorter_side_is_refused(form: str, rank: int) -> None:
     with pytest.raises(ValueError, match=f"rank {rank} is impossible"):
         factored(nn.Linear(20, 12), spec(form=form, rank=rank))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("axis", AXES)
+def test_a_dense_linear_is_replaced_by_one_that_shares_channels(axis: str, bias: bool) -> None:
+    dense = nn.Linear(20, 12, bias, device="meta", dtype=torch.bfloat16)
+
+    module = factored(dense, shared_spec(axis=axis, clusters=12))
+
+    assert isinstance(module, SharedLinear)
+    assert (module.in_features, module.out_features, module.rank) == (20, 12, 4)
+    assert (module.axis, module.clusters) == (axis, 12)
+    assert (module.bias is not None) == bias
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert all(value.is_meta for value in module.tensors().values())
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("given", [spec(), spec(form="pivot"), shared_spec()])
+def test_a_bias_may_be_added(given: dict[str, Any], before: bool) -> None:
+    dense = nn.Linear(20, 12, before, device="meta")
+
+    assert (factored(dense, given).bias is not None) == before
+    added = factored(dense, {**given, "bias": True})
+
+    assert added.bias is not None and added.bias.shape == (12,)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox"])

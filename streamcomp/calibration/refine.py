@@ -1,0 +1,175 @@
+"""Refinement of a block's factors by gradient descent, one block in memory at a time.
+
+The closed form looks at each linear by itself. Here all factors of a block are trained together
+on the compressed stream's inputs against what the dense block put out on the dense stream, so that
+they also make up for the blocks before (as AA-SVD, arXiv 2604.02119, does). An error d of one
+token's output counts as d^T Gamma d with the moment Gamma of the loss's gradient there, where the
+reverse sweep has left one: plain squared errors are ruled by a few massive activations. Without it,
+each token's error counts relative to the length of its target.
+
+Windows held out from the training decide: the factors that are kept are the best ones measured on
+them, the closed form among them, so that a block never gets worse than it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamcomp.linalg.low_rank import GRADIENT_DAMPING
+from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.modeling.skeleton import Call
+from streamcomp.modeling.streamer import LoadedBlock
+
+__all__ = ["REFINE_RATE", "Refined", "TrainingData", "refine_block"]
+
+# Learning rate, relative to the root mean square of the tensor that it moves.
+REFINE_RATE = 5e-3
+
+_WINDOWS_PER_STEP = 2  # run one at a time, their gradients added up
+_HELD_OUT_EVERY = 8  # one window in as many is held out
+_CHECKS = 4  # times that the held-out windows are looked at
+_WARM_UP = 0.1  # share of the steps in which the rate grows; then it falls as a cosine
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Where a block's refinement reads: both functions give window w as (1, seq, hidden)."""
+
+    windows: int
+    inputs: Callable[[int], Tensor]  # the compressed stream, in front of the block
+    targets: Callable[[int], Tensor]  # the dense stream, behind it
+    call: Call  # the block's call for one window
+    gradient: Tensor | None  # Gamma (hidden, hidden), or None
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The best factors by linear and name, in fp32, and the held-out loss before and after."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    before: float
+    after: float
+    steps: int  # of the training that led to them; 0 is the closed form
+
+
+def refine_block(
+    loaded: LoadedBlock,
+    factored: Mapping[str, FactoredLinear],
+    data: TrainingData,
+    steps: int,
+    *,
+    rate: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Refined:
+    """Train the factors of ``factored`` (by name in the block) for ``steps`` steps of AdamW.
+
+    The block runs in the dtype of its weights, on copies rounded from factors in fp32, and the
+    held-out loss is that of rounded factors too. Holds, beside the block, its factors six times in
+    fp32 (with gradient, AdamW's two moments, the best so far and the rounded copies) and the
+    graph of one window.
+    """
+    parameters = {
+        f"{name}.{leaf}": value.detach().float().clone().requires_grad_()
+        for name, module in factored.items()
+        for leaf, value in module.named_parameters()
+        if leaf != "bias"
+    }
+    held_out = list(range(0, data.windows, _HELD_OUT_EVERY)) if data.windows > 1 else []
+    training = [w for w in range(data.windows) if w not in held_out]
+    measure = _Measure(loaded, data)
+    before = measure.mean(parameters, held_out)
+    best, kept, after = before, 0, _copies(parameters)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": _scale(p) * (rate or REFINE_RATE)} for p in parameters.values()],
+        betas=_BETAS,
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _shape(step, steps))
+    order = _order(training, seed)
+    for step in range(steps if held_out else 0):
+        progress(step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(_WINDOWS_PER_STEP):
+            measure.loss(parameters, next(order)).backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % max(1, steps // _CHECKS) == 0 or step + 1 == steps:
+            now = measure.mean(parameters, held_out)
+            if now < best:
+                best, kept, after = now, step + 1, _copies(parameters)
+    return Refined(_by_linear(after), before, best, kept)
+
+
+class _Measure:
+    """The loss of a block's output on one window."""
+
+    def __init__(self, loaded: LoadedBlock, data: TrainingData) -> None:
+        self._loaded, self._data = loaded, data
+        self._root = None if data.gradient is None else _root(data.gradient)
+
+    @torch.enable_grad()
+    def loss(self, parameters: Mapping[str, Tensor], window: int) -> Tensor:
+        output = self._loaded.run_with(parameters, self._data.inputs(window), self._data.call)
+        target = self._data.targets(window).to(output.device).float()
+        error = output.float() - target  # (1, seq, hidden)
+        if self._root is not None:
+            error = error @ self._root
+            return torch.mean(error.square().sum(-1))
+        lengths = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.mean(error.square().sum(-1) / lengths)
+
+    @torch.no_grad()
+    def mean(self, parameters: Mapping[str, Tensor], windows: list[int]) -> float:
+        losses = [float(self.loss(parameters, window).detach()) for window in windows]
+        return math.fsum(losses) / max(1, len(losses))
+
+
+def _root(gradient: Tensor) -> Tensor:
+    """R (hidden, hidden) fp32 with R R^T = Gamma, damped, its mean diagonal 1."""
+    wide = gradient.double()
+    mean = wide.diagonal().mean()
+    if not bool(mean > 0):
+        return torch.eye(len(wide), device=wide.device)
+    wide = wide / mean
+    wide.diagonal().add_(GRADIENT_DAMPING)
+    return torch.linalg.cholesky(wide / (1 + GRADIENT_DAMPING)).float()
+
+
+def _scale(parameter: Tensor) -> float:
+    """Root mean square of a tensor; 1 where it is zero, or empty."""
+    size = float(parameter.detach().square().mean()) if parameter.numel() else 0.0
+    return math.sqrt(size) if size > 0 else 1.0
+
+
+def _shape(step: int, steps: int) -> float:
+    """The learning rate at ``step``, relative to its largest."""
+    rising = max(1.0, _WARM_UP * steps)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
+
+
+def _order(windows: list[int], seed: int) -> Iterator[int]:
+    """The windows over and over, each time in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from (windows[i] for i in torch.randperm(len(windows), generator=generator).tolist())
+
+
+def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def _by_linear(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        linear, _, leaf = name.rpartition(".")
+        found.setdefault(linear, {})[leaf] = tensor
+    return found

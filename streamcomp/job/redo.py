@@ -1,0 +1,129 @@
+"""Decomposes some linears of a finished job again, with other damping, from moments it kept."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streamcomp.checkpoint.index import CheckpointIndex, read_header
+from streamcomp.checkpoint.writer import Entry, write_shard
+from streamcomp.errors import RecipeError
+from streamcomp.job.analysis import read_moment
+from streamcomp.job.journal import Journal, locked
+from streamcomp.job.progress import JobProgress
+from streamcomp.job.run import choose_device
+from streamcomp.job.workspace import Stage, Workspace
+from streamcomp.job.writing import Factored, factorize
+from streamcomp.methods import Swsc, find_method
+from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.planning.meter import budget_bytes, release, warm_up
+from streamcomp.planning.plan import BlockPlan, Levers, make_plan, measure_rates
+from streamcomp.recipe import Recipe, Resources
+
+__all__ = ["redo_linears"]
+
+
+def redo_linears(
+    index: CheckpointIndex,
+    out: Path,
+    folder: Path,
+    recipe: Recipe,
+    resources: Resources,
+    report: dict[str, Any],
+    pattern: str,
+    damping: float,
+    progress: JobProgress,
+) -> list[dict[str, Any]]:
+    """Replace the factors of the matching linears in ``out``; returns their new figures.
+
+    ``folder`` holds the kept work of the job whose ``report`` this is. One block is loaded at a
+    time, as in the job itself, within the same budget.
+    """
+    recipe = replace(recipe, damping=damping)
+    chosen = _matching(report, recipe, pattern)
+    journal = Journal.read(folder) if folder.is_dir() else None
+    if journal is None or not any(folder.glob("moments-*")):
+        raise RecipeError(
+            f"{folder} keeps no moments: --redo needs a job that was run with --keep-work "
+            "(and the same --work-dir)"
+        )
+    device = choose_device(resources.device)
+    skeleton = Skeleton(index)
+    warm_up(device, skeleton.dtype)
+    held = journal.header["levers"]
+    plan = make_plan(
+        skeleton,
+        recipe,
+        budget_bytes(resources.max_ram),
+        measure_rates(device, skeleton.dtype),
+        levers=Levers(**{name: held[name] for name in Levers.__dataclass_fields__}),
+        ranks=[{item["name"]: item["rank"] for item in report["linears"]}],
+        analysis=True,
+        keep_work=True,
+    )
+    with locked(out), locked(folder):
+        work = Workspace(
+            skeleton, recipe, find_method(recipe.method), device, folder, plan, journal, True
+        )
+        blocks = [b for b in plan.blocks if any(m.disk_name in chosen for m in b.targets)]
+        progress.begin(f"redo {len(chosen)} linears", [1.0] * len(blocks), 0, plan.budget_bytes)
+        results = []
+        try:
+            for place, block in enumerate(blocks):
+                stage = Stage(progress, place, f"block {block.number}")
+                results += _redo_block(work, stage, block, chosen, out)
+                release()
+                progress.finish_step(place, f"block {block.number}", stage.total(), "")
+        finally:
+            progress.end()
+    return results
+
+
+def _matching(report: dict[str, Any], recipe: Recipe, pattern: str) -> dict[str, dict[str, Any]]:
+    """The factored linears that ``pattern`` matches, by name."""
+    if recipe.follows or recipe.statistics != "dense" or recipe.method == "swsc" or recipe.centred:
+        raise RecipeError(
+            "--redo is for jobs whose factors depend on kept moments alone: not after --update or "
+            "--refine, on the compressed stream, centred, or with swsc"
+        )
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"--redo {pattern!r} is no regular expression: {error}") from None
+    found = {item["name"]: item for item in report["linears"] if expression.search(item["name"])}
+    if not found:
+        raise RecipeError(f"--redo {pattern!r} matches none of the factored linears")
+    return found
+
+
+def _redo_block(
+    work: Workspace, stage: Stage, block: BlockPlan, chosen: dict[str, dict[str, Any]], out: Path
+) -> list[dict[str, Any]]:
+    """New factors for the chosen linears of one block, and its shard with them."""
+    assert not isinstance(work.method, Swsc)
+    found: list[Factored] = []
+    with work.block(stage, block.number) as loaded:
+        for group in block.groups:
+            for linear in (m for m in group.linears if m.disk_name in chosen):
+                stage(f"decomposing {linear.name.rpartition('.')[2]}")
+                weight = loaded.weight(linear.name)
+                moment = read_moment(work.folder, block.number, group, linear, work.device)
+                decomposition = work.method.decompose(weight, moment, work.recipe.damping)
+                rank = chosen[linear.disk_name]["rank"]
+                found.append(
+                    factorize(work, linear, rank, loaded.dense_linear(linear.name), decomposition)
+                )
+    stage("writing")
+    names = {f"{m.linear.disk_name}.{leaf}" for m in found for leaf in m.tensors}
+    shards = sorted(out.glob("model-*.safetensors"))
+    shard = shards[block.number]
+    entries = [
+        Entry(f"{m.linear.disk_name}.{leaf}", tensor.cpu())
+        for m in found
+        for leaf, tensor in m.tensors.items()
+    ]
+    kept = [Entry(n, info) for n, info in read_header(shard).items() if n not in names]
+    write_shard(shard, entries + kept)
+    return [item.result for item in found]

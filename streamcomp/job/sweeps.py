@@ -1,0 +1,172 @@
+"""The sweeps before any factor is written: forward, the loss's gradient, reverse; and ranks.
+
+The reverse sweep streams as the forward one does: the gradient of the loss enters through the
+head, in chunks of tokens, and blocks are loaded last to first. Each runs forward and backward on
+one micro-batch at a time, from its input as the forward sweep left it on disk; hooks take the
+moments, and the gradient of its input goes to a file for the block below.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from streamcomp.calibration.observe import Observer, moment_dtype
+from streamcomp.errors import NonFiniteError
+from streamcomp.job.analysis import (
+    health,
+    read_spectrum,
+    write_decomposition,
+    write_moment,
+    write_output_gradient,
+)
+from streamcomp.job.workspace import Stage, Workspace, check_finite
+from streamcomp.linalg.moments import SecondMoment
+from streamcomp.methods import Swsc
+from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.planning.outputs import allocate
+from streamcomp.planning.schedule import Step, gradient_key, hidden_key
+
+__all__ = ["analyse", "forward", "loss", "ranks", "reverse"]
+
+Results = dict[str, Any]
+
+
+def forward(work: Workspace, stage: Stage, step: Step) -> Results:
+    """All windows through one dense block."""
+    with work.block(stage, step.block) as loaded:
+        work.propagate(stage, "forward", loaded, step.block, step.reads[0], step.writes[0])
+        return {"block": step.block, "digest": loaded.digest}
+
+
+def loss(work: Workspace, stage: Stage, step: Step) -> Results:
+    """The negative log-likelihood, summed over tokens, and its gradient at the last block's output.
+
+    Holds the head, and logits with their gradient for ``head_tokens`` positions of one window.
+    """
+    total, last = 0.0, work.shape.seq_len - 1  # nothing is predicted from the last position
+    size, dtype = work.plan.levers.head_tokens, work.gradient_dtype
+    stage("loading")
+    with (
+        work.streamer.head(dtype) as head,
+        work.reading(step.reads[1]) as states,
+        work.writing(step.writes[0]) as write,
+    ):
+        for window, _ in work.batches(stage, "differentiating", 1):
+            hidden = states.read(window, window + 1).to(work.device, dtype)
+            targets = work.tokens[window, 1:].long().to(work.device)
+            gradient = torch.zeros_like(hidden)
+            for start in range(0, last, size):
+                stop = min(start + size, last)
+                piece = hidden[:, start : start + size].detach().requires_grad_()
+                with torch.enable_grad():
+                    logits = head(piece)[0, : stop - start].float()
+                    nll = functional.cross_entropy(logits, targets[start:stop], reduction="sum")
+                gradient[:, start : start + size] = torch.autograd.grad(nll, piece)[0]
+                total += float(nll.detach())
+            check_finite(gradient, "the gradient of the loss")
+            write(window, gradient)
+    mean = total / (work.shape.windows * last)
+    if math.isnan(mean):
+        raise NonFiniteError("the loss on the calibration text is NaN: the weights are damaged")
+    perplexity = math.exp(min(mean, 700.0))
+    return {"nll": mean, "detail": f"perplexity {perplexity:.2f} on the calibration text"}
+
+
+def reverse(work: Workspace, stage: Stage, step: Step) -> Results:
+    """Moments of one block's inputs, outputs and gradients, and what is decomposed of them."""
+    number, block = step.block, work.block_plan(step.block)
+    dtype, batch = work.gradient_dtype, work.plan.levers.reverse_batch
+    below = gradient_key(number)
+    for key in (key for key in step.writes if key.startswith("hidden")):
+        _again(work, stage, int(key.partition("-")[2]) - 1)
+    with work.block(stage, number) as loaded:
+        loaded.module.to(dtype)
+        outgoing = SecondMoment(work.shape.hidden, dtype=moment_dtype(dtype), device=work.device)
+        with (
+            Observer(loaded.module, loaded.name, block.groups, work.device) as observer,
+            work.reading(hidden_key(number)) as states,
+            work.reading(gradient_key(number + 1)) as gradients,
+            work.writing(below if below in step.writes else None) as write,
+        ):
+            for start, stop in work.batches(stage, "reverse", batch):
+                hidden = states.read(start, stop).to(work.device, dtype)
+                gradient = gradients.read(start, stop).to(work.device)
+                outgoing.update(gradient)
+                call = work.calls(stop - start, dtype)[number]
+                gradient = loaded.differentiate(hidden, call, gradient)
+                check_finite(gradient, f"the gradient of {loaded.name}")
+                write(start, gradient)
+        linears = _decompose(work, stage, step, loaded, observer)
+        if linears:
+            write_output_gradient(work.folder, number, outgoing.value)
+        return {"block": number, "digest": loaded.digest, "analysis": linears}
+
+
+def analyse(work: Workspace, stage: Stage, step: Step) -> Results:
+    """Moments of one block's inputs or outputs, and what is decomposed of them."""
+    number, block = step.block, work.block_plan(step.block)
+    target = next((key for key in step.writes if key.startswith("hidden")), None)
+    with work.block(stage, number) as loaded:
+        with Observer(loaded.module, loaded.name, block.groups, work.device) as observer:
+            work.propagate(stage, "observing", loaded, number, hidden_key(number), target)
+        linears = _decompose(work, stage, step, loaded, observer)
+        return {"block": number, "digest": loaded.digest, "analysis": linears}
+
+
+def ranks(work: Workspace, stage: Stage, step: Step) -> Results:
+    """Ranks of every output, from the spectra of the whole model where allocation asks for them.
+
+    Holds all spectra, 8 bytes for each direction of each linear, and their hulls.
+    """
+    stage("sharing")
+    plan, recipe = work.plan, work.recipe
+    if recipe.allocation == "uniform":
+        return {"ranks": [dict(output.ranks) for output in plan.outputs]}
+    spectra = [
+        read_spectrum(work.folder, block.number, linear)
+        for block in plan.blocks
+        for linear in block.targets
+    ]
+    return {
+        "ranks": [
+            allocate(recipe, output.asked, plan.linears, plan.chosen, spectra)
+            for output in plan.outputs
+        ]
+    }
+
+
+def _again(work: Workspace, stage: Stage, number: int) -> None:
+    """Run a dense block a second time, where its output was not stored."""
+    with work.block(stage, number) as loaded:
+        source, target = hidden_key(number), hidden_key(number + 1)
+        work.propagate(stage, "forward", loaded, number, source, target)
+
+
+def _decompose(
+    work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock, observer: Observer
+) -> list[Results]:
+    """Every linear of the block, one at a time; what is found goes to the work folder."""
+    assert not isinstance(work.method, Swsc)
+    found = []
+    for group in work.block_plan(step.block).groups:
+        moment = observer.take(group)
+        gradients = {}
+        for linear in group.linears:
+            stage(f"decomposing {linear.name.rpartition('.')[2]}")
+            if group.gradients:
+                gradients[linear.name] = observer.take_gradient(linear)
+            weight = loaded.weight(linear.name)
+            own = replace(moment, gradient=gradients.get(linear.name))
+            decomposition = work.method.decompose(weight, own, work.recipe.damping)
+            write_decomposition(work.folder, step.block, linear, decomposition)
+            found.append(health(linear, decomposition))
+            if not work.keeps_moments:
+                gradients.clear()
+        if work.keeps_moments:
+            write_moment(work.folder, step.block, group, moment, gradients)
+    return found

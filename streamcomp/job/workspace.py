@@ -1,0 +1,206 @@
+"""What every step of a job stands on: the work folder, its streams, and the model's blocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
+from streamcomp.checkpoint.index import read_header
+from streamcomp.checkpoint.reader import TensorReader
+from streamcomp.errors import JobMismatchError, NonFiniteError
+from streamcomp.job.journal import Journal
+from streamcomp.job.progress import JobProgress
+from streamcomp.methods import Method, Swsc
+from streamcomp.modeling.skeleton import Call, Skeleton
+from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
+from streamcomp.planning.plan import BlockPlan, Plan, gradient_dtype
+from streamcomp.recipe import Recipe
+
+__all__ = ["Stage", "Workspace", "check_finite"]
+
+
+class Stage:
+    """Names what a step is at, tells the progress, and keeps the seconds of each stage."""
+
+    def __init__(self, progress: JobProgress, number: int, step: str) -> None:
+        self._progress, self._number, self._step = progress, number, step
+        self.seconds: dict[str, float] = {}
+        self._name, self._since = "", time.perf_counter()
+
+    def __call__(self, name: str, share: float = 0.0) -> None:
+        self._close()
+        self._name = name.partition(" ")[0]
+        self._progress.stage(self._number, self._step, name, share)
+
+    def total(self) -> float:
+        self._close()
+        return sum(self.seconds.values())
+
+    def _close(self) -> None:
+        now = time.perf_counter()
+        if self._name:
+            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._since
+        self._since = now
+
+
+class Workspace:
+    """The state of one job that its steps share. ``plan`` changes once, when ranks are known."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        recipe: Recipe,
+        method: Method | Swsc,
+        device: torch.device,
+        folder: Path,
+        plan: Plan,
+        journal: Journal,
+        keeps_moments: bool,
+    ) -> None:
+        self.skeleton, self.recipe, self.method = skeleton, recipe, method
+        self.device, self.folder, self.plan, self.journal = device, folder, plan, journal
+        self.keeps_moments = keeps_moments
+        self._recorded: dict[int, list[Call]] = {}
+
+    @cached_property
+    def streamer(self) -> BlockStreamer:
+        return BlockStreamer(self.skeleton, self.device)
+
+    @property
+    def windows_path(self) -> Path:
+        return self.folder / "windows.safetensors"
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Calibration tokens (windows, seq), as the first step left them."""
+        with TensorReader() as reader:
+            return reader.read(read_header(self.windows_path)["tokens"])
+
+    @property
+    def shape(self) -> StreamShape:
+        windows, seq_len = self.tokens.shape
+        return StreamShape(windows, seq_len, self.skeleton.hidden_size, self.skeleton.dtype)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        return gradient_dtype(self.skeleton.dtype)
+
+    def block_plan(self, number: int) -> BlockPlan:
+        return self.plan.blocks[number]
+
+    @contextmanager
+    def block(self, stage: Stage, number: int) -> Iterator[LoadedBlock]:
+        """The block with its weights; JobMismatchError where an earlier sweep read other bytes."""
+        stage("loading")
+        with self.streamer.block(number) as loaded:
+            for step in self.journal.steps:
+                if step.get("block") == number and step["digest"] != loaded.digest:
+                    raise JobMismatchError(
+                        f"{loaded.name} has other bytes now than in step {step['step']!r}: the "
+                        "model's files have changed; give another OUT",
+                        field="source",
+                    )
+            yield loaded
+
+    def calls(self, batch: int, dtype: torch.dtype | None = None) -> list[Call]:
+        """Each block's call for ``batch`` windows; it depends on their shape alone.
+
+        ``dtype`` is what the block runs in, where that is not the model's own.
+        """
+        if batch not in self._recorded:
+            self._recorded[batch] = self.streamer.record(self.tokens[:batch].long())[1]
+        calls = self._recorded[batch]
+        if dtype is None or dtype == self.skeleton.dtype:
+            return calls
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.dtype == self.skeleton.dtype else tensor
+
+        return [Call(*tree_map_only(Tensor, cast, (call.args, call.kwargs))) for call in calls]
+
+    def batches(self, stage: Stage, name: str, size: int) -> Iterator[tuple[int, int]]:
+        """Start and stop of each micro-batch of ``size`` windows."""
+        windows = self.shape.windows
+        for start in range(0, windows, size):
+            stage(name, start / windows)
+            yield start, min(start + size, windows)
+
+    def states(self, key: str) -> HiddenStates:
+        """The stream that the schedule calls ``key``."""
+        shape = self.shape
+        if key.startswith("gradient"):
+            shape = StreamShape(shape.windows, shape.seq_len, shape.hidden, self.gradient_dtype)
+        return HiddenStates(self.folder / f"{key}.bin", shape)
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[HiddenStates]:
+        states = self.states(key)
+        states.open()
+        try:
+            yield states
+        finally:
+            states.close()
+
+    @contextmanager
+    def writing(self, key: str | None) -> Iterator[Callable[[int, Tensor], None]]:
+        """A function that puts states at a window; durable at the end. Without ``key``, nothing."""
+        if key is None:
+            yield lambda start, states: None
+            return
+        states = self.states(key)
+        states.create()
+        done = False
+        try:
+            yield states.write
+            done = True
+        finally:
+            states.close(durable=done)
+
+    def propagate(
+        self,
+        stage: Stage,
+        name: str,
+        loaded: LoadedBlock,
+        number: int,
+        source: str,
+        target: str | None,
+    ) -> None:
+        """Run all windows through the block; ``target`` keeps what comes out."""
+        with self.reading(source) as states, self.writing(target) as write:
+            for start, stop in self.batches(stage, name, self.plan.levers.batch):
+                hidden = states.read(start, stop).to(self.device)
+                hidden = loaded.run(hidden, self.calls(stop - start)[number])
+                check_finite(hidden, loaded.name)
+                write(start, hidden)
+
+    def drop(self, live: set[str]) -> None:
+        """Delete the files of the work folder that no step to come reads."""
+        kinds = ("hidden-", "compressed-", "gradient-", "analysis-")
+        for path in self.folder.iterdir():
+            key = path.name.partition(".")[0]
+            if not key.startswith(kinds) or key in live:
+                continue
+            if not (self.keeps_moments and key.startswith("analysis-")):
+                path.unlink(missing_ok=True)
+
+    def results(self, kind: str, block: int) -> dict[str, Any] | None:
+        """What the journal holds of the step of ``kind`` on ``block``."""
+        return self.journal.find(f"{kind} {block}")
+
+
+def check_finite(hidden: Tensor, name: str) -> None:
+    """NonFiniteError where hidden states hold NaN or infinity."""
+    if not bool(hidden.sum().isfinite()) and not bool(hidden.isfinite().all()):
+        raise NonFiniteError(
+            f"{name} puts out NaN or infinite values on the calibration text: the weights are "
+            "damaged, or their dtype is too narrow for the model"
+        )

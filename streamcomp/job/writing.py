@@ -1,0 +1,315 @@
+"""The steps that write an output: a shard for each block, and one for all that is in none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamcomp.calibration.observe import MomentGroup, Observer
+from streamcomp.calibration.refine import TrainingData, refine_block
+from streamcomp.calibration.refit import Refit
+from streamcomp.checkpoint.writer import Entry, write_shard
+from streamcomp.job.analysis import health, read_decomposition, read_output_gradient
+from streamcomp.job.workspace import Stage, Workspace
+from streamcomp.linalg.channel_sharing import average_bits
+from streamcomp.linalg.low_rank import Decomposition
+from streamcomp.methods import (
+    Moment,
+    Swsc,
+    factor_tensors,
+    mean_bias,
+    shared_tensors,
+)
+from streamcomp.modeling.linears import Linear
+from streamcomp.modeling.modules import FactoredLinear, factored
+from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.planning.schedule import Step, hidden_key
+
+__all__ = ["Factored", "block", "block_entries", "copy", "factorize"]
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A linear's factors by their names on disk, how the config describes them, and the figures."""
+
+    linear: Linear
+    tensors: dict[str, Tensor]
+    spec: dict[str, Any]
+    result: Results
+
+    def module(self, dense: nn.Linear) -> FactoredLinear:
+        """The runtime module that holds these tensors, in the place of ``dense``."""
+        with torch.device("meta"):
+            module = factored(dense, self.spec)
+        dtype = dense.weight.dtype
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
+        if dense.bias is not None:
+            state.setdefault("bias", dense.bias.detach())
+        module.load_state_dict(state, assign=True)
+        return module.requires_grad_(False)
+
+
+def block(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
+    """Factor one block for one output, on the streams that it needs, and write its shard."""
+    recipe, number = work.recipe, step.block
+    below = hidden_key(number + 1, step.output)
+    target = below if below in step.writes else None
+    with work.block(stage, number) as loaded:
+        found = list(_factorize_block(work, stage, step, loaded))
+        if found and (recipe.follows or recipe.statistics == "compressed"):
+            for item in found:
+                _install(loaded, item)
+        refined: Results = {}
+        if recipe.follows and hidden_key(number) in step.reads:
+            dense_target = hidden_key(number + 1)
+            if dense_target in step.writes:
+                with loaded.dense():
+                    work.propagate(
+                        stage, "forward", loaded, number, hidden_key(number), dense_target
+                    )
+            if found and recipe.update:
+                found = _update(work, stage, step, loaded, found)
+            if found and recipe.refine:
+                found, refined = _refine(work, stage, step, loaded, found)
+        if target and (recipe.follows or recipe.statistics == "compressed"):
+            source = hidden_key(number, step.output)
+            work.propagate(stage, "propagating", loaded, number, source, target)
+        stage("writing")
+        write_shard(shard, block_entries(work, number, found))
+        linears = [item.result for item in found]
+        notes = [f"{m['name']}: {m['fallback']}" for m in linears if m["fallback"]]
+        loss = sum(linear["relative_loss"] for linear in linears) / max(1, len(linears))
+        detail = f"loss {loss:.2%}" if linears else ""
+        if refined:
+            detail += f", refined {refined['before']:.3g} -> {refined['after']:.3g}"
+        return {
+            "block": number,
+            "output": step.output,
+            "digest": loaded.digest,
+            "linears": linears,
+            "detail": detail,
+            "notes": notes,
+            **({"refined": refined} if refined else {}),
+        }
+
+
+def copy(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
+    """All tensors that are in no block, byte for byte."""
+    stage("copying")
+    write_shard(shard, [Entry(info.name, info) for info in work.skeleton.other_tensors()])
+    return {"output": step.output}
+
+
+def block_entries(work: Workspace, number: int, found: list[Factored]) -> list[Entry]:
+    """What a block's shard holds: factors, and whatever they do not replace."""
+    entries = [
+        Entry(f"{item.linear.disk_name}.{leaf}", tensor.cpu())
+        for item in found
+        for leaf, tensor in item.tensors.items()
+    ]
+    names = {entry.name for entry in entries}
+    return entries + [
+        Entry(info.name, info)
+        for info in work.skeleton.block_tensors(number)
+        if info.name not in names
+    ]
+
+
+def factorize(
+    work: Workspace,
+    linear: Linear,
+    rank: int,
+    dense: nn.Linear,
+    found: Decomposition,
+    moment: Moment | None = None,
+) -> Factored:
+    """The factors of one linear at ``rank``; the mean as a bias where the method is centred."""
+    weight = dense.weight.detach()
+    form, dtype = work.recipe.form, linear.source.torch_dtype
+    left, right = found.factors(weight, rank)
+    tensors = factor_tensors(form, left, right, dtype)
+    spec: dict[str, Any] = {"form": form, "rank": rank}
+    if moment is not None and moment.total is not None:
+        bias = mean_bias(weight, left, right, moment)
+        tensors["bias"] = (bias if dense.bias is None else bias + dense.bias).to(dtype)
+        if dense.bias is None:
+            spec["bias"] = True
+    result = health(linear, found) | {
+        "rank": rank,
+        "relative_loss": found.relative_loss(rank),
+        "loss": float(found.spectrum[rank:].sum()),
+        "spec": spec,
+    }
+    return Factored(linear, tensors, spec, result)
+
+
+def _factorize_block(
+    work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock
+) -> Iterator[Factored]:
+    """Every linear that this output factors, from kept decompositions or from moments taken now."""
+    output, plan = work.plan.outputs[step.output], work.block_plan(step.block)
+    observer = None if work.plan.analysis else _observe(work, stage, step, loaded)
+    for group in plan.groups:
+        moment = observer.take(group) if observer else None
+        for linear in group.linears:
+            rank, numbers = output.ranks[linear.full_name], output.numbers[linear.full_name]
+            if rank is None or numbers is None:
+                continue
+            stage(f"factorizing {linear.name.rpartition('.')[2]}")
+            weight = loaded.weight(linear.name)
+            if isinstance(work.method, Swsc):
+                yield _share(work, work.method, linear, weight, moment, numbers)
+                continue
+            found = _decomposition(work, step, group, linear, weight, moment)
+            dense = loaded.dense_linear(linear.name)
+            item = factorize(work, linear, rank, dense, found, moment)
+            if not work.recipe.follows and work.recipe.statistics == "compressed":
+                _install(loaded, item)
+            yield item
+
+
+def _observe(work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock) -> Observer | None:
+    """Run the stream whose statistics the recipe wants; None where it wants none."""
+    if work.recipe.statistics == "none" or not step.reads:
+        return None
+    compressed = work.recipe.statistics == "compressed"
+    source = hidden_key(step.block, step.output if compressed else None)
+    target = hidden_key(step.block + 1)
+    keep = not compressed and not work.recipe.follows and target in step.writes
+    groups = work.block_plan(step.block).groups
+    with Observer(
+        loaded.module, loaded.name, groups, work.device, totals=work.recipe.centred
+    ) as observer:
+        if groups or keep:
+            name = "observing"
+            work.propagate(stage, name, loaded, step.block, source, target if keep else None)
+    return observer
+
+
+def _decomposition(
+    work: Workspace, step: Step, group: MomentGroup, linear: Linear, weight: Tensor,
+    moment: Moment | None,
+) -> Decomposition:  # fmt: skip
+    if work.plan.analysis:
+        kind = "reverse" if work.recipe.two_sided else "analyse"
+        results = work.results(kind, step.block)
+        assert results is not None
+        known = next(item for item in results["analysis"] if item["name"] == linear.disk_name)
+        return read_decomposition(work.folder, step.block, linear, known, work.device)
+    assert not isinstance(work.method, Swsc)
+    if moment is None:  # no data: all inputs count alike
+        moment = Moment("inputs", torch.eye(linear.columns, device=work.device))
+    return work.method.decompose(weight, moment, work.recipe.damping)
+
+
+def _share(
+    work: Workspace,
+    method: Swsc,
+    linear: Linear,
+    weight: Tensor,
+    moment: Moment | None,
+    numbers: int,
+) -> Factored:
+    recipe, dtype = work.recipe, linear.source.torch_dtype
+    shared = method.share(
+        weight,
+        moment,
+        numbers,
+        clusters=recipe.clusters,
+        axis=recipe.axis,
+        seed=recipe.seed,
+        dtype=dtype,
+    )
+    tensors = shared_tensors(shared, dtype)
+    rank, clusters = shared.left.shape[1], int(shared.labels.max()) + 1
+    spec = {"form": "shared", "rank": rank, "clusters": clusters, "axis": shared.axis}
+    result = {
+        "name": linear.disk_name,
+        "rows": linear.rows,
+        "columns": linear.columns,
+        "rank": rank,
+        "relative_loss": shared.relative_loss,
+        "damping": shared.damping,
+        "condition": None,
+        "fallback": "",
+        "bits_per_weight": average_bits(linear.rows, linear.columns, shared.axis, clusters, rank),
+        "spec": spec,
+    }
+    return Factored(linear, tensors, spec, result)
+
+
+def _install(loaded: LoadedBlock, item: Factored) -> None:
+    loaded.replace(item.linear.name, item.module(loaded.dense_linear(item.linear.name)))
+
+
+def _update(
+    work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock, found: list[Factored]
+) -> list[Factored]:
+    """Left factors refitted on the compressed stream, all of them from one pass."""
+    number = step.block
+    modules = {item.linear.name: loaded.factored(item.linear.name) for item in found}
+    refit = Refit(loaded, modules, work.recipe.anchor)
+    with (
+        work.reading(hidden_key(number)) as dense,
+        work.reading(hidden_key(number, step.output)) as compressed,
+    ):
+        for start, stop in work.batches(stage, "updating", work.plan.levers.batch):
+            call = work.calls(stop - start)[number]
+            with refit.dense():
+                loaded.run(dense.read(start, stop).to(work.device), call)
+            with refit.compressed():
+                loaded.run(compressed.read(start, stop).to(work.device), call)
+    updated = []
+    for item in found:
+        left, right = refit.factors(item.linear.name)
+        dtype = item.linear.source.torch_dtype
+        tensors = factor_tensors(work.recipe.form, left, right, dtype)
+        updated.append(replace(item, tensors=tensors))
+        _install(loaded, updated[-1])
+    return updated
+
+
+def _refine(
+    work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock, found: list[Factored]
+) -> tuple[list[Factored], Results]:
+    """Factors trained on the compressed stream; the closed form where that helps none."""
+    number, recipe = step.block, work.recipe
+    dtype = work.gradient_dtype
+    loaded.module.to(dtype)
+    with (
+        work.reading(hidden_key(number, step.output)) as inputs,
+        work.reading(hidden_key(number + 1)) as targets,
+    ):
+        data = TrainingData(
+            work.shape.windows,
+            lambda w: inputs.read(w, w + 1).to(work.device, dtype),
+            lambda w: targets.read(w, w + 1),
+            work.calls(1, dtype)[number],
+            read_output_gradient(work.folder, number, work.device) if recipe.two_sided else None,
+        )
+        refined = refine_block(
+            loaded,
+            {item.linear.name: loaded.factored(item.linear.name) for item in found},
+            data,
+            recipe.refine,
+            rate=recipe.rate,
+            seed=recipe.seed,
+            progress=lambda share: stage("refining", share),
+        )
+    loaded.module.to(work.skeleton.dtype)
+    better = []
+    for item in found:
+        tensors = {
+            leaf: tensor.to(item.linear.source.torch_dtype)
+            for leaf, tensor in refined.tensors[item.linear.name].items()
+        }
+        better.append(replace(item, tensors=item.tensors | tensors))
+        _install(loaded, better[-1])
+    return better, {"before": refined.before, "after": refined.after, "steps": refined.steps}

@@ -1,0 +1,38 @@
+"""Two-sided whitening: the inputs' moment and the loss's gradients weigh an error together.
+
+The published forms (a Fisher-weighted, K-FAC-like metric) need an m x m and an n x n matrix for
+each linear; on the smaller side one of the two cancels (:mod:`streamcomp.linalg.low_rank`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from streamcomp.linalg.low_rank import (
+    GRADIENT_DAMPING,
+    Decomposition,
+    decompose_two_sided_inputs,
+    decompose_two_sided_outputs,
+    output_moment,
+)
+from streamcomp.methods.base import Moment
+
+__all__ = ["TwoSided"]
+
+
+class TwoSided:
+    """Minimises ||Gamma^1/2 (W - W') H^1/2||_F; its cut energies compare across linears."""
+
+    name = "two-sided"
+
+    def decompose(self, weight: Tensor, moment: Moment, damping: float) -> Decomposition:
+        damping, gradient = damping or GRADIENT_DAMPING, moment.gradient
+        assert gradient is not None
+        if weight.shape[0] > weight.shape[1]:
+            return decompose_two_sided_inputs(
+                weight, moment.value, gradient.value, gradient.energy, damping
+            )
+        outputs = moment.value
+        if moment.side == "inputs":
+            outputs = output_moment(weight, outputs)
+        return decompose_two_sided_outputs(weight, outputs, gradient.value, damping)
