@@ -199,6 +199,7 @@ def evaluate(
     *,
     seq_len: int = 512,
     windows: int = 64,
+    chat: bool = False,
     resources: Resources | None = None,
     revision: str | None = None,
     progress: JobProgress | None = None,
@@ -206,13 +207,14 @@ def evaluate(
     """Perplexity of a dense or compressed ``model`` on ``text``, streamed block by block.
 
     ``text`` is a file, a folder or a hub dataset; None is the part of the Python language
-    reference that calibration never sees. ``windows=0`` takes all of it.
+    reference that calibration never sees. ``windows=0`` takes all of it, ``chat`` renders it
+    through the model's chat template.
     """
     resources = resources or Resources()
     prepare_process(resources)
     index = read_index(checkpoint_folder(model, revision))
     return evaluate_checkpoint(
-        index, text, seq_len, windows, resources, progress or SilentProgress()
+        index, text, seq_len, windows, resources, progress or SilentProgress(), chat=chat
     )
 
 

@@ -483,6 +483,7 @@ def status(out: Path, work_dir: Path | None, as_json: bool, quiet: bool) -> None
     metavar="N",
     help="Windows from the beginning of the text; 0 = all.  Example: --windows 0",
 )
+@click.option("--chat", is_flag=True, help="Render the text through the model's chat template.")
 @_resources
 @_revision
 @_output
@@ -491,6 +492,7 @@ def evaluate(
     text: str | None,
     seq_len: int,
     windows: int,
+    chat: bool,
     as_json: bool,
     quiet: bool,
     **settings: Any,
@@ -506,6 +508,7 @@ def evaluate(
         text,
         seq_len=seq_len,
         windows=windows,
+        chat=chat,
         resources=_make_resources(settings),
         revision=settings["revision"],
         progress=console_progress(quiet or as_json),
@@ -635,12 +638,7 @@ def _merged(steps: Any) -> list[tuple[str, Any, float, int]]:
     rows: list[list[Any]] = []
     for step in steps:
         last = rows[-1] if rows else None
-        if (
-            last
-            and step.name.startswith("block")
-            and last[1].name.startswith("block")
-            and (last[1].peak_bytes, last[1].peak_phase) == (step.peak_bytes, step.peak_phase)
-        ):
+        if last and _alike(last[1], step):
             last[2:] = [last[2] + step.seconds, last[3] + step.written_bytes, step.name]
             continue
         rows.append([step.name, step, step.seconds, step.written_bytes, step.name])
@@ -648,6 +646,14 @@ def _merged(steps: Any) -> list[tuple[str, Any, float, int]]:
         (row[0] if row[0] == row[4] else f"{row[0]} to {row[4].split()[-1]}", *row[1:4])
         for row in rows
     ]
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two steps do the same to two blocks, with the same needs."""
+    same = (one.step.kind, one.step.output, one.peak_bytes, one.peak_phase) == (
+        other.step.kind, other.step.output, other.peak_bytes, other.peak_phase
+    )  # fmt: skip
+    return same and one.step.block >= 0
 
 
 def _print_summary(out: Path, report: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ import pytest
 from streamcomp.errors import RecipeError
 from streamcomp.methods import find_method
 from streamcomp.modeling.modules import FORMS as MODULES
-from streamcomp.recipe import ANALYSIS_FIELDS, FORMS, Recipe, Resources
+from streamcomp.modeling.modules import SharedLinear
+from streamcomp.recipe import FORMS, OUTPUT_FIELDS, Recipe, Resources, chosen_blocks
 
 
 @pytest.mark.parametrize(
@@ -48,11 +49,11 @@ def test_a_recipe_does_not_change() -> None:
 
 
 def test_every_form_of_a_recipe_has_a_module() -> None:
-    assert set(FORMS) == set(MODULES)
+    assert set(FORMS) == {*MODULES, SharedLinear.form}
 
 
-def test_the_fields_of_the_analysis_are_fields() -> None:
-    assert set(ANALYSIS_FIELDS) < {field.name for field in fields(Recipe)}
+def test_the_fields_of_the_output_are_fields() -> None:
+    assert set(OUTPUT_FIELDS) < {field.name for field in fields(Recipe)}
 
 
 def test_a_recipe_is_made_of_plain_values() -> None:
@@ -73,7 +74,7 @@ def test_one_calibration_source_may_be_a_plain_string() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ration": 0.2}, "here.toml: unknown setting 'ration'; known: ratio, method"),
+        ({"ration": 0.2}, "here.toml: unknown setting 'ration'; known: ratio, size, method"),
         ({"ratio": "0.2"}, "here.toml: ratio = '0.2' should be of type float"),
         ({"ratio": True}, "ratio = True should be of type float"),
         ({"samples": 3.0}, "samples = 3.0 should be of type int"),

@@ -2,10 +2,10 @@
 
 The closed form looks at each linear by itself. Here all factors of a block are trained together
 on the compressed stream's inputs against what the dense block put out on the dense stream, so that
-they also make up for the blocks before (as AA-SVD, arXiv 2604.02119, does). An error d of one
-token's output counts as d^T Gamma d with the moment Gamma of the loss's gradient there, where the
-reverse sweep has left one: plain squared errors are ruled by a few massive activations. Without it,
-each token's error counts relative to the length of its target.
+they also make up for the blocks before (as AA-SVD, arXiv 2604.02119, does). An error d of a
+token's output y counts as d^T Gamma d / y^T Gamma y with the moment Gamma of the loss's gradient
+there, where the reverse sweep has left one, else with Gamma = I. It is relative to each token
+because plain squared errors are ruled by a few massive activations.
 
 Windows held out from the training decide: the factors that are kept are the best ones measured on
 them, the closed form among them, so that a block never gets worse than it was.
@@ -30,7 +30,7 @@ __all__ = ["REFINE_RATE", "Refined", "TrainingData", "refine_block"]
 # Learning rate, relative to the root mean square of the tensor that it moves.
 REFINE_RATE = 5e-3
 
-_WINDOWS_PER_STEP = 2  # run one at a time, their gradients added up
+_WINDOWS_PER_STEP = 1  # run one at a time, their gradients added up
 _HELD_OUT_EVERY = 8  # one window in as many is held out
 _CHECKS = 4  # times that the held-out windows are looked at
 _WARM_UP = 0.1  # share of the steps in which the rate grows; then it falls as a cosine
@@ -120,10 +120,10 @@ class _Measure:
         target = self._data.targets(window).to(output.device).float()
         error = output.float() - target  # (1, seq, hidden)
         if self._root is not None:
-            error = error @ self._root
-            return torch.mean(error.square().sum(-1))
+            error, target = error @ self._root, target @ self._root
         lengths = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        return torch.mean(error.square().sum(-1) / lengths)
+        relative: Tensor = error.square().sum(-1) / lengths
+        return relative.mean()
 
     @torch.no_grad()
     def mean(self, parameters: Mapping[str, Tensor], windows: list[int]) -> float:
@@ -139,7 +139,8 @@ def _root(gradient: Tensor) -> Tensor:
         return torch.eye(len(wide), device=wide.device)
     wide = wide / mean
     wide.diagonal().add_(GRADIENT_DAMPING)
-    return torch.linalg.cholesky(wide / (1 + GRADIENT_DAMPING)).float()
+    root: Tensor = torch.linalg.cholesky(wide / (1 + GRADIENT_DAMPING))
+    return root.float()
 
 
 def _scale(parameter: Tensor) -> float:

@@ -65,11 +65,13 @@ def evaluate_checkpoint(
     windows: int,
     resources: Resources,
     progress: JobProgress,
+    *,
+    chat: bool = False,
 ) -> Evaluation:
     """Stream the first ``windows`` windows of ``text`` (0 = all) through the model.
 
     ``text`` is a source as in calibration; None is the held-out part of the Python
-    reference. Each window is predicted from its own beginning. Holds one block, one
+    reference. ``chat`` renders it through the chat template. Each window is predicted from its own beginning. Holds one block, one
     micro-batch, and at the end the head with the logits of a few tokens.
     """
     started = time.perf_counter()
@@ -79,7 +81,7 @@ def evaluate_checkpoint(
     skeleton = Skeleton(index)
     warm_up(device, skeleton.dtype)
     text = text or HELD_OUT
-    tokens = load_windows(index.folder, [text], windows, seq_len, None)
+    tokens = load_windows(index.folder, [text], windows, seq_len, None, chat=chat)
     for note in tokens.notes:
         progress.note(note)
     release()

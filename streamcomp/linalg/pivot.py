@@ -17,7 +17,7 @@ MOST_COEFFICIENT = 10.0
 
 
 def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pivot rows of a basis (m, r) of full rank and the coefficients of the other rows.
+    """Pivot rows of a basis (m, r) and the coefficients of the other rows.
 
     Returns
     -------
@@ -31,7 +31,7 @@ def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     there are few. Holds a copy of ``basis`` and twice the coefficients.
     """
     rows, rank = basis.shape
-    packed, swaps = torch.linalg.lu_factor(basis)
+    packed, swaps, _ = torch.linalg.lu_factor_ex(basis)  # columns of zeros cost nothing
     order = _order(swaps, rows)
     # rest = L_rest L_pivot^-1, both below the diagonal of ``packed``
     coefficients = torch.linalg.solve_triangular(

@@ -15,7 +15,7 @@ __all__ = ["factor_tensors", "shared_tensors"]
 def factor_tensors(form: str, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """W' = left right in ``form``, by the names that the tensors have on disk.
 
-    ``left`` (m, r) of full rank, ``right`` (r, n), fp64. The r x n factor is rounded to ``dtype``
+    ``left`` (m, r), ``right`` (r, n), fp64. The r x n factor is rounded to ``dtype``
     first and the other one fitted to it. ``uv``: ``weight`` (r, n) and ``U`` (m, r). ``pivot``:
     ``weight`` (r, n), ``coef`` (m - r, r) and ``pivots`` (m,), the row of [weight; coef weight]
     at which each output row lies.

@@ -7,6 +7,7 @@ are alive at the peak, and how many floating-point operations it takes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,15 @@ def trace_block(
     A block whose code depends on the data (a mixture's routing) cannot be traced: then no
     sharing is assumed, and bytes and operations are estimated from its linears.
     """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it tells of every kernel that knows no fake tensors
     try:
         return _trace(block, linears, hidden, call)
     except Exception:  # whatever the model's own code raises on fake tensors
         return _estimate(block, linears, hidden)
+    finally:
+        log.setLevel(level)
 
 
 def _trace(

@@ -271,7 +271,7 @@ def head_gradient_bytes(
     head_weight_bytes: int, vocabulary: int, tokens: int, window_bytes: int
 ) -> int:
     """As :func:`head_bytes`, with the logits' gradients, and three windows of hidden states."""
-    return 2 * head_weight_bytes + 6 * 4 * tokens * vocabulary + 3 * window_bytes
+    return 2 * head_weight_bytes + 4 * 4 * tokens * vocabulary + 3 * window_bytes
 
 
 def tokenize_bytes(tokenizer_file_bytes: int, windows: int, seq_len: int) -> int:

@@ -62,7 +62,7 @@ _DRIFT_BYTES = 2 * 2**20
 # A backward, in forwards.
 _REVERSE_PASSES = 2
 # Windows that a step of refinement runs, one at a time.
-_WINDOWS_PER_STEP = 2
+_WINDOWS_PER_STEP = 1
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,9 @@ def measured_losses(dense: Path, out: Path, tokens: Tensor, statistics: str) -> 
     return losses
 
 
-@pytest.mark.parametrize("statistics", ["dense", "compressed"])
+@pytest.mark.parametrize(
+    ("method", "statistics"), [("svd-llm", "dense"), ("svd-llm", "compressed"), ("rom", "compressed")]
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["fp32", "fp64"]
 )
@@ -57,6 +59,7 @@ def test_reported_losses_are_the_measured_ones(
     form: str,
     dtype: torch.dtype,
     tolerance: float,
+    method: str,
     statistics: str,
     pico: Callable[..., Path],
     text: Path,
@@ -65,9 +68,8 @@ def test_reported_losses_are_the_measured_ones(
     dense = pico(architecture, dtype=dtype)
     tokens = load_windows(dense, [str(text)], SMALL["samples"], SMALL["seq_len"], 0).tokens.long()
 
-    result = compress(
-        dense, tmp_path / "out", text, form=form, statistics=statistics, ratio=0.4, batch=3
-    )
+    settings = {"method": method, "form": form, "statistics": statistics}
+    result = compress(dense, tmp_path / "out", text, ratio=0.4, batch=3, **settings)
 
     reported = {linear["name"]: linear["relative_loss"] for linear in result.report["linears"]}
     measured = measured_losses(dense, tmp_path / "out", tokens, statistics)
@@ -84,7 +86,7 @@ def test_rounded_factors_lose_little_more_than_reported(
     dense = pico("llama", dtype=torch.bfloat16)
     tokens = load_windows(dense, [str(text)], SMALL["samples"], SMALL["seq_len"], 0).tokens.long()
 
-    result = compress(dense, tmp_path / "out", text, form=form, ratio=0.4)
+    result = compress(dense, tmp_path / "out", text, method="svd-llm", form=form, ratio=0.4)
 
     measured = measured_losses(dense, tmp_path / "out", tokens, "dense")
     for linear in result.report["linears"]:
@@ -93,12 +95,14 @@ def test_rounded_factors_lose_little_more_than_reported(
         )
 
 
+@pytest.mark.parametrize("method", ["two-sided", "svd-llm", "rom"])
 def test_the_loss_falls_as_the_ratio_does(
-    pico: Callable[..., Path], text: Path, tmp_path: Path
+    method: str, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     losses = []
     for ratio in (0.8, 0.5, 0.3, 0.1):
-        result = compress(pico("llama"), tmp_path / f"{ratio}", text, ratio=ratio)
+        out = tmp_path / f"{ratio}"
+        result = compress(pico("llama"), out, text, method=method, allocation="uniform", ratio=ratio)
         losses.append([linear["relative_loss"] for linear in result.report["linears"]])
 
     for more, less in zip(losses, losses[1:], strict=False):

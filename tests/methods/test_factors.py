@@ -34,7 +34,7 @@ def test_the_factors_multiply_out_to_the_projected_weight(
 ) -> None:
     weight, basis = problem(shape, rank, random)
 
-    tensors = factor_tensors(form, weight, basis, torch.float64)
+    tensors = factor_tensors(form, basis, basis.T @ weight, torch.float64)
 
     assert torch.allclose(product(form, tensors), basis @ (basis.T @ weight), atol=1e-12)
 
@@ -47,7 +47,7 @@ def test_the_runtime_modules_hold_the_same_matrix(
     weight, basis = problem(shape, 7, random)
     module = FORMS[form](shape[1], shape[0], 7, dtype=torch.float64).requires_grad_(False)
 
-    module.load_state_dict(factor_tensors(form, weight, basis, torch.float64))
+    module.load_state_dict(factor_tensors(form, basis, basis.T @ weight, torch.float64))
 
     assert torch.allclose(module.dense_weight(), basis @ (basis.T @ weight), atol=1e-12)
 
@@ -55,7 +55,7 @@ def test_the_runtime_modules_hold_the_same_matrix(
 def test_both_forms_are_one_matrix(random: Generator) -> None:
     weight, basis = problem((20, 12), 7, random)
 
-    uv, pivot = (product(f, factor_tensors(f, weight, basis, torch.float64)) for f in FORMS)
+    uv, pivot = (product(f, factor_tensors(f, basis, basis.T @ weight, torch.float64)) for f in FORMS)
 
     assert torch.allclose(uv, pivot, atol=1e-12)
 
@@ -67,7 +67,7 @@ def test_narrow_factors_come_as_close_as_their_dtype_allows(
 ) -> None:
     weight, basis = problem((20, 12), 7, random)
 
-    tensors = factor_tensors(form, weight.to(dtype), basis, dtype)
+    tensors = factor_tensors(form, basis, basis.T @ weight.to(dtype).double(), dtype)
 
     wide = {name: t if t.dtype == torch.int32 else t.double() for name, t in tensors.items()}
     wanted = basis @ (basis.T @ weight)
@@ -78,7 +78,7 @@ def test_narrow_factors_come_as_close_as_their_dtype_allows(
 def test_pivots_are_a_permutation(random: Generator) -> None:
     weight, basis = problem((20, 12), 7, random)
 
-    pivots = factor_tensors("pivot", weight, basis, torch.float64)["pivots"]
+    pivots = factor_tensors("pivot", basis, basis.T @ weight, torch.float64)["pivots"]
 
     assert pivots.dtype == torch.int32
     assert sorted(pivots.tolist()) == list(range(20))
@@ -92,7 +92,7 @@ def test_as_many_floats_are_stored_as_the_allocation_counts(
 ) -> None:
     weight, basis = problem(shape, rank, random)
 
-    tensors = factor_tensors(form, weight, basis, torch.float16)
+    tensors = factor_tensors(form, basis, basis.T @ weight, torch.float16)
 
     floats = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
     assert floats == stored_numbers(form, *shape, rank)
@@ -100,5 +100,5 @@ def test_as_many_floats_are_stored_as_the_allocation_counts(
 
 def test_methods_are_found_by_the_name_they_carry() -> None:
     assert all(find_method(name).name == name for name in METHODS)
-    with pytest.raises(RecipeError, match="'magic' unknown; one of: svd-llm"):
+    with pytest.raises(RecipeError, match="'magic' unknown; one of: two-sided, svd-llm, rom, swsc"):
         find_method("magic")

@@ -8,8 +8,12 @@ import json
 import pytest
 
 from streamcomp.linalg.allocation import largest_rank
-from streamcomp.planning.cost import decomposition_bytes, factorization_bytes
-from streamcomp.recipe import FORMS
+from streamcomp.modeling.modules import FORMS as BY_RANK
+from streamcomp.planning.cost import (
+    decomposition_bytes,
+    factorization_bytes,
+    sharing_bytes,
+)
 from tests.jobs import REPOSITORY, run_python
 
 MiB = 2**20
@@ -27,8 +31,7 @@ LATE = 6 * MiB
 MEASURE = """
 import json, os, sys
 import torch
-from streamcomp.linalg.low_rank import decompose_inputs, decompose_outputs
-from streamcomp.methods import factor_tensors
+from streamcomp.methods import GradientMoment, Moment, factor_tensors, find_method
 from streamcomp.planning.meter import PeakMeter, release, resident_bytes, settle, warm_up
 
 torch.set_num_threads(1)
@@ -37,24 +40,29 @@ warm_up(torch.device("cpu"), torch.float32)
 meter = PeakMeter()
 assert meter._exact
 
-def measure(rows, columns, rank, form, side):
-    once(rows // 4, columns // 4, rank // 4, form, side)  # reads the libraries' code
-    return once(rows, columns, rank, form, side)
+def measure(rows, columns, rank, form, side, method):
+    once(rows // 4, columns // 4, rank // 4, form, side, method)  # reads the libraries' code
+    return once(rows, columns, rank, form, side, method)
 
-def once(rows, columns, rank, form, side):
+def once(rows, columns, rank, form, side, method):
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=random)
-    size = columns if side == "inputs" else rows
-    moment = torch.eye(size) + 0.1
-    decompose = decompose_inputs if side == "inputs" else decompose_outputs
+    moment = torch.eye(columns if side == "inputs" else rows) + 0.1
+    gradient = None
+    if method == "two-sided":
+        gradient = GradientMoment(torch.eye(min(rows, columns)) + 0.1, 1.0 * rows)
     release()
     meter.restart()
     before = resident_bytes()
-    found = decompose(weight, moment)
+    found = find_method(method)
+    if method == "swsc":
+        found.share(weight, Moment(side, moment), rows * columns // 2, dtype=torch.float32)
+        return meter.peak() - before, 0
+    found = found.decompose(weight, Moment(side, moment, gradient=gradient), 0.0)
     decomposed = meter.peak() - before
     release()
     meter.restart()
-    held = factor_tensors(form, weight, found.basis(weight, rank), torch.float32)
+    held = factor_tensors(form, *found.factors(weight, rank), torch.float32)
     return decomposed, meter.peak() - before
 
 results = []
@@ -73,7 +81,9 @@ for part in json.loads(sys.argv[1]):
 print(json.dumps(results))
 """
 
-Key = tuple[tuple[int, int], str, str]
+METHODS = ("svd-llm", "two-sided")  # with the moments of the gradients, or without
+
+Key = tuple[tuple[int, int], str, str, str]
 
 
 def rank_of(shape: tuple[int, int], form: str) -> int:
@@ -83,31 +93,46 @@ def rank_of(shape: tuple[int, int], form: str) -> int:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[Key, tuple[int, int]]:
-    """Bytes of the decomposition and of the factorization, by shape, side and form."""
-    keys: list[Key] = [(*part, form) for part, form in itertools.product(PARTS, FORMS)]
-    parts = [[*shape, rank_of(shape, form), form, side] for shape, side, form in keys]
+    """Bytes of the decomposition and of the factorization, by shape, side, form and method."""
+    keys: list[Key] = [
+        (*part, form, method) for part, form, method in itertools.product(PARTS, BY_RANK, METHODS)
+    ]
+    parts = [[*shape, rank_of(shape, f), f, side, method] for shape, side, f, method in keys]
     done = run_python("-c", MEASURE, json.dumps(parts), cwd=REPOSITORY)
     assert done.code == 0, done.err
     return {key: (int(a), int(b)) for key, (a, b) in zip(keys, done.json, strict=True)}
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("shape", "side"), PARTS)
 def test_a_decomposition_takes_what_was_counted_and_not_much_less(
-    measured: dict[Key, tuple[int, int]], shape: tuple[int, int], side: str
+    measured: dict[Key, tuple[int, int]], shape: tuple[int, int], side: str, method: str
 ) -> None:
-    counted, taken = decomposition_bytes(*shape, side), measured[shape, side, FORMS[0]][0]
+    counted = decomposition_bytes(*shape, side, method == "two-sided")
+    taken = measured[shape, side, "pivot", method][0]
 
     assert taken <= counted + LATE
     assert counted <= 2 * taken + 16 * MiB
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", BY_RANK)
 @pytest.mark.parametrize(("shape", "side"), PARTS)
 def test_a_factorization_takes_what_was_counted_and_not_much_less(
-    measured: dict[Key, tuple[int, int]], shape: tuple[int, int], side: str, form: str
+    measured: dict[Key, tuple[int, int]], shape: tuple[int, int], side: str, form: str, method: str
 ) -> None:
     counted = factorization_bytes(*shape, rank_of(shape, form), form)
-    taken = measured[shape, side, form][1]
+    taken = measured[shape, side, form, method][1]
 
     assert taken <= counted + LATE
     assert counted <= 2 * taken + 16 * MiB
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (768, 256), (256, 768)])
+def test_sharing_channels_takes_what_was_counted(shape: tuple[int, int]) -> None:
+    parts = [[*shape, 0, "shared", "inputs", "swsc"]]
+    done = run_python("-c", MEASURE, json.dumps(parts), cwd=REPOSITORY)
+    assert done.code == 0, done.err
+    ((taken, _),) = done.json
+
+    assert 0 < taken <= sharing_bytes(*shape) + LATE

@@ -36,7 +36,7 @@ def test_tensors_that_become_one_parameter_are_held_beside_it(
 
     assert costs[0].merge_bytes == 4 * 2 * 48 * 32 * 4  # gate and up of four experts
     assert costs[1].merge_bytes == 0
-    load = costs[0].phases(1, propagates_factors=False)[0]
+    load = costs[0].load()
     assert load.nbytes == costs[0].weight_bytes + costs[0].merge_bytes
 
 
