@@ -21,6 +21,7 @@ from cgroup import CgroupRun, CgroupUnavailable, run_limited
 from rich.console import Console
 from rich.table import Table
 
+from streamcomp.recipe import METHODS
 from streamcomp.units import format_bytes, format_seconds, parse_bytes
 
 
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--max-ram", default="1G")
     parser.add_argument("--samples", default="64")
     parser.add_argument("--form", default="pivot", choices=("pivot", "uv"))
+    parser.add_argument("--method", default="two-sided", choices=METHODS)
+    parser.add_argument("--refine", default="0", metavar="STEPS")
     options = parser.parse_args()
     limit = parse_bytes(options.max_ram)
     table = Table("job", "budget", "predicted", "measured", "cgroup held", "oom kills", "time")
@@ -59,13 +62,19 @@ def _compress(options: argparse.Namespace, limit: int, work: Path, table: Table)
                 str(work / "out"),
             ),
             *("--max-ram", str(limit), "--samples", options.samples, "--form", options.form),
+            *("--method", options.method, "--refine", options.refine),
             *("--json", *text),
         ],
         limit,
     )
     memory = json.loads(run.stdout)["memory"] if run.returncode == 0 else {}
     return _row(
-        table, "compress", limit, memory.get("predicted_bytes"), memory.get("peak_bytes"), run
+        table,
+        f"compress, {options.method}",
+        limit,
+        memory.get("predicted_bytes"),
+        memory.get("peak_bytes"),
+        run,
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 import click
@@ -17,7 +19,8 @@ from rich.text import Text
 
 import streamcomp
 from streamcomp.errors import RecipeError, StreamcompError
-from streamcomp.linalg.low_rank import GRADIENT_DAMPING
+from streamcomp.evaluation.health import numerical_health
+from streamcomp.evaluation.inspection import Family, Inspection
 from streamcomp.recipe import (
     ALLOCATIONS,
     AXES,
@@ -567,28 +570,8 @@ def inspect(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
     if as_json:
         _print_json(found.to_dict())
         return
-    table = Table(
-        Column("linear", no_wrap=True),
-        Column("shape", no_wrap=True),
-        "count",
-        "form",
-        Column("rank", no_wrap=True),
-        Column("bytes", no_wrap=True),
-        "input shared with",
-        title=f"{model}: {found.model_type}, {found.dtype}, {found.blocks} blocks",
-    )
-    for family in found.families:
-        table.add_row(
-            family.name,
-            f"{family.rows} x {family.columns}",
-            str(family.count),
-            family.form,
-            "" if family.ranks is None else "-".join(str(r) for r in sorted(set(family.ranks))),
-            format_bytes(family.nbytes),
-            ", ".join(name.rpartition(".")[2] for name in family.shares_with),
-        )
     console = _console()
-    console.print(table)
+    console.print(_families_table(model, found, console))
     for name, (why, count) in found.left.items():
         console.print(f"left as it is: {name} ({why}), {count}x", highlight=False)
     console.print(
@@ -656,10 +639,58 @@ def _alike(one: Any, other: Any) -> bool:
     return same and one.step.block >= 0
 
 
+# Columns, more than any table takes.
+_UNBOUND = 10_000
+
+
+def _families_table(model: str, found: Inspection, console: Console) -> Table:
+    """The widest of the layouts that fits; a name is broken where none does."""
+    tables = [_families_in(model, found, narrow) for narrow in range(4)]
+    unbound = console.options.update(max_width=_UNBOUND)
+    fits = (t for t in tables if console.measure(t, options=unbound).maximum <= console.width)
+    return next(fits, tables[-1])
+
+
+def _families_in(model: str, found: Inspection, narrow: int) -> Table:
+    """Between two rules stand the linears that are fed the same tensor.
+
+    ``narrow`` 1 breaks the form into lines, 2 also the name, 3 the form into words.
+    """
+    table = Table(
+        Column("linear", overflow="fold"),
+        *(Column(name, no_wrap=True) for name in ("shape", "count", "form, rank", "bytes")),
+        title=f"{model}: {found.model_type}, {found.dtype}, {found.blocks} blocks",
+        caption="between two rules: linears that are fed the same tensor",
+    )
+    by_input: dict[frozenset[str], list[Family]] = {}
+    for family in found.families:
+        by_input.setdefault(frozenset((family.name, *family.shares_with)), []).append(family)
+    for families in by_input.values():
+        table.add_section()
+        for family in families:
+            name, form = family.name, ("\n" if narrow else ", ").join(_form(family))
+            name = ".\n".join(name.rsplit(".", 1)) if narrow >= 2 else name
+            form = form.replace(" ", "\n") if narrow == 3 else form
+            shape = f"{family.rows} x {family.columns}"
+            table.add_row(name, shape, str(family.count), form, format_bytes(family.nbytes))
+    return table
+
+
+def _form(family: Family) -> list[str]:
+    """``pivot 12-40``, and what channels share."""
+    ranks = "" if family.ranks is None else f" {_span(family.ranks)}"
+    if family.clusters is None:
+        return [f"{family.form}{ranks}"]
+    return [f"{family.form}{ranks}", f"{_span(family.clusters)} clusters"]
+
+
+def _span(ends: tuple[int, int]) -> str:
+    return "-".join(str(end) for end in sorted(set(ends)))
+
+
 def _print_summary(out: Path, report: dict[str, Any]) -> None:
     model, memory = report["model"], report["memory"]
     stages = ", ".join(f"{k} {format_seconds(v)}" for k, v in report["stages"].items() if v >= 0.1)
-    damped = [linear for linear in report["linears"] if linear["damping"] > _usual(report)]
     rows = {
         "linear parameters": f"{model['linear_parameters']:,} -> "
         f"{model['linear_parameters_kept']:,}"
@@ -672,14 +703,13 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
         f"{format_bytes(memory['budget_bytes'])} allowed",
         "time": format_seconds(report["seconds"]) + (f"  ({stages})" if stages else ""),
     }
-    if damped:
-        worst = max(damped, key=lambda linear: linear["damping"])
-        rows["damped"] = f"{len(damped)} of {len(report['linears'])} linears, most "
-        rows["damped"] += f"{worst['damping']:.0e} at {worst['name']}"
+    rows |= _method_rows(report)
     if report["left"]:
         rows["left as it is"] = f"{len(report['left'])} modules, see {out}/streamcomp_report.json"
     console = _console()
     _print_rows(console, rows, title=str(out))
+    for warning in numerical_health(report).warnings():
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     console.print(
         f"load it:  import streamcomp; AutoModelForCausalLM.from_pretrained({str(out)!r})",
         highlight=False,
@@ -687,10 +717,23 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
     )
 
 
-def _usual(report: dict[str, Any]) -> float:
-    """The damping that the recipe itself asks for."""
-    recipe = report["recipe"]
-    return recipe["damping"] or (GRADIENT_DAMPING if recipe["method"] == "two-sided" else 0.0)
+def _method_rows(report: dict[str, Any]) -> dict[str, str]:
+    """What only some methods have to tell, a line each."""
+    rows = {}
+    linears, dense, refined = (report.get(kind, []) for kind in ("linears", "dense", "refined"))
+    nll = next((step["nll"] for step in report["steps"] if "nll" in step), None)
+    if nll is not None:
+        rows["dense perplexity"] = f"{math.exp(min(nll, 700)):.4g} on the calibration text"
+    if bits := [m["bits_per_weight"] for m in linears if "bits_per_weight" in m]:
+        rows["bits per weight"] = f"{fmean(bits):.3g} in {len(bits)} linears"
+    if refined:
+        better = sum(item["after"] < item["before"] for item in refined)
+        before, after = (median(item[when] for item in refined) for when in ("before", "after"))
+        rows["refined"] = f"{better} of {len(refined)} blocks improved, held-out loss "
+        rows["refined"] += f"{before:.3g} -> {after:.3g} (median)"
+    if dense:
+        rows["stay dense"] = f"{len(dense)} of {len(linears) + len(dense)} linears"
+    return rows
 
 
 def _console() -> Console:

@@ -50,11 +50,12 @@ def compress(
     *,
     max_ram: str | None = None,
     work_dir: Path | None = None,
+    keep_work: bool = False,
     progress: Any = None,
     **settings: Any,
 ) -> CompressResult:
     """``streamcomp.compress`` with a small recipe and one thread: two would wait for each other."""
-    resources = Resources(max_ram=max_ram, threads=1, work_dir=work_dir)
+    resources = Resources(max_ram=max_ram, threads=1, work_dir=work_dir, keep_work=keep_work)
     with quick_plan():
         return streamcomp.compress(
             model, out, small_recipe(text, **settings), resources, progress=progress
@@ -139,7 +140,7 @@ def run_python(
         env={**ENVIRONMENT, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
@@ -170,11 +171,15 @@ def factored_modules(folder: Path) -> dict[str, dict[str, Any]]:
     return modules
 
 
-def product(tensors: Mapping[str, Tensor], name: str, form: str) -> Tensor:
+def product(tensors: Mapping[str, Tensor], name: str, form: str, axis: str = "") -> Tensor:
     """W' (m, n) of the linear ``name`` as README describes the format, in fp64."""
     right = tensors[f"{name}.weight"].double()  # (r, n)
     if form == "uv":
         return tensors[f"{name}.U"].double() @ right
+    if form == "shared":
+        codebook, labels = tensors[f"{name}.codebook"].double(), tensors[f"{name}.labels"].long()
+        correction = tensors[f"{name}.U"].double() @ right
+        return correction + (codebook[labels] if axis == "rows" else codebook[:, labels])
     rows = torch.cat((right, tensors[f"{name}.coef"].double() @ right))  # (m, n)
     return rows[tensors[f"{name}.pivots"].long()]
 
@@ -183,7 +188,7 @@ def products(folder: Path) -> dict[str, Tensor]:
     """W' of every factored linear in ``folder``, by its name on disk."""
     tensors = stored_tensors(folder)
     return {
-        name: product(tensors, name, spec["form"])
+        name: product(tensors, name, spec["form"], spec.get("axis", ""))
         for name, spec in factored_modules(folder).items()
     }
 

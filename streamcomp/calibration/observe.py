@@ -170,7 +170,8 @@ class _GradientSum:
         """Add g (..., m) of a linear's output; ``weight`` is (m, n)."""
         flat = gradient.detach().reshape(-1, weight.shape[0])  # (T, m)
         for rows in flat.split(ROWS_PER_UPDATE):
-            self.energy += float(rows.float().square().sum(dtype=torch.float64))
+            wide = rows.to(self.moment.value.dtype)
+            self.energy += float(wide.square().sum(dtype=torch.float64))
             self.moment.update(rows @ weight if weight.shape[0] > weight.shape[1] else rows)
 
 

@@ -50,7 +50,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Refined:
-    """The best factors by linear and name, in fp32, and the held-out loss before and after."""
+    """The best factors by linear and name, in fp32 at least; the held-out loss before and after."""
 
     tensors: dict[str, dict[str, Tensor]]
     before: float
@@ -76,7 +76,7 @@ def refine_block(
     graph of one window.
     """
     parameters = {
-        f"{name}.{leaf}": value.detach().float().clone().requires_grad_()
+        f"{name}.{leaf}": value.detach().to(_wide(value.dtype), copy=True).requires_grad_()
         for name, module in factored.items()
         for leaf, value in module.named_parameters()
         if leaf != "bias"
@@ -141,6 +141,11 @@ def _root(gradient: Tensor) -> Tensor:
     wide.diagonal().add_(GRADIENT_DAMPING)
     root: Tensor = torch.linalg.cholesky(wide / (1 + GRADIENT_DAMPING))
     return root.float()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32 at least, which every narrower dtype fits in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _scale(parameter: Tensor) -> float:

@@ -1,41 +1,57 @@
-"""The report as one HTML file: tables and plots, no script, nothing fetched.
-
-Plots are SVG, 0..100 both ways, stretched to the page while lines keep their width; labels are
-HTML around it, so that text has its size on a phone too.
-"""
+"""The report as one HTML file: tables and plots, no script, nothing fetched."""
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, NewType
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
 
+from streamcomp.evaluation.health import Health, loss_of, numerical_health
+from streamcomp.evaluation.markup import (
+    Html,
+    counted,
+    details,
+    listing,
+    percent,
+    section,
+    table,
+    tag,
+    text,
+)
+from streamcomp.evaluation.plots import (
+    Axis,
+    bar,
+    block_labels,
+    cell_map,
+    centres,
+    key,
+    line,
+    linear_axis,
+    loss_axis,
+    plot,
+    step_plot,
+)
 from streamcomp.units import format_bytes, format_seconds
 
 __all__ = ["html_report"]
 
-# Markup, told from text by its type: mypy refuses a name that was not escaped on its way in.
-_Html = NewType("_Html", str)
 _Record = Mapping[str, Any]  # a part of the report: one linear, one step, the recipe
 
-# Distances between ticks; an axis takes the first that needs no more than five of them.
+# Distances between ticks of an axis.
 _BYTES = [2.0**power for power in range(60)]
 _SECONDS = [0.1, 0.2, 0.5, *(n * unit for unit in (1, 60, 3600) for n in (1, 2, 5, 10, 20, 30))]
-_SHARES = [digit * 10.0**power for power in range(-12, 3) for digit in (1, 2, 5)]
-_BLOCKS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
 
-_MOST_LABELS = 8  # below a plot
-_LOG_FROM = 30  # a log axis where the largest loss is that many times the least
-_LOG_DECADES = 6  # losses further below the largest lie on the floor of the plot
 _BUDGET_SHOWN = 4  # a budget that many times above all peaks would flatten the bars
 _BIG_DOTS = 60  # in a line
 _COLORS = 7  # of lines; after that, the next dash
 _DASHES = ["none", "7 4", "2 4", "9 3 2 3"]  # pixels on and off
+_WORST = 10  # linears in the table of the worst
+_SHADES = (0.1, 0.4, 0.7, 1.0)  # in the legend of the ranks
+_DENSE = "var(--c4)"
 
 # Okabe and Ito's colours, told apart by colour-blind people too; grey for what is left over.
 _STYLE = """
@@ -55,7 +71,11 @@ section{padding:1rem 1.1rem;margin-top:1rem} .cards>div{padding:.7rem .9rem}
 .dim,th,.y,.x,.legend{color:var(--dim);font-size:.85rem}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;margin-bottom:1rem}
 .legend svg{width:24px;height:10px;margin-right:.4rem}
-.plot{display:grid;grid-template:15rem 1.4rem/4.6rem 1fr}
+.plot{display:grid;grid-template:15rem 1.4rem/4.6rem 1fr;grid-auto-rows:1.4rem}
+.map{grid-template-columns:minmax(0,max-content) 1fr} .map rect{stroke:var(--card);stroke-width:1;
+vector-effect:non-scaling-stroke} .rows{display:flex;flex-direction:column;padding-right:.6rem}
+.rows span{flex:1;display:flex;align-items:center;justify-content:flex-end;line-height:1;
+color:var(--dim);font-size:.8rem;white-space:nowrap}
 .plot>svg{width:100%;height:100%;overflow:visible}
 .plot p{grid-column:2;text-align:center;margin:0}
 path{fill:none;vector-effect:non-scaling-stroke} path[d$=h0]{stroke-linecap:round}
@@ -67,7 +87,10 @@ th,td{padding:.3rem 0 .3rem .9rem;text-align:right;vertical-align:top;white-spac
 td{border-top:1px solid var(--line)} th{font-weight:500}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 .words td{text-align:left} .words td+td{white-space:normal} .words td:first-child{color:var(--dim)}
-ul{margin:.4rem 0 0;padding-left:1.2rem} .warning::marker{content:"\\26a0\\00a0 ";color:var(--c1)}
+.second :nth-child(2){text-align:left}
+details{margin-top:.8rem} summary{cursor:pointer;color:var(--dim)}
+h3{font-size:.95rem;margin:.9rem 0 .2rem} ul{margin:.4rem 0 0;padding-left:1.2rem}
+.alarm{border-color:var(--c1)} .warning::marker{content:"\\26a0\\00a0 ";color:var(--c1)}
 """
 
 
@@ -75,58 +98,33 @@ def html_report(report: dict[str, Any]) -> str:
     """``streamcomp_report.html`` of a finished job, from what ``job_report`` returns."""
     linears, steps = report.get("linears", []), report["steps"]
     budget, name = report["memory"]["budget_bytes"], report["model"]["source"]
-    settings = (_settings(key, report.get(key, {})) for key in ("recipe", "levers", "versions"))
+    health = numerical_health(report)
+    settings = (_settings(kind, report.get(kind, {})) for kind in ("recipe", "levers", "versions"))
     body = [
-        _tag("h1", _text(f"{name}, compressed")),
-        _tag("p", _text(_summary(report, linears)), class_="dim"),
+        tag("h1", text(f"{name}, compressed")),
+        tag("p", text(_summary(report, linears)), class_="dim"),
         _figures(report),
+        _warnings(health, steps, budget),
+        _ranks(linears, report.get("dense", [])),
+        _loss_plot(linears, health),
+        _linears_table(linears, health),
+        _health(health),
+        _refinement(report.get("refined", [])),
         _memory_plot(steps, budget),
         _seconds_plot(steps),
-        _loss_plot(linears),
-        _linears_table(linears),
-        _remarks(report.get("notes", []), steps, linears, budget),
+        _notes(report),
         _left_table(report.get("left", {})),
-        _tag("div", *settings, class_="columns"),
+        tag("div", *settings, class_="columns"),
     ]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{_text(name)}: streamcomp report</title>
+<title>{text(name)}: streamcomp report</title>
 <style>{_STYLE}</style></head>
-<body>{_tag("main", *body)}</body></html>
+<body>{tag("main", *body)}</body></html>
 """
-
-
-def _text(value: object) -> _Html:
-    """``value`` as text or attribute: names come from untrusted checkpoints, in any encoding."""
-    return _Html(html.escape(str(value).encode("utf-8", "replace").decode()))
-
-
-def _tag(name: str, *children: _Html, **attributes: object) -> _Html:
-    """``<name ...>children</name>``; attributes are spelled ``class_`` and ``stroke_width``."""
-    pairs = (f' {key.rstrip("_").replace("_", "-")}="{_text(v)}"' for key, v in attributes.items())
-    return _Html(f"<{name}{''.join(pairs)}>{''.join(children)}</{name}>\n")
-
-
-def _section(title: str, explanation: str, *children: _Html) -> _Html:
-    heading = (_tag("h2", _text(title)), _tag("p", _text(explanation), class_="dim"))
-    return _tag("section", *heading, *children)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]], class_: str = "") -> _Html:
-    lines = [_tag("tr", *(_tag("th", _text(cell), scope="col") for cell in head))] if head else []
-    lines += [_tag("tr", *(_tag("td", _text(cell)) for cell in row)) for row in rows]
-    return _tag("div", _tag("table", *lines, class_=class_), class_="scroll")
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
 
 
 def _block(name: str) -> int:
@@ -146,6 +144,13 @@ def _families(linears: Iterable[_Record]) -> dict[str, list[_Record]]:
     }
 
 
+def _by_block(linears: Iterable[_Record]) -> dict[int, list[_Record]]:
+    found: dict[int, list[_Record]] = defaultdict(list)
+    for linear in linears:
+        found[_block(linear["name"])].append(linear)
+    return dict(sorted(found.items()))
+
+
 def _losses(linears: Iterable[_Record]) -> list[tuple[float, str]]:
     """The losses that are numbers, and whose they are."""
     losses = [(linear.get("relative_loss", math.nan), linear["name"]) for linear in linears]
@@ -154,13 +159,16 @@ def _losses(linears: Iterable[_Record]) -> list[tuple[float, str]]:
 
 def _summary(report: _Record, linears: Sequence[_Record]) -> str:
     recipe = report.get("recipe", {})
-    words = [f"{key} {recipe[key]}" for key in ("method", "form", "allocation") if key in recipe]
+    words = [
+        f"{word} {recipe[word]}" for word in ("method", "form", "allocation") if word in recipe
+    ]
+    words += [word for word in ("centred", "update", "refine") if recipe.get(word)]
     blocks = len({_block(linear["name"]) for linear in linears})
-    factored = f"{_counted(len(linears), 'linear')} factored in {_counted(blocks, 'block')}"
+    factored = f"{counted(len(linears), 'linear')} factored in {counted(blocks, 'block')}"
     return " · ".join([f"{report['model'].get('type') or 'unknown'} model", *words, factored])
 
 
-def _figures(report: _Record) -> _Html:
+def _figures(report: _Record) -> Html:
     """The row of key figures."""
     model, memory, steps = report["model"], report["memory"], report["steps"]
     asked = f"asked {report['asked']:.1%}; " if "asked" in report else ""
@@ -175,19 +183,41 @@ def _figures(report: _Record) -> _Html:
         ("ratio reached", f"{model['ratio']:.1%}", f"{asked}{whole}"),
         ("parameters", _change(model, "parameters", _large), f"in linears {linears}"),
         ("bytes of weights", _change(model, "bytes", format_bytes), kept),
+        *_sharing(report.get("linears", [])),
+        *_dense_perplexity(steps),
         ("peak memory", peak, f"predicted {predicted}, budget {budget}"),
-        ("time", format_seconds(report["seconds"]), f"{_counted(len(steps), 'step')}{windows}"),
+        ("time", format_seconds(report["seconds"]), f"{counted(len(steps), 'step')}{windows}"),
     ]
     cards = (
-        _tag("div", _text(what), _tag("b", _text(value)), _tag("span", _text(more), class_="dim"))
+        tag("div", text(what), tag("b", text(value)), tag("span", text(more), class_="dim"))
         for what, value, more in figures
     )
-    return _tag("div", *cards, class_="cards")
+    return tag("div", *cards, class_="cards")
 
 
-def _change(values: _Record, key: str, form: Callable[[float], str]) -> str:
+def _sharing(linears: Iterable[_Record]) -> list[tuple[str, str, str]]:
+    """Bits per weight of shared channels, as SWSC's paper counts them, and the clusters."""
+    shared = [linear for linear in linears if "bits_per_weight" in linear]
+    if not shared:
+        return []
+    axes = Counter(linear["spec"]["axis"] for linear in shared)
+    clusters = _span(linear["spec"]["clusters"] for linear in shared)
+    what = " and ".join(f"{axis} ({count})" for axis, count in axes.most_common())
+    bits = fmean(linear["bits_per_weight"] for linear in shared)
+    return [("bits per weight", f"{bits:.3g}", f"{clusters} clusters of {what}")]
+
+
+def _dense_perplexity(steps: Iterable[_Record]) -> list[tuple[str, str, str]]:
+    nll = next((step["nll"] for step in steps if "nll" in step), None)
+    if nll is None:
+        return []
+    perplexity = f"{math.exp(min(nll, 700)):.4g}"
+    return [("perplexity before", perplexity, "of the dense model on the calibration text")]
+
+
+def _change(values: _Record, name: str, form: Callable[[float], str]) -> str:
     """Before -> after, which may only break before the arrow."""
-    before, after = (form(values[name]).replace(" ", "\xa0") for name in (key, f"{key}_kept"))
+    before, after = (form(values[n]).replace(" ", "\xa0") for n in (name, f"{name}_kept"))
     return f"{before} \N{RIGHTWARDS ARROW}\xa0{after}"
 
 
@@ -195,230 +225,326 @@ def _large(count: float) -> str:
     return f"{count / 1e6:.4g} M" if count < 1e9 else f"{count / 1e9:.4g} B"
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """The upright axis of a plot: called with a value, gives percent of the height from the top."""
-
-    ticks: Sequence[float]  # the first and the last are its ends
-    form: Callable[[float], str]  # writes a tick
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high = self.ticks[0], self.ticks[-1]
-        value = min(max(value, low), high)
-        if self.log:
-            return 100 * math.log(high / value) / math.log(high / low)
-        return 100 * (high - value) / (high - low)
+def _span(numbers: Iterable[int]) -> str:
+    """``4`` or ``4–9``."""
+    found = sorted(set(numbers))
+    return "–".join(str(number) for number in sorted({*found[:1], *found[-1:]}))
 
 
-def _linear_axis(high: float, distances: Sequence[float], form: Callable[[float], str]) -> _Axis:
-    distance = next((d for d in distances if 5 * d >= high), distances[-1])
-    ticks = max(1, math.ceil(high / distance)) + 1
-    return _Axis([distance * tick for tick in range(ticks)], form)
+def _runs(numbers: Iterable[int]) -> str:
+    """``0, 3–7``: neighbours as one."""
+    found = sorted(set(numbers))
+    starts = [found[0], *(b for a, b in pairwise(found) if b > a + 1)]
+    stops = [*(a for a, b in pairwise(found) if b > a + 1), found[-1]]
+    return ", ".join(_span(pair) for pair in zip(starts, stops, strict=True))
 
 
-def _loss_axis(losses: Sequence[float]) -> _Axis:
-    high = max(losses) or 0.01
-    low = max(_SHARES[0], min((loss for loss in losses if loss > 0), default=high))
-    if high < _LOG_FROM * low:
-        return _linear_axis(high, _SHARES, _percent)
-    first = math.floor(math.log10(max(low, high / 10**_LOG_DECADES)))
-    last = math.ceil(math.log10(high))
-    return _Axis([10.0**power for power in range(first, last + 1)], _percent, log=True)
+# -- warnings and notes ------------------------------------------------------------------
 
 
-def _line(path: str, color: str, width: float, tip: str = "", dash: str = "none") -> _Html:
-    """A path of ``width`` pixels, however the plot is stretched; ``M x yh0`` is a dot."""
-    title = _tag("title", _text(tip)) if tip else _Html("")
-    return _tag("path", title, d=path, stroke=color, stroke_width=width, stroke_dasharray=dash)
+def _warnings(health: Health, steps: Sequence[_Record], budget: float) -> Html:
+    """What in the job's numbers deserves a second look; nothing where all is well."""
+    over = [(step["peak_bytes"] - budget, step["step"]) for step in steps]
+    missed = [(step["peak_bytes"] - step["predicted_bytes"], step["step"]) for step in steps]
+    found = [
+        _above("steps peaked above the budget", over),
+        _above("steps peaked above their prediction", missed),
+        *health.warnings(),
+    ]
+    found = [warning for warning in found if warning]
+    if not found:
+        return Html("")
+    return tag("section", tag("h2", text("Warnings")), listing(found, "warning"), class_="alarm")
 
 
-def _bar(x: float, width: float, low: float, high: float, color: str, tip: str) -> _Html:
-    """A bar around ``x`` from ``low`` up to ``high``, all in percent of the plot."""
-    place = {"x": f"{x - width / 2:.2f}", "y": f"{high:.2f}"}
-    size = {"width": f"{width:.2f}", "height": f"{low - high:.2f}"}
-    return _tag("rect", _tag("title", _text(tip)), fill=color, **place, **size)
+def _above(what: str, amounts: Sequence[tuple[float, str]]) -> str:
+    """How many bytes lie above zero, and the most with their name; empty where none does."""
+    above = [(amount, name) for amount, name in amounts if amount > 0]
+    if not above:
+        return ""
+    most, name = max(above)
+    return f"{len(above)} of {len(amounts)} {what}; most of all {name}, by {format_bytes(most)}."
 
 
-def _key(text: str, color: str, width: float, dash: str = "none") -> _Html:
-    """An entry of a legend."""
-    swatch = _tag("svg", _line("M0 5h24", color, width, dash=dash), viewBox="0 0 24 10")
-    return _tag("span", swatch, _text(text))
+def _notes(report: _Record) -> Html:
+    """What the job said, and what was done again after it."""
+    notes = [
+        f"{counted(len(redone['linears']), 'linear')} matched by {redone['pattern']}: decomposed "
+        f"again, with damping {redone['damping']:g}."
+        for redone in report.get("redone", [])
+    ]
+    notes += report.get("notes", [])
+    return section("Notes", "" if notes else "None.", listing(notes))
 
 
-def _plot(
-    axis: _Axis,
-    keys: Iterable[_Html],
-    marks: Iterable[_Html],
-    below: Mapping[float, str],
-    title: str,
-) -> _Html:
-    """``marks`` over a grid; ``below`` are labels by percent of the width, and their ``title``."""
-    grid = (_line(f"M0 {axis(tick):.2f}h100", "var(--line)", 1) for tick in axis.ticks)
-    svg = _tag("svg", *grid, *marks, viewBox="0 0 100 100", preserveAspectRatio="none")
-    beside = {axis(tick): axis.form(tick) for tick in axis.ticks}
-    upright, level = (
-        [_tag("span", _text(label), style=f"{side}:{at:.2f}%") for at, label in labels.items()]
-        for side, labels in (("top", beside), ("left", below))
+# -- linears -----------------------------------------------------------------------------
+
+
+def _ranks(linears: Sequence[_Record], dense: Sequence[_Record]) -> Html:
+    """The share of the full rank that each linear keeps, as a map of families and blocks."""
+    ranked = [linear for linear in linears if linear.get("rank") is not None]
+    if not ranked:
+        return Html("")
+    kept = {linear["name"]: linear for linear in dense}
+    families = _families([*ranked, *dense])
+    places, below = block_labels([*_by_block([*ranked, *dense])])
+    marks, width, height = [], 100 / len(places), 100 / len(families)
+    for number, members in enumerate(families.values()):
+        for block, found in _by_block(members).items():
+            share = fmean(1.0 if m["name"] in kept else _rank_share(m) for m in found)
+            whole = all(member["name"] in kept for member in found)
+            color, opacity = (_DENSE, 1.0) if whole else ("var(--c0)", _shade(share))
+            ends = (number + 1) * height, number * height
+            tip = f"{found[0]['name']}{_others(len(found))}: {_rank_told(found[0], whole, share)}"
+            marks.append(bar(places[block], width, *ends, color, tip, opacity))
+    keys = [key(percent(share), "var(--c0)", 10, opacity=_shade(share)) for share in _SHADES]
+    what = "Rank as a share of the full one, the smaller side of the linear"
+    if dense:
+        keys.append(key("stays dense", _DENSE, 10))
+        what += f"; {counted(len(dense), 'linear')} that could be factored "
+        what += f"{'stays' if len(dense) == 1 else 'stay'} dense"
+    rows = [
+        (family, _runs(_block(member["name"]) for member in members))
+        for family, members in _families(dense).items()
+    ]
+    named = [details("which stay dense", table(("family", "in blocks"), rows, "words"))]
+    shown = cell_map(keys, list(families), marks, below)
+    return section("Ranks", f"{what}.", shown, *(named if dense else []))
+
+
+def _rank_share(linear: _Record) -> float:
+    share: float = linear["rank"] / min(linear["rows"], linear["columns"])
+    return share
+
+
+def _rank_told(linear: _Record, whole: bool, share: float) -> str:
+    sides = f"{linear['rows']} × {linear['columns']}"
+    return f"dense, {sides}" if whole else f"rank {linear['rank']} of {sides}, {percent(share)}"
+
+
+def _shade(share: float) -> float:
+    """Opacity of a cell: one of rank 1 is still seen."""
+    return 0.08 + 0.92 * share
+
+
+def _others(count: int) -> str:
+    return f" and {count - 1} more, on average" if count > 1 else ""
+
+
+def _loss_plot(linears: Sequence[_Record], health: Health) -> Html:
+    losses = _losses(linears)
+    if not losses:
+        return Html("")
+    axis = loss_axis([loss for loss, _ in losses])
+    places, below = block_labels(sorted({_block(name) for _, name in losses}))
+    marks, keys = [], []
+    for number, (family, members) in enumerate(_families(linears).items()):
+        dash = _DASHES[number // _COLORS % len(_DASHES)]
+        color = f"var(--c{number % _COLORS})"
+        keys.append(key(family, color, 3, dash))
+        marks += _family_line(members, axis, places, color, dash)
+    what = "Share of the energy of a linear's outputs that its factors miss on the calibration text"
+    if health.total_loss is not None:
+        what += ", weighted by what an error there does to the model's loss"
+    what += ", log scale with zeros on its floor." if axis.log else "."
+    return section("Loss", what, plot(axis, keys, marks, below, "block"))
+
+
+def _family_line(
+    linears: Sequence[_Record], axis: Axis, places: Mapping[int, float], color: str, dash: str
+) -> list[Html]:
+    """A line through the mean loss of each block, and dots that tell the numbers."""
+    found = {block: losses for block, m in _by_block(linears).items() if (losses := _losses(m))}
+    stride = min((b - a for a, b in pairwise(found)), default=0)  # hybrids have gaps everywhere
+    path, dots, size, before = "", [], 6 if len(places) <= _BIG_DOTS else 4, -math.inf
+    for block, losses in found.items():
+        mean = fmean(loss for loss, _ in losses)
+        point = f"{places[block]:.2f} {axis(mean):.2f}"
+        path += f"{'L' if block - before <= stride else 'M'}{point}"
+        before = block
+        tip = f"{losses[0][1]}{_others(len(losses))}: {percent(mean)}"
+        dots.append(line(f"M{point}h0", color, size, tip))
+    return [line(path, color, 2, dash=dash), *dots] if dots else []
+
+
+def _linears_table(linears: Sequence[_Record], health: Health) -> Html:
+    head = ["family", "count", "outputs × inputs", "rank", "mean loss", "max loss"]
+    head += [*_health_head(health)]
+    rows = [
+        (
+            family,
+            len(members),
+            ", ".join(
+                f"{m} × {n}" for m, n in sorted({(m["rows"], m["columns"]) for m in members})
+            ),
+            _rank_span(members),
+            _mean_loss(members),
+            _max_loss(members),
+            *_health_cells(members, health),
+        )
+        for family, members in _families(linears).items()
+    ]
+    return section(f"{counted(len(linears), 'linear')} factored", "", table(head, rows))
+
+
+def _health(health: Health) -> Html:
+    """Counts, the worst linears, and every family in every block."""
+    if not health.linears:
+        return Html("")
+    counts = [
+        (len(health.fallbacks), "took a fallback"),
+        (len(health.damped), "needed far more damping than was asked for"),
+        (len(health.singular), "had a singular moment"),
+    ]
+    total = len(health.linears)
+    told = "; ".join(f"{count or 'none'} {what}" for count, what in counts)
+    explanation = (
+        f"Of {counted(total, 'linear')} {told}. Condition: largest over smallest eigenvalue of the "
+        "moment that was decomposed. Damping: what was added to a moment, in shares of its mean."
     )
-    sides = _tag("div", *upright, class_="y"), svg, _tag("div", *level, class_="x")
-    plot = _tag("div", *sides, _tag("p", _text(title), class_="dim"), class_="plot")
-    return _tag("div", _tag("div", *keys, class_="legend"), plot)
+    head = ["rank", "relative loss", *_health_head(health), "fallback"]
+    worst = [(linear["name"], *_one_row([linear], health)) for linear in health.worst(_WORST)]
+    families = _families(health.linears)
+    of_family = {family: _by_block(members) for family, members in families.items()}
+    rows = [
+        (block, family, *_one_row(of_family[family][block], health))
+        for block in _by_block(health.linears)
+        for family in families
+        if block in of_family[family]
+    ]
+    every = details(
+        "every linear by block and family", table(["block", "family", *head], rows, "second")
+    )
+    shown = tag("h3", text("The worst")), table(["linear", *head], worst)
+    return section("Numerical health", explanation, *shown, every)
 
 
-def _step_plot(
-    axis: _Axis, keys: Iterable[_Html], marks: Iterable[_Html], steps: Sequence[_Record]
-) -> _Html:
-    """A plot over the steps, with all their names or, where they are many, some of the blocks."""
-    every = next(every for every in _BLOCKS if len(steps) <= _MOST_LABELS * every)
-    labels = {}
-    for step, centre in zip(steps, _centres(len(steps)), strict=True):
-        number = step["step"].rpartition(" ")[2]
-        if number.isdecimal() and int(number) % every == 0:
-            labels[centre] = number
-        elif every == 1:
-            labels[centre] = step["step"]
-    return _plot(axis, keys, marks, labels, "step (a number is a block)")
+def _one_row(members: Sequence[_Record], health: Health) -> list[str]:
+    """One linear, or the experts of one block."""
+    fallbacks = sorted({m["fallback"] for m in members if m.get("fallback")})
+    cells = [_rank_span(members), _mean_loss(members), *_health_cells(members, health)]
+    return [*cells, ", ".join(fallbacks) or "–"]
 
 
-def _centres(count: int) -> list[float]:
-    return [100 * (place + 0.5) / count for place in range(count)]
+def _health_head(health: Health) -> list[str]:
+    share = ["share of all loss"] if health.total_loss else []
+    return ["loss", *share, "condition", "damping"]
 
 
-def _memory_plot(steps: Sequence[_Record], budget: float) -> _Html:
+def _health_cells(members: Sequence[_Record], health: Health) -> list[str]:
+    """Loss summed, with its share where losses compare; the worst condition; the most damping."""
+    loss = math.fsum(map(loss_of, members)) if any("loss" in m for m in members) else math.nan
+    cells = [f"{loss:.3g}" if math.isfinite(loss) else "–"]
+    if health.total_loss:
+        cells.append(percent(loss / health.total_loss) if math.isfinite(loss) else "–")
+    names = {linear["name"] for linear in health.singular}
+    singular = sum(member["name"] in names for member in members)
+    known = [c for m in members if isinstance(c := m.get("condition"), int | float)]
+    condition = f"{max(known):.1e}" if known else "–"
+    if singular:
+        condition = "singular" if len(members) == 1 else f"{singular} singular"
+    return [*cells, condition, f"{max(member.get('damping', 0) for member in members):.2g}"]
+
+
+def _rank_span(members: Iterable[_Record]) -> str:
+    return _span(member["rank"] for member in members if member.get("rank") is not None)
+
+
+def _mean_loss(members: Iterable[_Record]) -> str:
+    losses = _losses(members)
+    return percent(fmean(loss for loss, _ in losses)) if losses else "–"
+
+
+def _max_loss(members: Iterable[_Record]) -> str:
+    worst, name = max(_losses(members), default=(math.nan, ""))
+    return f"{percent(worst)} in block {_block(name)}" if name else "–"
+
+
+def _refinement(refined: Sequence[_Record]) -> Html:
+    """The held-out loss of each block before and after its factors were trained together."""
+    if not refined:
+        return Html("")
+    axis = loss_axis([item[when] for item in refined for when in ("before", "after")])
+    places, below = block_labels([item["block"] for item in refined])
+    marks, rows, size = [], [], 8 if len(places) <= _BIG_DOTS else 5
+    for item in refined:
+        at, before, after = places[item["block"]], axis(item["before"]), axis(item["after"])
+        gain = 1 - item["after"] / item["before"] if item["before"] > 0 else 0.0
+        told = f"{percent(item['before'])} \N{RIGHTWARDS ARROW} {percent(item['after'])}"
+        tip = f"block {item['block']}: {told}, {counted(item['steps'], 'step')} kept"
+        marks.append(line(f"M{at:.2f} {before:.2f}V{after:.2f}", "var(--c7)", 2, tip))
+        marks.append(line(f"M{at:.2f} {before:.2f}h0", "var(--c1)", size, tip))
+        marks.append(line(f"M{at:.2f} {after:.2f}h0", "var(--c0)", size, tip))
+        steps = item["steps"] or "0, the closed form"
+        rows.append((item["block"], told, f"{percent(gain)} less", steps))
+    better = sum(item["after"] < item["before"] for item in refined)
+    medians = [median(item[when] for item in refined) for when in ("before", "after")]
+    others = "" if better == len(refined) else " The others stay as they were."
+    what = (
+        f"Relative error of a block's outputs on windows held out from the training: {better} of "
+        f"{counted(len(refined), 'block')} improved, the median went from {percent(medians[0])} "
+        f"to {percent(medians[1])}.{others}"
+    )
+    keys = key("closed form", "var(--c1)", 8), key("refined", "var(--c0)", 8)
+    head = ("block", "held-out loss", "gain", "steps kept")
+    every = details("every block", table(head, rows))
+    return section("Refinement", what, plot(axis, keys, marks, below, "block"), every)
+
+
+# -- steps -------------------------------------------------------------------------------
+
+
+def _memory_plot(steps: Sequence[_Record], budget: float) -> Html:
     high = max(max(step["peak_bytes"], step["predicted_bytes"]) for step in steps)
     shown = budget <= _BUDGET_SHOWN * high
-    axis = _linear_axis(max(high, budget) if shown else high, _BYTES, format_bytes)
+    axis = linear_axis(max(high, budget) if shown else high, _BYTES, format_bytes)
     slot, marks = 100 / len(steps), []
-    for step, centre in zip(steps, _centres(len(steps)), strict=True):
+    for step, centre in zip(steps, centres(len(steps)), strict=True):
         peak, predicted = step["peak_bytes"], step["predicted_bytes"]
         tip = f"{step['step']}: {format_bytes(peak)}, predicted {format_bytes(predicted)}"
         path = f"M{centre - slot / 2:.2f} {axis(predicted):.2f}h{slot:.2f}"
-        marks.append(_bar(centre, 0.8 * slot, 100, axis(peak), "var(--c5)", tip))
-        marks.append(_line(path, "var(--c1)", 2.5, tip))
+        marks.append(bar(centre, 0.8 * slot, 100, axis(peak), "var(--c5)", tip))
+        marks.append(line(path, "var(--c1)", 2.5, tip))
     if shown:
-        marks.append(_line(f"M0 {axis(budget):.2f}h100", "var(--ink)", 2, "budget", "6 4"))
+        marks.append(line(f"M0 {axis(budget):.2f}h100", "var(--ink)", 2, "budget", "6 4"))
     limit = f"budget {format_bytes(budget)}{'' if shown else ', above the plot'}"
     keys = (
-        _key("measured peak", "var(--c5)", 10),
-        _key("predicted peak", "var(--c1)", 2.5),
-        _key(limit, "var(--ink)", 2, "6 4"),
+        key("measured peak", "var(--c5)", 10),
+        key("predicted peak", "var(--c1)", 2.5),
+        key(limit, "var(--ink)", 2, "6 4"),
     )
-    plot = _step_plot(axis, keys, marks, steps)
-    return _section("Memory", "Resident memory of the process at its peak.", plot)
+    plot = step_plot(axis, keys, marks, [step["step"] for step in steps])
+    return section("Memory", "Resident memory of the process at its peak.", plot)
 
 
-def _seconds_plot(steps: Sequence[_Record]) -> _Html:
+def _seconds_plot(steps: Sequence[_Record]) -> Html:
     totals: Counter[str] = Counter()
     for step in steps:
         totals.update(step["stages"])
     stages = [stage for stage, _ in totals.most_common()]  # the longest lie at the bottom
     colors = {stage: f"var(--c{min(number, _COLORS)})" for number, stage in enumerate(stages)}
     longest = max(sum(step["stages"].values()) for step in steps)
-    axis, marks = _linear_axis(longest, _SECONDS, format_seconds), []
-    for step, centre in zip(steps, _centres(len(steps)), strict=True):
+    axis, marks = linear_axis(longest, _SECONDS, format_seconds), []
+    for step, centre in zip(steps, centres(len(steps)), strict=True):
         below = 0.0
         for stage in sorted(step["stages"], key=stages.index):
             above = below + step["stages"][stage]
             tip = f"{step['step']}, {stage}: {format_seconds(above - below)}"
             ends = axis(below), axis(above)
-            marks.append(_bar(centre, 80 / len(steps), *ends, colors[stage], tip))
+            marks.append(bar(centre, 80 / len(steps), *ends, colors[stage], tip))
             below = above
-    keys = (_key(f"{s} {format_seconds(totals[s])}", colors[s], 10) for s in stages)
-    plot = _step_plot(axis, keys, marks, steps)
-    return _section("Time", "Spent in the stages of each step.", plot)
+    keys = (key(f"{s} {format_seconds(totals[s])}", colors[s], 10) for s in stages)
+    plot = step_plot(axis, keys, marks, [step["step"] for step in steps])
+    return section("Time", "Spent in the stages of each step.", plot)
 
 
-def _loss_plot(linears: Sequence[_Record]) -> _Html:
-    losses = _losses(linears)
-    if not losses:
-        return _Html("")
-    axis = _loss_axis([loss for loss, _ in losses])
-    blocks = sorted({_block(name) for _, name in losses})
-    places = dict(zip(blocks, _centres(len(blocks)), strict=True))
-    every = next(every for every in _BLOCKS if len(blocks) <= _MOST_LABELS * every)
-    below = {place: str(block) for block, place in places.items() if block % every == 0}
-    marks, keys = [], []
-    for number, (family, members) in enumerate(_families(linears).items()):
-        dash = _DASHES[number // _COLORS % len(_DASHES)]
-        color = f"var(--c{number % _COLORS})"
-        keys.append(_key(family, color, 3, dash))
-        marks += _family_line(members, axis, places, color, dash)
-    what = "Share of the energy of a linear's outputs that its factors miss on the calibration text"
-    plot = _plot(axis, keys, marks, below, "block")
-    return _section(
-        "Loss", what + (", log scale with zeros on its floor." if axis.log else "."), plot
-    )
+# -- the rest ----------------------------------------------------------------------------
 
 
-def _family_line(
-    linears: Sequence[_Record], axis: _Axis, places: Mapping[int, float], color: str, dash: str
-) -> list[_Html]:
-    """A line through the mean loss of each block, and dots that tell the numbers."""
-    by_block: dict[int, list[tuple[float, str]]] = defaultdict(list)
-    for loss, name in _losses(linears):
-        by_block[_block(name)].append((loss, name))
-    points, dots, size = [], [], 6 if len(places) <= _BIG_DOTS else 4
-    for block, members in sorted(by_block.items()):
-        mean = fmean(loss for loss, _ in members)
-        many = f" and {len(members) - 1} more, on average" if len(members) > 1 else ""
-        points.append(f"{places[block]:.2f} {axis(mean):.2f}")
-        tip = f"{members[0][1]}{many}: {_percent(mean)}"
-        dots.append(_line(f"M{points[-1]}h0", color, size, tip))
-    return [_line("M" + "L".join(points), color, 2, dash=dash), *dots] if points else []
-
-
-def _linears_table(linears: Sequence[_Record]) -> _Html:
-    head = ("family", "count", "outputs × inputs", "rank", "mean loss", "max loss", "max damping")
-    rows = (_family_row(family, members) for family, members in _families(linears).items())
-    return _section(f"{_counted(len(linears), 'linear')} factored", "", _table(head, rows))
-
-
-def _family_row(family: str, linears: Sequence[_Record]) -> list[object]:
-    shapes = sorted({(linear["rows"], linear["columns"]) for linear in linears})
-    ranks = sorted({linear["rank"] for linear in linears if linear.get("rank") is not None})
-    worst, name = max(_losses(linears), default=(math.nan, ""))
-    return [
-        family,
-        len(linears),
-        ", ".join(f"{rows} × {columns}" for rows, columns in shapes),
-        "–".join(str(rank) for rank in sorted({*ranks[:1], *ranks[-1:]})),
-        _percent(fmean(loss for loss, _ in _losses(linears))) if name else "–",
-        f"{_percent(worst)} in block {_block(name)}" if name else "–",
-        f"{max(linear.get('damping', 0) for linear in linears):.2g}",
-    ]
-
-
-def _remarks(
-    notes: Iterable[str], steps: Sequence[_Record], linears: Sequence[_Record], budget: float
-) -> _Html:
-    """The job's notes, after what in its numbers deserves a second look."""
-    over = [(step["peak_bytes"] - budget, step["step"]) for step in steps]
-    missed = [(step["peak_bytes"] - step["predicted_bytes"], step["step"]) for step in steps]
-    damping = [(linear.get("damping", 0), linear["name"]) for linear in linears]
-    warnings = [
-        _warning("steps peaked above the budget", over, format_bytes),
-        _warning("steps peaked above their prediction", missed, format_bytes),
-        _warning("linears needed damping (of a moment's mean)", damping, "{:.2g}".format),
-    ]
-    items = [_tag("li", _text(warning), class_="warning") for warning in warnings if warning]
-    items += [_tag("li", _text(note)) for note in notes]
-    return _section("Notes and warnings", "" if items else "None.", _tag("ul", *items))
-
-
-def _warning(what: str, amounts: Sequence[tuple[float, str]], form: Callable[[float], str]) -> str:
-    """How many amounts lie above zero, and the largest with its name; empty where none does."""
-    above = [(amount, name) for amount, name in amounts if amount > 0]
-    if not above:
-        return ""
-    most, name = max(above)
-    return f"{len(above)} of {len(amounts)} {what}; most of all {name}, by {form(most)}."
-
-
-def _left_table(left: Mapping[str, str]) -> _Html:
+def _left_table(left: Mapping[str, str]) -> Html:
     """Modules that are as they were, by reason."""
     if not left:
-        return _Html("")
+        return Html("")
     by_reason: dict[str, list[_Record]] = defaultdict(list)
     for name, reason in left.items():
         by_reason[reason].append({"name": name})
@@ -426,14 +552,14 @@ def _left_table(left: Mapping[str, str]) -> _Html:
         (reason, ", ".join(f"{family} ({len(n)})" for family, n in _families(names).items()))
         for reason, names in by_reason.items()
     )
-    title = f"{_counted(len(left), 'module')} left as they are"
-    return _section(title, "", _table((), rows, "words"))
+    title = f"{counted(len(left), 'module')} left as they are"
+    return section(title, "", table((), rows, "words"))
 
 
-def _settings(title: str, settings: Mapping[str, Any]) -> _Html:
+def _settings(title: str, settings: Mapping[str, Any]) -> Html:
     rows = (
         (key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else value)
         for key, value in settings.items()
         if value not in ("", [], ())
     )
-    return _section(title.capitalize(), "", _table((), rows, "words"))
+    return section(title.capitalize(), "", table((), rows, "words"))

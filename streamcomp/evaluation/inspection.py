@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.modeling.linears import find_linears
-from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.modeling.modules import FactoredLinear, SharedLinear
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import trace_block
 
@@ -31,6 +31,8 @@ class Family:
     count: int
     form: str  # "dense", or how it is factored
     ranks: tuple[int, int] | None  # least and largest, None where dense
+    clusters: tuple[int, int] | None  # likewise, None but in the form shared
+    axes: tuple[str, ...]  # form shared: which channels share weights, rows or columns or both
     nbytes: int  # all of them on disk
     shares_with: tuple[str, ...]  # linears of the same block fed the same tensor
 
@@ -86,6 +88,8 @@ class _Member:
     columns: int
     form: str
     rank: int | None
+    clusters: int | None
+    axis: str
     nbytes: int
 
     @property
@@ -109,26 +113,35 @@ def _members(skeleton: Skeleton, number: int) -> list[_Member]:
             if key.startswith(prefix)
             for info in infos
         )
-        form, rank = ("dense", None)
+        form, rank, clusters, axis = "dense", None, None, ""
         if isinstance(module, FactoredLinear):
             form, rank = module.form, module.rank
-        members.append(_Member(name, module.out_features, module.in_features, form, rank, nbytes))
+        if isinstance(module, SharedLinear):
+            clusters, axis = module.clusters, module.axis
+        rows, columns = module.out_features, module.in_features
+        members.append(_Member(name, rows, columns, form, rank, clusters, axis, nbytes))
     return members
 
 
 def _family(members: Sequence[_Member], shared: dict[str, tuple[str, ...]]) -> Family:
     first = members[0]
-    ranks = [member.rank for member in members if member.rank is not None]
     return Family(
         first.name,
         first.rows,
         first.columns,
         len(members),
         first.form,
-        (min(ranks), max(ranks)) if ranks else None,
+        _range(member.rank for member in members),
+        _range(member.clusters for member in members),
+        tuple(sorted({member.axis for member in members if member.axis})),
         sum(member.nbytes for member in members),
         shared.get(first.name, ()),
     )
+
+
+def _range(numbers: Iterable[int | None]) -> tuple[int, int] | None:
+    known = [number for number in numbers if number is not None]
+    return (min(known), max(known)) if known else None
 
 
 def _shared_inputs(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:

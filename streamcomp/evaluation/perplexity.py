@@ -71,8 +71,9 @@ def evaluate_checkpoint(
     """Stream the first ``windows`` windows of ``text`` (0 = all) through the model.
 
     ``text`` is a source as in calibration; None is the held-out part of the Python
-    reference. ``chat`` renders it through the chat template. Each window is predicted from its own beginning. Holds one block, one
-    micro-batch, and at the end the head with the logits of a few tokens.
+    reference. ``chat`` renders it through the chat template. Each window is predicted from its
+    own beginning. Holds one block, one micro-batch, and at the end the head with the logits of a
+    few tokens.
     """
     started = time.perf_counter()
     meter = PeakMeter()

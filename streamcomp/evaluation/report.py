@@ -34,6 +34,7 @@ def job_report(
     ``written`` are the tensors of the output, ``header`` and ``steps`` come from the journal.
     """
     linears = [linear for step in steps for linear in step.get("linears", [])]
+    factored = {linear["name"] for linear in linears}
     eligible = sum(linear.numel for linear in plan.linears)
     removed = index.numel - sum(info.numel for info in written if _counts(info))
     stages: dict[str, float] = {}
@@ -68,6 +69,11 @@ def job_report(
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         "notes": [note for step in steps for note in step.get("notes", [])],
         "linears": linears,
+        "dense": [
+            {"name": linear.disk_name, "rows": linear.rows, "columns": linear.columns}
+            for linear in plan.linears
+            if linear.disk_name not in factored
+        ],
         "refined": [
             {"block": step["block"], **step["refined"]} for step in steps if "refined" in step
         ],

@@ -64,7 +64,7 @@ def loss(work: Workspace, stage: Stage, step: Step) -> Results:
                 stop = min(start + size, last)
                 piece = hidden[:, start : start + size].detach().requires_grad_()
                 with torch.enable_grad():
-                    logits = head(piece)[0, : stop - start].float()
+                    logits = head(piece)[0, : stop - start].to(moment_dtype(dtype))
                     nll = functional.cross_entropy(logits, targets[start:stop], reduction="sum")
                 gradient[:, start : start + size] = torch.autograd.grad(nll, piece)[0]
                 total += float(nll.detach())
@@ -165,8 +165,8 @@ def _decompose(
             decomposition = work.method.decompose(weight, own, work.recipe.damping)
             write_decomposition(work.folder, step.block, linear, decomposition)
             found.append(health(linear, decomposition))
-            if not work.keeps_moments:
+            if not work.keeps_work:
                 gradients.clear()
-        if work.keeps_moments:
+        if work.keeps_work:
             write_moment(work.folder, step.block, group, moment, gradients)
     return found

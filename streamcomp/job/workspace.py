@@ -23,6 +23,7 @@ from streamcomp.methods import Method, Swsc
 from streamcomp.modeling.skeleton import Call, Skeleton
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
 from streamcomp.planning.plan import BlockPlan, Plan, gradient_dtype
+from streamcomp.planning.schedule import hidden_key
 from streamcomp.recipe import Recipe
 
 __all__ = ["Stage", "Workspace", "check_finite"]
@@ -64,11 +65,11 @@ class Workspace:
         folder: Path,
         plan: Plan,
         journal: Journal,
-        keeps_moments: bool,
+        keeps_work: bool,
     ) -> None:
         self.skeleton, self.recipe, self.method = skeleton, recipe, method
         self.device, self.folder, self.plan, self.journal = device, folder, plan, journal
-        self.keeps_moments = keeps_moments
+        self.keeps_work = keeps_work
         self._recorded: dict[int, list[Call]] = {}
 
     @cached_property
@@ -183,13 +184,16 @@ class Workspace:
                 write(start, hidden)
 
     def drop(self, live: set[str]) -> None:
-        """Delete the files of the work folder that no step to come reads."""
+        """Delete the files of the work folder that no step to come reads.
+
+        Kept work is the analysis, and the embeddings that a compressed stream begins with.
+        """
         kinds = ("hidden-", "compressed-", "gradient-", "analysis-")
         for path in self.folder.iterdir():
             key = path.name.partition(".")[0]
             if not key.startswith(kinds) or key in live:
                 continue
-            if not (self.keeps_moments and key.startswith("analysis-")):
+            if not (self.keeps_work and (key.startswith("analysis-") or key == hidden_key(0))):
                 path.unlink(missing_ok=True)
 
     def results(self, kind: str, block: int) -> dict[str, Any] | None:

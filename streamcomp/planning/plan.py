@@ -32,7 +32,7 @@ from streamcomp.planning.outputs import (
     can_be_factored,
     plan_output,
 )
-from streamcomp.planning.schedule import Step, live_after, schedule
+from streamcomp.planning.schedule import Step, hidden_key, live_after, schedule
 from streamcomp.recipe import Recipe, chosen_blocks
 from streamcomp.units import format_bytes
 
@@ -643,8 +643,9 @@ class _Planner:
         for number, step in enumerate(self.schedule):
             there = live_after(self.schedule, number) | set(step.writes)
             if keep_work:
-                forever += sum(self._file_bytes(k) for k in step.writes if k.startswith("analysis"))
-                there = {key for key in there if not key.startswith("analysis")}
+                kept = {k for k in step.writes if k.startswith("analysis") or k == hidden_key(0)}
+                forever += sum(map(self._file_bytes, kept))
+                there = {k for k in there if not (k.startswith("analysis") or k == hidden_key(0))}
             most = max(most, forever + sum(map(self._file_bytes, there)))
         return most + self.kept
 

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import streamcomp
 from streamcomp.evaluation.html import html_report
+from tests.jobs import compress, varied_text
 
 HOSTILE = '<script>alert("1")</script>&\'\udcff'
 MIB = 2**20
@@ -38,7 +44,7 @@ class Page(HTMLParser):
         self.text.append(data.strip())
 
 
-def linear(name: str, loss: float = 0.01, **more: Any) -> dict[str, Any]:
+def linear(name: str, loss: float = 0.01, /, **more: Any) -> dict[str, Any]:
     return {
         "name": name,
         "rows": 64,
@@ -118,7 +124,11 @@ def test_names_from_a_checkpoint_stay_text() -> None:
         recipe={HOSTILE: HOSTILE, "method": HOSTILE},
         levers={HOSTILE: [HOSTILE]},
         versions={HOSTILE: HOSTILE},
+        dense=[{"name": f"model.layers.0.x.{HOSTILE}", "rows": 4, "columns": 4}],
+        redone=[{"pattern": HOSTILE, "damping": 0.1, "linears": [HOSTILE]}],
     )
+    hostile["linears"][0] |= {"fallback": HOSTILE, "bits_per_weight": 4.0}
+    hostile["linears"][0]["spec"] = {"axis": HOSTILE, "clusters": 3}
     hostile["steps"][0]["stages"] = {HOSTILE: 1.0}
 
     page = html_report(hostile)
@@ -128,13 +138,14 @@ def test_names_from_a_checkpoint_stay_text() -> None:
     assert "script" not in Page(page).tags
 
 
-def test_every_family_is_in_the_legend_and_in_the_table() -> None:
+def test_every_family_is_in_the_map_the_legend_and_the_tables() -> None:
     families = ["attn.qkv", *(f"mlp.w{n}" for n in range(40))]
     linears = [linear(f"h.{block}.{name}") for block in range(3) for name in families]
 
     text = Page(html_report(report(linears))).text
 
-    assert all(text.count(family) == 2 for family in families)
+    # a row of the map, an entry of the legend, a row of the family, one for each of its blocks
+    assert all(text.count(family) == 3 + 3 for family in families)
 
 
 def test_experts_of_a_block_are_one_family() -> None:
@@ -142,7 +153,7 @@ def test_experts_of_a_block_are_one_family() -> None:
 
     page = Page(html_report(report([linear(name) for name in names])))
 
-    assert page.text.count("mlp.experts.*.w1") == 2
+    assert page.text.count("mlp.experts.*.w1") == 3 + 2
     assert "model.layers.0.mlp.experts.0.w1 and 3 more, on average: 1%" in page.text
 
 
@@ -179,6 +190,21 @@ def test_any_loss_can_be_plotted(losses: list[float]) -> None:
     assert "w" in page.text
 
 
+@pytest.mark.parametrize(
+    ("blocks", "pieces"),
+    [((0, 1, 2, 3), 1), ((0, 1, 5, 6), 2), ((0, 4, 8, 12), 1), ((0, 5, 7, 20), 3), ((3,), 1)],
+)
+def test_a_line_breaks_where_its_family_stays_dense(blocks: tuple[int, ...], pieces: int) -> None:
+    linears = [linear(f"h.{block}.w") for block in blocks]
+    linears += [linear(f"h.{block}.v") for block in range(30)]
+
+    paths = [v for k, v in Page(html_report(report(linears))).attributes if k == "d"]
+
+    drawn = [path for path in paths if path[0] == "M" and path[-2:] != "h0" and "h" not in path]
+    assert [path.count("M") for path in drawn] == [pieces, 1]
+    assert [path.count("M") + path.count("L") for path in drawn] == [len(blocks), 30]
+
+
 def test_a_log_axis_where_the_range_asks_for_it() -> None:
     narrow, wide = ([linear("h.0.w", low), linear("h.1.w", 0.1)] for low in (0.01, 0.001))
 
@@ -197,21 +223,234 @@ def test_a_budget_far_above_the_peaks_leaves_them_readable() -> None:
 
 def test_warnings_name_the_worst() -> None:
     linears = [linear(f"h.{n}.w", damping=damping) for n, damping in enumerate((0, 1e-6, 1e-3))]
+    linears[0]["fallback"] = "no gradient arrives: one-sided"
     steps = [step("block 0", 401 * MIB), step("block 1", 1025 * MIB), step("block 2")]
 
-    text = "\n".join(Page(html_report(report(linears, steps=steps))).text)
+    page = html_report(report(linears, steps=steps))
 
-    assert "1 of 3 steps peaked above the budget; most of all block 1, by 1.00 MiB." in text
-    assert "2 of 3 steps peaked above their prediction; most of all block 1, by 625 MiB." in text
-    assert "2 of 3 linears needed damping" in text
-    assert "most of all h.2.w, by 0.001." in text
+    told = [
+        "1 of 3 steps peaked above the budget; most of all block 1, by 1.00 MiB.",
+        "2 of 3 steps peaked above their prediction; most of all block 1, by 625 MiB.",
+        "1 of 3 linears took a fallback; the first is h.0.w: no gradient arrives: one-sided.",
+        "1 of 3 linears needed 10 times the damping asked for, or more; most of all h.2.w, "
+        "0.001 of the moment's mean.",
+    ]
+    assert [text for text in Page(page).text if text in told] == told
+    assert page.index("Warnings") < page.index("Ranks")
 
 
 def test_nothing_to_warn_of() -> None:
-    page = html_report(report())
+    page = html_report(report(refined=[refined(0, 0.01, 0.01, 0)]))
 
-    assert "None." in page
-    assert 'class="warning"' not in page
+    assert "None." in page  # no note either
+    assert 'class="warning"' not in page and "Warnings" not in page
+
+
+# -- ranks and dense linears --------------------------------------------------------------
+
+
+def test_the_map_shows_the_share_of_the_full_rank_and_what_stays_dense() -> None:
+    linears = [linear("h.0.w", rank=8), linear("h.1.w", rank=24), linear("h.0.v", rank=16)]
+    dense = [
+        {"name": "h.1.v", "rows": 64, "columns": 32},
+        {"name": "h.2.v", "rows": 8, "columns": 8},
+    ]
+
+    page = Page(html_report(report(linears, dense=dense)))
+
+    for told in ("h.0.w: rank 8 of 64 × 32, 25%", "h.1.w: rank 24 of 64 × 32, 75%"):
+        assert page.text.count(told) == 1
+    for told in ("h.1.v: dense, 64 × 32", "h.2.v: dense, 8 × 8", "1–2"):
+        assert page.text.count(told) == 1
+    assert any("; 2 linears that could be factored stay dense." in text for text in page.text)
+    fills = [v for k, v in page.attributes if k == "fill"]
+    assert fills[:4] == ["var(--c0)", "var(--c0)", "var(--c0)", "var(--c4)"]  # w, w, v, v
+    shades = [float(v) for k, v in page.attributes if k == "fill-opacity"]
+    assert shades[0] < shades[2] < shades[1]
+
+
+def test_no_dense_linear_no_word_of_it() -> None:
+    assert "dense" not in " ".join(Page(html_report(report(dense=[]))).text)
+
+
+# -- numerical health ---------------------------------------------------------------------
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """Cells of all rows of all tables."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL) for row in rows]
+
+
+def test_health_is_told_by_family_by_block_and_for_the_worst() -> None:
+    linears = [
+        linear("h.0.w", 0.25, loss=1.0, condition=1e3, damping=0.01),
+        linear("h.1.w", 0.5, loss=2.0, condition=None, damping=0.02, fallback="none <b>"),
+        linear("h.0.v", 0.125, loss=5.0, condition=2e7, damping=0.01),
+    ]
+
+    rows = rows_of(html_report(report(linears, recipe={"method": "two-sided"})))
+
+    assert ["family", "count", "outputs × inputs", "rank", "mean loss", "max loss", "loss"] + [
+        "share of all loss",
+        "condition",
+        "damping",
+    ] in rows
+    sizes = ["64 × 32", "12"]
+    assert ["w", "2", *sizes, "37.5%", "50% in block 1", "3", "37.5%", "1 singular", "0.02"] in rows
+    assert ["v", "1", *sizes, "12.5%", "12.5% in block 0", "5", "62.5%", "2.0e+07", "0.01"] in rows
+    first = ["h.1.w", "12", "50%", "2", "25%", "singular", "0.02", "none &lt;b&gt;"]
+    worst = rows.index(first)  # its fallback first, the others by loss
+    assert [row[0] for row in rows[worst : worst + 3]] == ["h.1.w", "h.0.v", "h.0.w"]
+    assert ["0", "w", "12", "25%", "1", "12.5%", "1.0e+03", "0.01", "–"] in rows
+    assert ["1", "w", *first[1:]] in rows
+
+
+def test_counts_of_what_went_wrong() -> None:
+    linears = [linear(f"h.{n}.w", condition=None if n < 2 else 10.0) for n in range(4)]
+
+    page = html_report(report(linears))
+
+    told = "Of 4 linears none took a fallback; none needed far more damping than was asked for; "
+    assert f"{told}2 had a singular moment." in page
+
+
+def test_ten_are_the_worst_of_many() -> None:
+    linears = [linear(f"h.{n}.w", n / 100) for n in range(40)]
+
+    names = [row[0] for row in rows_of(html_report(report(linears)))]
+
+    assert [n for n in names if n.startswith("h.")] == [f"h.{n}.w" for n in range(39, 29, -1)]
+
+
+# -- what methods have to tell ------------------------------------------------------------
+
+
+def refined(block: int, before: float, after: float, steps: int = 8) -> dict[str, Any]:
+    return {"block": block, "before": before, "after": after, "steps": steps}
+
+
+def test_refinement_is_told_block_by_block() -> None:
+    blocks = [refined(0, 0.5, 0.25), refined(1, 0.4, 0.4, 0), refined(2, 0.2, 0.1, 1)]
+
+    page = html_report(report(refined=blocks))
+
+    text = Page(page).text
+    for told in ("block 0: 50% → 25%, 8 steps kept", "block 1: 40% → 40%, 0 steps kept"):
+        assert told in text
+    assert "block 2: 20% → 10%, 1 step kept" in text
+    assert "2 of 3 blocks improved, the median went from 40% to 25%. The others stay" in page
+    assert ["0", "50% → 25%", "50% less", "8"] in rows_of(page)
+    assert ["1", "40% → 40%", "0% less", "0, the closed form"] in rows_of(page)
+    assert "Refinement" not in Page(html_report(report(refined=[]))).text
+
+
+@pytest.mark.parametrize("before", [0.0, 1e-12, 1e6])
+def test_any_refinement_can_be_plotted(before: float) -> None:
+    page = Page(html_report(report(refined=[refined(0, before, before / 2), refined(7, 1, 0.5)])))
+
+    assert not [v for k, v in page.attributes if k == "d" and ("nan" in v or "inf" in v)]
+
+
+def test_shared_channels_tell_clusters_axis_and_bits() -> None:
+    def shared(name: str, bits: float, clusters: int, axis: str) -> dict[str, Any]:
+        spec = {"form": "shared", "clusters": clusters, "axis": axis}
+        return linear(name, bits_per_weight=bits, condition=None, spec=spec)
+
+    linears = [
+        shared("h.0.w", 4.0, 3, "rows"),
+        shared("h.1.w", 5.0, 9, "rows"),
+        shared("h.0.v", 9.0, 5, "columns"),
+    ]
+
+    page = html_report(report(linears))
+
+    text = Page(page).text
+    figure = text.index("bits per weight")
+    assert "6" in text[figure : figure + 3]
+    assert "3–9 clusters of rows (2) and columns (1)" in text
+    assert "singular" not in [cell for row in rows_of(page) for cell in row]
+
+
+def test_the_perplexity_before_is_told_where_it_is_known() -> None:
+    steps = [step("gradient of the loss") | {"nll": math.log(12.5)}, step("block 0")]
+
+    text = Page(html_report(report(steps=steps))).text
+
+    assert "12.5" in text[text.index("perplexity before") :][:3]
+    assert "perplexity before" not in Page(html_report(report())).text
+
+
+def test_linears_done_again_are_told() -> None:
+    redone = [{"pattern": "w$", "damping": 0.5, "linears": ["h.0.w", "h.1.w"]}]
+    linears = [linear(f"h.{n}.w", damping=0.5) for n in range(2)]
+
+    page = html_report(report(linears, redone=redone))
+
+    assert "2 linears matched by w$: decomposed again, with damping 0.5." in page
+    assert "Warnings" not in page  # it was asked for
+
+
+# -- steps --------------------------------------------------------------------------------
+
+
+def sweeps(blocks: int, prefix: str = "") -> list[dict[str, Any]]:
+    """The steps of a two-sided job."""
+    numbers = range(blocks)
+    names = ["tokenize", "embed", *(f"forward {n}" for n in numbers), "gradient of the loss"]
+    names += [*(f"reverse {n}" for n in reversed(numbers)), "ranks"]
+    names += [f"{prefix}block {n}" for n in numbers] + [f"{prefix}copy the rest"]
+    return [step(name) for name in names]
+
+
+def labels_below(page: str) -> list[list[tuple[float, str]]]:
+    """The rows of labels below the plots: percent of the width, and text."""
+    rows = re.findall(r'<div class="x">(.*?)</div>', page, re.DOTALL)
+    return [
+        [(float(at), text) for at, text in re.findall(r'left:([\d.]+)%">(.*?)</span>', row)]
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["", "ratio 0.4: "])
+@pytest.mark.parametrize("blocks", [4, 16, 30, 80, 126])
+def test_sweeps_over_many_blocks_stay_apart(blocks: int, prefix: str) -> None:
+    page = html_report(report([], steps=sweeps(blocks, prefix)))
+
+    numbers, names = labels_below(page)[:2]
+    assert [text for _, text in names] == ["forward", "reverse", "block"]
+    assert [at for at, _ in names] == sorted(at for at, _ in names)
+    assert 3 <= len(numbers) <= 12
+    assert all(b[0] - a[0] >= 3.5 for a, b in pairwise(numbers))
+    assert page.count('fill="var(--line)"') == 2 * 2  # bands behind the first and the third sweep
+
+
+def test_a_single_sweep_has_no_band() -> None:
+    page = html_report(report([], steps=[step(f"block {n}") for n in range(30)]))
+
+    assert 'fill="var(--line)"' not in page
+    assert [text for _, text in labels_below(page)[0]] == ["0", "5", "10", "15", "20", "25"]
+
+
+def test_the_page_of_a_job_lists_what_stays_dense_and_what_was_refined(
+    pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = varied_text(tmp_path / "text", 4000)
+    settings: dict[str, Any] = {"ratio": 0.15, "refine": 2, "exclude": "up_proj"}
+
+    made = compress(pico("llama"), tmp_path / "out", text, **settings).report
+
+    factored = {linear["name"] for linear in made["linears"]}
+    dense = {linear["name"]: (linear["rows"], linear["columns"]) for linear in made["dense"]}
+    eligible = streamcomp.inspect(pico("llama")).families
+    assert not factored & set(dense)
+    names = [f"model.layers.{n}.{family.name}" for n in range(2) for family in eligible]
+    assert factored | set(dense) == {name for name in names if "up_proj" not in name}
+    page = (tmp_path / "out" / "streamcomp_report.html").read_text("utf-8")
+    shown = Page(page).text
+    for name, (rows, columns) in dense.items():
+        assert f"{name}: dense, {rows} × {columns}" in shown
+    assert {"Refinement", "Numerical health", "perplexity before"} <= set(shown)
 
 
 def test_modules_left_are_counted_by_reason() -> None:

@@ -47,7 +47,8 @@ def measured_losses(dense: Path, out: Path, tokens: Tensor, statistics: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("method", "statistics"), [("svd-llm", "dense"), ("svd-llm", "compressed"), ("rom", "compressed")]
+    ("method", "statistics"),
+    [("svd-llm", "dense"), ("svd-llm", "compressed"), ("rom", "compressed")],
 )
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["fp32", "fp64"]
@@ -102,7 +103,9 @@ def test_the_loss_falls_as_the_ratio_does(
     losses = []
     for ratio in (0.8, 0.5, 0.3, 0.1):
         out = tmp_path / f"{ratio}"
-        result = compress(pico("llama"), out, text, method=method, allocation="uniform", ratio=ratio)
+        result = compress(
+            pico("llama"), out, text, method=method, allocation="uniform", ratio=ratio
+        )
         losses.append([linear["relative_loss"] for linear in result.report["linears"]])
 
     for more, less in zip(losses, losses[1:], strict=False):

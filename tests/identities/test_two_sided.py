@@ -116,9 +116,7 @@ def test_damping_changes_nothing_but_the_scale_where_no_output_is_preferred(
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("damping", [0.0, GRADIENT_DAMPING, 0.5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_smaller_side_is_both_sides(
-    shape: tuple[int, int], damping: float, seed: int
-) -> None:
+def test_the_smaller_side_is_both_sides(shape: tuple[int, int], damping: float, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     weight, inputs = normal(*shape, random=random), moment(shape[1], random)
     gradients = moment(shape[0], random)
@@ -272,13 +270,13 @@ def test_scaling_the_moments_scales_the_energies_alone(
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
-@pytest.mark.parametrize("side", ["inputs", "outputs"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "side"),
+    [*((shape, "inputs") for shape in SHAPES), ((12, 20), "outputs"), ((16, 16), "outputs")],
+)
 def test_the_method_takes_either_moment(
     shape: tuple[int, int], side: str, damping: float, random: Generator
 ) -> None:
-    if side == "outputs" and shape[0] > shape[1]:
-        pytest.skip("a tall linear has no moment of its outputs")
     weight, inputs = normal(*shape, random=random), moment(shape[1], random)
     gradients = moment(shape[0], random)
     own = weight.T @ gradients @ weight if shape[0] > shape[1] else gradients
@@ -351,9 +349,7 @@ def test_inputs_of_few_tokens_are_reproduced(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_token_alone_is_survived(
-    form: str, shape: tuple[int, int], random: Generator
-) -> None:
+def test_one_token_alone_is_survived(form: str, shape: tuple[int, int], random: Generator) -> None:
     weight, token = normal(*shape, random=random), normal(shape[1], 1, random=random)
 
     found = decompose(weight, token @ token.T, moment(shape[0], random, rank=1))

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from streamcomp.integrations.transformers import PLUGIN, StreamCompConfig, plugin_source
-from streamcomp.modeling.modules import FORMS, FactoredLinear
+from streamcomp.modeling.modules import FORMS, FactoredLinear, SharedLinear
 from tests.jobs import (
     REPOSITORY,
     Finished,
     compress,
     config_of,
     factored_modules,
+    in_memory,
     load_dense,
     logits_of,
     products,
@@ -39,18 +40,29 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
+# What a name stands for beside the forms of the default method.
+OTHERS: dict[str, dict[str, Any]] = {
+    "shared": {"method": "swsc", "clusters": 4},
+    "shared by rows": {"method": "swsc", "clusters": 4, "axis": "rows"},
+    "centred": {"method": "rom", "centred": True, "form": "uv"},
+    "centred pivot": {"method": "rom", "centred": True},
+}
+KINDS = [*FORMS, *OTHERS]
+
+
 @pytest.fixture(scope="module")
 def compressed(
     pico: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """``compressed("llama", form="uv")``: a compressed pico model, not to be changed."""
+    """``compressed("llama", "uv")``: a compressed pico model, not to be changed."""
     made: dict[str, Path] = {}
 
     def make(architecture: str = "llama", form: str = "pivot", **model: Any) -> Path:
         key = repr((architecture, form, model))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("out") / f"{architecture}-{form}"
-            compress(pico(architecture, **model), made[key], text, form=form, ratio=0.3)
+            settings = OTHERS.get(form, {"form": form})
+            compress(pico(architecture, **model), made[key], text, ratio=0.3, **settings)
         return made[key]
 
     return make
@@ -111,6 +123,10 @@ def test_with_trust_remote_code_no_streamcomp_is_needed(
         compressed("llama", "pivot"): ("PivotLinear", "LlamaConfig", "LlamaModel"),
         compressed("gemma2", "uv"): ("LowRankLinear", "Gemma2Config", "Gemma2Model"),
         compressed("gpt_neox", "pivot"): ("PivotLinear", "GPTNeoXConfig", "GPTNeoXModel"),
+        compressed("llama", "shared"): ("SharedLinear", "LlamaConfig", "LlamaModel"),
+        compressed("opt", "shared by rows"): ("SharedLinear", "OPTConfig", "OPTModel"),
+        compressed("qwen2", "centred"): ("LowRankLinear", "Qwen2Config", "Qwen2Model"),
+        compressed("llama", "centred pivot"): ("PivotLinear", "LlamaConfig", "LlamaModel"),
     }
 
     done = run_elsewhere(list(made), tmp_path, tmp_path / "cache", trust=True)
@@ -144,7 +160,7 @@ AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_without_either_it_fails_loudly(compressed: Callable[..., Path], tmp_path: Path) -> None:
-    folders = [compressed("llama", "pivot"), compressed("llama", "uv"), compressed("opt", "pivot")]
+    folders = [compressed("llama", kind) for kind in KINDS] + [compressed("opt", "pivot")]
 
     done = run_elsewhere(folders, tmp_path, tmp_path / "cache", trust=False, script=LOUD)
 
@@ -167,7 +183,53 @@ def test_the_plugin_is_one_file_that_needs_no_streamcomp(compressed: Callable[..
 # -- with streamcomp ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["pivot", "uv"])
+@torch.no_grad()
+def multiplied_out(dense: Path, out: Path) -> Any:
+    """The dense model with the products of the factors, and the biases, that ``out`` holds."""
+    model, tensors = load_dense(dense, products(out)), stored_tensors(out)
+    for name in factored_modules(out):
+        if f"{name}.bias" in tensors:
+            linear = model.get_submodule(in_memory(model, name))
+            assert isinstance(linear, nn.Linear)
+            linear.bias = nn.Parameter(tensors[f"{name}.bias"])
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])
+def test_the_loaded_model_computes_with_the_products_and_biases(
+    architecture: str, kind: str, pico: Callable[..., Path], compressed: Callable[..., Path]
+) -> None:
+    dense, out = pico(architecture), compressed(architecture, kind)
+
+    expected = logits_of(multiplied_out(dense, out), pico_tokens())
+
+    torch.testing.assert_close(logits_of(load(out), pico_tokens()), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, logits_of(load_dense(dense), pico_tokens()), atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])
+def test_a_centred_method_gives_every_linear_a_bias(
+    architecture: str, pico: Callable[..., Path], compressed: Callable[..., Path]
+) -> None:
+    out = compressed(architecture, "centred")
+    before, after = stored_tensors(pico(architecture)), stored_tensors(out)
+
+    modules = factored_modules(out)
+    model = load(out)
+    for name, spec in modules.items():
+        had = f"{name}.bias" in before
+        assert spec.get("bias", False) is not had  # told only where the dense model has none
+        stored = after[f"{name}.bias"]
+        assert stored.any()
+        assert not had or not torch.equal(stored, before[f"{name}.bias"])
+        assert torch.equal(model.get_submodule(in_memory(model, name)).bias, stored)
+    assert {f"{name}.bias" in before for name in modules} == {
+        "llama": {False}, "qwen2": {False, True}, "opt": {True},
+    }[architecture]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["pivot", "uv", "shared"])
 def test_factored_linears_are_in_their_places(form: str, compressed: Callable[..., Path]) -> None:
     out = compressed("llama", form)
 
@@ -177,14 +239,15 @@ def test_factored_linears_are_in_their_places(form: str, compressed: Callable[..
     specs = factored_modules(out)
     assert found.keys() == specs.keys()
     for name, module in found.items():
-        assert type(module) is FORMS[form] and isinstance(module, nn.Linear)
+        assert type(module) is {**FORMS, "shared": SharedLinear}[form]
+        assert isinstance(module, nn.Linear)
         assert module.rank == specs[name]["rank"]
         torch.testing.assert_close(
             module.dense_weight().double(), products(out)[name], rtol=1e-5, atol=1e-5
         )
 
 
-@pytest.mark.parametrize("form", ["pivot", "uv"])
+@pytest.mark.parametrize("form", ["pivot", "uv", "shared", "centred"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt_neox", "opt", "mixtral"])
 def test_a_saved_model_is_the_same_model(
     architecture: str, form: str, compressed: Callable[..., Path], tmp_path: Path
@@ -291,8 +354,8 @@ def test_a_copy_is_a_model_of_its_own(compressed: Callable[..., Path]) -> None:
 
 
 def test_gradients_reach_the_factors(compressed: Callable[..., Path]) -> None:
-    for form in FORMS:
-        model = load(compressed("llama", form)).train()
+    for kind in KINDS:
+        model = load(compressed("llama", kind)).train()
 
         model(input_ids=pico_tokens(), labels=pico_tokens()).loss.backward()
 
@@ -370,7 +433,8 @@ UP = "model.layers.0.mlp.up_proj"
         ({"version": 2}, "format version 2, this reader knows 1"),
         ({"version": None}, "format version None"),
         ({"new_key": 1}, "unknown key 'new_key' in quantization_config"),
-        ({"modules": {UP: {"form": "shared", "rank": 3}}}, "unknown form 'shared'"),
+        ({"modules": {UP: {"form": "sparse", "rank": 3}}}, "unknown form 'sparse'"),
+        ({"modules": {UP: {"form": "shared", "rank": 3}}}, "axis None is impossible"),
         ({"modules": {UP: {"form": "uv", "rank": 3, "scale": 2}}}, "unknown key 'scale'"),
         ({"modules": {UP: {"form": "uv"}}}, "rank None is impossible"),
         ({"modules": {UP: {"form": "uv", "rank": 0}}}, "rank 0 is impossible"),

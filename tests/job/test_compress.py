@@ -94,7 +94,7 @@ def test_the_loaded_model_computes_with_the_products_of_its_factors(
 
     assert expected.std() > 0.1
     torch.testing.assert_close(logits_of(loaded, pico_tokens()), expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(expected, logits_of(load_dense(dense), pico_tokens()), atol=1e-2)
+    assert not torch.allclose(expected, logits_of(load_dense(dense), pico_tokens()), atol=1e-3)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -139,7 +139,7 @@ def test_the_ratio_asked_for_is_reached_and_never_more_is_stored(
 def test_every_linear_of_a_block_is_factored(
     architecture: str, form: str, compressed: Callable[..., tuple[Path, Path]]
 ) -> None:
-    dense, out = compressed(architecture, form=form)
+    dense, out = compressed(architecture, form=form, allocation="uniform")
 
     model = load_dense(dense)
     assert {in_memory(model, name) for name in factored_modules(out)} == set(block_linears(dense))
@@ -148,7 +148,7 @@ def test_every_linear_of_a_block_is_factored(
 def test_experts_and_routers_stay_dense_and_are_listed(
     compressed: Callable[..., tuple[Path, Path]],
 ) -> None:
-    dense, out = compressed("mixtral")
+    dense, out = compressed("mixtral", allocation="uniform")
 
     source, written = stored_tensors(dense), stored_tensors(out)
     experts = [name for name in source if "expert" in name]
@@ -188,7 +188,7 @@ def test_a_linear_that_no_rank_makes_smaller_stays_dense_and_the_others_make_up_
     AutoModelForCausalLM.from_config(config).save_pretrained(dense)
     make_tokenizer().save_pretrained(dense)
 
-    model = compress(dense, out, text, ratio=0.3).report["model"]
+    model = compress(dense, out, text, ratio=0.3, allocation="uniform").report["model"]
 
     linears = block_linears(dense)
     gates = {name for name in linears if name.endswith("shared_expert_gate")}
@@ -343,7 +343,9 @@ def test_the_source_is_left_as_it_was(
 def test_a_pivoted_linear_has_a_higher_rank_than_a_plain_one_in_no_more_numbers(
     compressed: Callable[..., tuple[Path, Path]],
 ) -> None:
-    (_, pivot), (_, plain) = compressed("llama", form="pivot"), compressed("llama", form="uv")
+    (_, pivot), (_, plain) = (
+        compressed("llama", form=form, allocation="uniform") for form in FORMS
+    )
 
     higher, lower = factored_modules(pivot), factored_modules(plain)
     assert all(higher[name]["rank"] > lower[name]["rank"] for name in higher)
@@ -403,7 +405,12 @@ def test_the_factors_are_those_of_a_plain_reference_on_the_whole_model(
     compressed: Callable[..., tuple[Path, Path]],
 ) -> None:
     dense, out = compressed(
-        architecture, model={"dtype": torch.float64}, form=form, statistics=statistics, ratio=0.4
+        architecture,
+        model={"dtype": torch.float64},
+        method="svd-llm",
+        form=form,
+        statistics=statistics,
+        ratio=0.4,
     )
     tokens = load_windows(dense, [str(text)], SMALL["samples"], SMALL["seq_len"], 0).tokens.long()
     ranks = {name: spec["rank"] for name, spec in factored_modules(out).items()}
@@ -421,8 +428,8 @@ def test_the_factors_are_those_of_a_plain_reference_on_the_whole_model(
 def test_the_two_statistics_differ_behind_the_first_block_and_not_in_it(
     compressed: Callable[..., tuple[Path, Path]],
 ) -> None:
-    _, first = compressed("llama", statistics="dense")
-    _, second = compressed("llama", statistics="compressed")
+    _, first = compressed("llama", method="svd-llm", statistics="dense")
+    _, second = compressed("llama", method="svd-llm", statistics="compressed")
 
     one, other = stored_tensors(first), stored_tensors(second)
     same = {name for name in one if torch.equal(one[name], other[name])}
@@ -431,16 +438,19 @@ def test_the_two_statistics_differ_behind_the_first_block_and_not_in_it(
     assert not {name for name in weights if "layers.1." in name} & same
 
 
-@pytest.mark.parametrize("statistics", ["dense", "compressed"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "svd-llm", "statistics": "dense"}]
+    + [{"method": "svd-llm", "statistics": "compressed"}]
+    + [{"method": "two-sided"}, {"method": "two-sided", "update": True}],
+    ids=str,
+)
 def test_the_batch_size_does_not_matter(
-    statistics: str, compressed: Callable[..., tuple[Path, Path]]
+    settings: dict[str, Any], compressed: Callable[..., tuple[Path, Path]]
 ) -> None:
+    wide = {"dtype": torch.float64}
     results = [
-        products(
-            compressed("llama", model={"dtype": torch.float64}, statistics=statistics, batch=batch)[
-                1
-            ]
-        )
+        products(compressed("llama", model=wide, batch=batch, **settings)[1])
         for batch in (1, 3, 8)
     ]
 
@@ -516,7 +526,13 @@ def test_a_finished_job_is_recognised_and_nothing_is_written(
 CHANGES: list[dict[str, Any]] = [
     {"ratio": 0.3},
     {"form": "uv"},
-    {"statistics": "compressed"},
+    {"allocation": "uniform"},
+    {"method": "svd-llm"},
+    {"update": True},
+    {"refine": 3},
+    {"blocks": "last:1"},
+    {"damping": 0.1},
+    {"store_every": 2},
     {"samples": 7},
     {"seq_len": 12},
     {"batch": 2},
@@ -548,7 +564,7 @@ def test_so_it_is_in_the_folder_of_an_unfinished_job(
 ) -> None:
     dense, out = pico("llama"), tmp_path / "out"
     with pytest.raises(Interrupted, match="block 0"):
-        compress(dense, out, text, progress=Interrupt(2))
+        compress(dense, out, text, progress=Interrupt(8))
     before = tree(out)
 
     with pytest.raises(JobMismatchError) as caught:
@@ -575,17 +591,18 @@ def test_a_job_interrupted_after_any_step_goes_on_to_the_same_bytes(
     statistics: str, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     dense = pico("gemma2")
-    compress(dense, tmp_path / "whole", text, statistics=statistics)
+    settings = {"method": "svd-llm", "statistics": statistics}
+    compress(dense, tmp_path / "whole", text, **settings)
     expected = stored_files(tmp_path / "whole")
     names = ["tokenize", "embed", "block 0", "block 1", "copy the rest"]
 
     for after in range(len(names)):
         out = tmp_path / f"after{after}"
         with pytest.raises(Interrupted, match=names[after]):
-            compress(dense, out, text, statistics=statistics, progress=Interrupt(after))
+            compress(dense, out, text, progress=Interrupt(after), **settings)
         assert not (out / "config.json").exists()
         notes = Notes()
-        result = compress(dense, out, text, statistics=statistics, progress=notes)
+        result = compress(dense, out, text, progress=notes, **settings)
 
         assert (notes.done, notes.steps) == (after + 1, names[after + 1 :])
         assert stored_files(out) == expected
@@ -617,7 +634,7 @@ def test_work_of_one_folder_does_not_serve_another(
 ) -> None:
     dense, work = pico("llama"), tmp_path / "work"
     with pytest.raises(Interrupted):
-        compress(dense, tmp_path / "first", text, work_dir=work, progress=Interrupt(2))
+        compress(dense, tmp_path / "first", text, work_dir=work, progress=Interrupt(8))
 
     with pytest.raises(OutputError, match="model-00001-of-00003"):
         compress(dense, tmp_path / "second", text, work_dir=work)
@@ -631,7 +648,7 @@ def test_a_shard_that_was_removed_from_an_unfinished_job_is_missed_at_once(
 ) -> None:
     dense, out = pico("llama"), tmp_path / "out"
     with pytest.raises(Interrupted):
-        compress(dense, out, text, progress=Interrupt(3))
+        compress(dense, out, text, progress=Interrupt(9))
     (out / "model-00001-of-00003.safetensors").unlink()
 
     with pytest.raises(OutputError, match="model-00001-of-00003"):
@@ -679,9 +696,18 @@ def test_the_report_tells_what_was_done(compressed: Callable[..., tuple[Path, Pa
 
 def test_a_model_of_one_block_is_compressed_too(text: Path, tmp_path: Path) -> None:
     dense = save_pico(tmp_path / "one", blocks=1)
-    for statistics in ("dense", "compressed"):
-        out = tmp_path / statistics
-        compress(dense, out, text, statistics=statistics)
+    for number, settings in enumerate(
+        (
+            {},
+            {"update": True, "refine": 4},
+            {"method": "svd-llm"},
+            {"method": "svd-llm", "statistics": "compressed"},
+            {"method": "svd-llm", "refine": 4, "ratio": (0.2,)},
+            {"method": "swsc"},
+        )
+    ):
+        out = tmp_path / str(number)
+        compress(dense, out, text, **settings)
 
         loaded = AutoModelForCausalLM.from_pretrained(out).eval()
         expected = logits_of(load_dense(dense, products(out)), pico_tokens())

@@ -136,7 +136,9 @@ def test_the_basis_of_a_lower_rank_is_a_part_of_that_of_a_higher(
     weight, inputs = normal(*shape, random=random), normal(shape[1], 90, random=random)
     result = decompose_inputs(weight, inputs @ inputs.T)
 
-    assert torch.allclose(basis_of(weight, result, 3), basis_of(weight, result, 9)[:, :3], atol=1e-10)
+    assert torch.allclose(
+        basis_of(weight, result, 3), basis_of(weight, result, 9)[:, :3], atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("at_once", [1, 7])

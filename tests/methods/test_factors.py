@@ -55,7 +55,9 @@ def test_the_runtime_modules_hold_the_same_matrix(
 def test_both_forms_are_one_matrix(random: Generator) -> None:
     weight, basis = problem((20, 12), 7, random)
 
-    uv, pivot = (product(f, factor_tensors(f, basis, basis.T @ weight, torch.float64)) for f in FORMS)
+    uv, pivot = (
+        product(f, factor_tensors(f, basis, basis.T @ weight, torch.float64)) for f in FORMS
+    )
 
     assert torch.allclose(uv, pivot, atol=1e-12)
 

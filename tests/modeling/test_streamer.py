@@ -322,7 +322,8 @@ def test_a_compressed_model_streams_like_the_product_of_its_factors(
         for name in names:
             weight = tensors.pop(f"{name}.weight")
             noise = torch.randn(len(weight), rank, dtype=torch.float64, generator=random)
-            parts = factor_tensors(form, weight, torch.linalg.qr(noise).Q, torch.float32)
+            left = torch.linalg.qr(noise).Q
+            parts = factor_tensors(form, left, left.T @ weight.double(), torch.float32)
             module = FORMS[form](weight.shape[1], weight.shape[0], rank).requires_grad_(False)
             module.load_state_dict(parts)
             products[f"{name}.weight"] = module.dense_weight()
