@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="only those with one of these words, a,b")
     parser.add_argument("--max-ram", default="1G")
     parser.add_argument("--windows", default="0", help="of each text, for evaluation; 0: all")
+    parser.add_argument("--texts", default="wikitext,reference,source", help="to evaluate on")
     parser.add_argument("--no-textbook", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +175,7 @@ def _ours(
 def _evaluations(
     options: argparse.Namespace, model: Path, name: str, texts: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Perplexity on every text, kept one by one."""
+    """Perplexity on the texts asked for, and on those that were kept before."""
     found = {}
     for key, text in texts.items():
         kept = options.out / f"{name}-{key}-{options.windows}.json"
@@ -189,7 +190,8 @@ def _evaluations(
                 "bytes": result["checkpoint_bytes"],
             }
 
-        found[key] = _kept(kept, evaluate)
+        if kept.is_file() or key in options.texts.split(","):
+            found[key] = _kept(kept, evaluate)
     return found
 
 

@@ -181,7 +181,8 @@ def plan(
     find_method(recipe.method)
     with headers_folder(model, revision) as folder:
         skeleton = Skeleton(read_index(folder))
-        warm_up(device, skeleton.dtype)
+        gradients, training = recipe.two_sided, recipe.refine > 0
+        warm_up(device, skeleton.dtype, gradients=gradients, training=training)
         return make_plan(
             skeleton,
             recipe,

@@ -163,7 +163,8 @@ _recipe = _options(
         "--rate",
         type=float,
         metavar="SHARE",
-        help="Learning rate of --refine, relative to the factors' size.  [default: its own]",
+        help="Learning rate of --refine, relative to the factors' size.  [default: its own]  "
+        "Example: --rate 1e-3",
     ),
     click.option(
         "--update",
@@ -209,7 +210,7 @@ _recipe = _options(
         type=int,
         metavar="K",
         help="For swsc: representatives per linear; 0 = whatever loses least.  "
-        f"[default: {_DEFAULT.clusters}]",
+        f"[default: {_DEFAULT.clusters}]  Example: --clusters 64",
     ),
     click.option(
         "--axis",
@@ -393,6 +394,7 @@ def _redo(
 @click.argument("model")
 @_recipe
 @_resources
+@_keep_work
 @_revision
 @_output
 def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
@@ -639,6 +641,8 @@ def _alike(one: Any, other: Any) -> bool:
     return same and one.step.block >= 0
 
 
+# Stages of a job in its summary, the longest.
+_STAGES_SHOWN = 3
 # Columns, more than any table takes.
 _UNBOUND = 10_000
 
@@ -690,7 +694,8 @@ def _span(ends: tuple[int, int]) -> str:
 
 def _print_summary(out: Path, report: dict[str, Any]) -> None:
     model, memory = report["model"], report["memory"]
-    stages = ", ".join(f"{k} {format_seconds(v)}" for k, v in report["stages"].items() if v >= 0.1)
+    longest = sorted(report["stages"].items(), key=lambda stage: -stage[1])[:_STAGES_SHOWN]
+    stages = ", ".join(f"{name} {format_seconds(spent)}" for name, spent in longest if spent >= 0.1)
     rows = {
         "linear parameters": f"{model['linear_parameters']:,} -> "
         f"{model['linear_parameters_kept']:,}"

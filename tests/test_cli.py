@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from tests.jobs import (
 GROUP = cli.cli
 COMMANDS = {"": GROUP, **GROUP.commands}
 LITTLE = ("--samples", SMALL["samples"], "--seq-len", SMALL["seq_len"], "--threads", 1)
-STEPS = ["tokenize", "embed", "block 0", "block 1", "copy the rest"]
+STEPS = ["tokenize", "embed", "forward 0", "forward 1", "gradient of the loss", "reverse 1"]
+STEPS += ["reverse 0", "ranks", "block 0", "block 1", "copy the rest"]
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +105,10 @@ def test_each_option_tells_its_default_and_an_example(name: str, option: click.O
     assert option.help
     if option.is_flag:
         return  # off unless given
-    # `--config` has nothing to be by default
-    assert "[default: " in option.help or option.show_default or option.name == "config"
+    absent = option.name in ("config", "module_ratio", "redo", "size")  # unless given
+    assert "[default: " in option.help or option.show_default or absent
     chosen = isinstance(option.type, click.Choice)
-    named = option.name in ("method", "seed")  # the one method there is; any whole number
-    assert chosen or named or f"Example: {option.opts[0]} " in option.help
+    assert chosen or option.name == "seed" or f"Example: {option.opts[0]} " in option.help
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name])
@@ -119,16 +120,20 @@ def test_the_defaults_in_the_help_are_those_of_a_recipe() -> None:
     recipe = streamcomp.Recipe()
     for option in GROUP.commands["compress"].params:
         value = getattr(recipe, option.name or "", None)
-        if value not in (None, (), ""):
-            assert isinstance(option, click.Option)
-            assert f"[default: {value}]" in (option.help or "")
+        own = isinstance(value, float) and value == 0  # the method's
+        if value in (None, (), "") or isinstance(value, bool) or own:
+            continue
+        assert isinstance(option, click.Option)
+        told = f"{value:g}" if isinstance(value, float) else value
+        assert re.search(rf"\[default: {told}\b", option.help or ""), option.name
 
 
 def test_each_setting_of_a_recipe_has_an_option() -> None:
     options = {parameter.name for parameter in GROUP.commands["compress"].params}
 
     assert set(vars(streamcomp.Recipe())) | set(vars(streamcomp.Resources())) <= options
-    assert {parameter.name for parameter in GROUP.commands["plan"].params} == options - {"out"}
+    of_plan = {parameter.name for parameter in GROUP.commands["plan"].params}
+    assert of_plan == options - {"out", "redo"}
 
 
 def test_the_module_runs_and_tells_its_version() -> None:
@@ -289,23 +294,23 @@ def test_status_follows_a_job(model: Path, text: Path, tmp_path: Path) -> None:
     nothing = run_cli("status", out)
     assert nothing.code == 6 and "holds no job" in nothing.err
 
-    with stop_after(2), pytest.raises(Interrupted):
+    with stop_after(8), pytest.raises(Interrupted):
         job(model, out, text)
     found = run_cli("status", out, "--json").json
     assert found["finished"] is False
-    assert (found["steps_done"], found["steps_total"], found["last_step"]) == (3, 5, "block 0")
+    assert (found["steps_done"], found["steps_total"], found["last_step"]) == (9, 11, "block 0")
     assert found["recipe"]["samples"] == SMALL["samples"]
     assert found["peak_bytes"] > 0 and found["seconds"] > 0 and found["seconds_left"] > 0
     table = run_cli("status", out)
     assert table.code == 0
-    assert "unfinished" in table.out and "3 of 5, last block 0" in table.out
+    assert "unfinished" in table.out and "9 of 11, last block 0" in table.out
 
     goes_on = job(model, out, text)
     assert goes_on.code == 0
-    assert goes_on.err.startswith(f"{out}: 5 steps, continued after step 3\n[4/5] block 1")
+    assert goes_on.err.startswith(f"{out}: 11 steps, continued after step 9\n[10/11] block 1")
     found = run_cli("status", out, "--json").json
     assert found["finished"] is True
-    assert (found["steps_done"], found["steps_total"], found["seconds_left"]) == (5, 5, 0)
+    assert (found["steps_done"], found["steps_total"], found["seconds_left"]) == (11, 11, 0)
     table = run_cli("status", out)
     assert "finished" in table.out and "unfinished" not in table.out
 

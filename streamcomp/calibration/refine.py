@@ -28,7 +28,7 @@ from streamcomp.modeling.streamer import LoadedBlock
 __all__ = ["REFINE_RATE", "Refined", "TrainingData", "refine_block"]
 
 # Learning rate, relative to the root mean square of the tensor that it moves.
-REFINE_RATE = 5e-3
+REFINE_RATE = 4e-3
 
 _WINDOWS_PER_STEP = 1  # run one at a time, their gradients added up
 _HELD_OUT_EVERY = 8  # one window in as many is held out

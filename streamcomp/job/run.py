@@ -103,7 +103,8 @@ class Job:
         """Plan, make the folders, take the lock, and begin or continue the journal."""
         self.budget = budget_bytes(self.resources.max_ram)
         self.skeleton = Skeleton(self.index)
-        warm_up(self.device, self.skeleton.dtype)
+        gradients, training = self.recipe.two_sided, self.recipe.refine > 0
+        warm_up(self.device, self.skeleton.dtype, gradients=gradients, training=training)
         self.rates = measure_rates(self.device, self.skeleton.dtype)
         found = self._journal()
         self._refuse_foreign_folder(found)

@@ -148,8 +148,13 @@ def is_memory_backed(folder: Path) -> bool:
     return best is not None and best.fstype in ("tmpfs", "ramfs")
 
 
-def warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Touch the kernels that a job uses, so that their code and buffers are resident."""
+def warm_up(
+    device: torch.device, dtype: torch.dtype, *, gradients: bool = False, training: bool = False
+) -> None:
+    """Touch the kernels that a job uses, so that their code and buffers are resident.
+
+    ``gradients`` are those of the loss in a reverse sweep, ``training`` is a refinement's.
+    """
     square = torch.eye(64, dtype=dtype, device=device)
     torch.nn.functional.linear(square, square)
     wide = torch.eye(64, dtype=torch.float64, device=device)
@@ -161,6 +166,25 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     ):
         solve(wide)
     wide.float() @ wide.float()
+    torch.linalg.solve_triangular(wide, wide, upper=False)
+    torch.cholesky_solve(wide, wide)
+    if gradients or training:
+        _warm_up_gradients(square.detach().clone().requires_grad_(), training)
+
+
+def _warm_up_gradients(start: torch.Tensor, training: bool) -> None:
+    """A backward through what a block and the loss are made of, and a step of the optimizer."""
+    functional = torch.nn.functional
+    with torch.enable_grad():
+        heads = start.view(1, 4, 16, -1)
+        mixed = functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        output = functional.silu(functional.linear(mixed.reshape(start.shape), start.detach()))
+        loss = functional.cross_entropy(
+            output.float(), torch.zeros(64, dtype=torch.int64).to(start.device)
+        )
+        loss.backward()
+    if training:
+        torch.optim.AdamW([start], lr=0.0).step()
 
 
 def _status_bytes(field: str) -> int:

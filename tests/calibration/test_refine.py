@@ -18,6 +18,7 @@ from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.methods import factor_tensors
 from streamcomp.modeling.modules import FactoredLinear, factored
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
+from tests.jobs import compress, factored_modules, stored_tensors, varied_text
 from tests.modeling.folders import CPU, open_skeleton
 from tests.pico import HIDDEN, pico_tokens
 
@@ -374,3 +375,44 @@ def test_a_closed_form_that_stays_keeps_its_bits(
     for name, tensors in start.items():
         for leaf, value in tensors.items():
             assert torch.equal(refined.tensors[name][leaf].to(dtype), value)
+
+
+# -- a whole job
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["two-sided", "svd-llm"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_a_job_stores_the_closed_form_or_what_was_measured_to_be_better(
+    dtype: torch.dtype,
+    method: str,
+    rate: float,
+    pico: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    dense, settings = pico("llama", dtype=dtype), {"method": method, "samples": 16, "ratio": 0.4}
+
+    compress(dense, tmp_path / "plain", text, **settings)
+    report = compress(dense, tmp_path / "refined", text, refine=12, rate=rate, **settings).report
+
+    plain, refined = (stored_tensors(tmp_path / name) for name in ("plain", "refined"))
+    found = {item["block"]: item for item in report["refined"]}
+    assert factored_modules(tmp_path / "plain") == factored_modules(tmp_path / "refined")
+    assert plain.keys() == refined.keys() and list(found) == [0, 1]
+    for block, result in found.items():
+        assert (result["after"] < result["before"]) == (result["steps"] > 0)
+        for name in (name for name in plain if f"layers.{block}." in name):
+            assert plain[name].dtype == refined[name].dtype
+            trained = name.rpartition(".")[0] in factored_modules(tmp_path / "plain")
+            if not trained or result["steps"] == 0:
+                assert torch.equal(plain[name], refined[name]), name
+    steps = [result["steps"] for result in found.values()]
+    assert steps == [0, 0] if rate else max(steps) > 0

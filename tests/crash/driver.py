@@ -1,6 +1,6 @@
 """Kills jobs at numbered points, continues them, and says what was there; run by the tests.
 
-``python -m tests.crash.driver MODEL TEXT FOLDER STATISTICS`` prints one JSON object a line.
+``python -m tests.crash.driver MODEL TEXT FOLDER KIND`` prints one JSON object a line.
 Each job is a process of its own, forked from this one so that nothing is imported again,
 and ends itself with SIGKILL when it comes to its point: no timing is involved. Points lie
 before, within and after everything that a job does to a disk.
@@ -26,6 +26,14 @@ from transformers import AutoModelForCausalLM
 from streamcomp.checkpoint import writer
 from streamcomp.job.journal import JOURNAL, Journal
 from tests.jobs import compress, tree
+
+# Of the first, every point is tried; of the others, those between the embeddings and the rest,
+# for what lies before and behind does not depend on the method.
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {"method": "svd-llm"},
+    "compressed": {"method": "svd-llm", "statistics": "compressed"},
+    "refined": {"update": True, "refine": 2, "store_every": 2, "include": "k_proj|down_proj"},
+}
 
 _EVERY_WRITE = 8  # of the writes to a shard: there is one for each tensor
 _MOST_POINTS = 30  # that one process comes to: enough to finish a block or to publish
@@ -123,10 +131,10 @@ def watch(point: Points) -> None:
 
 
 class Driver:
-    """Runs jobs on one model with one kind of statistics."""
+    """Runs jobs of one kind on one model."""
 
-    def __init__(self, model: Path, text: Path, folder: Path, statistics: str) -> None:
-        self.model, self.text, self.folder, self.statistics = model, text, folder, statistics
+    def __init__(self, model: Path, text: Path, folder: Path, kind: str) -> None:
+        self.model, self.text, self.folder, self.kind = model, text, folder, kind
 
     def job(self, out: Path, last: int | None = None, only: str = "") -> tuple[bool, list[str]]:
         """One process: whether it was killed at its point, and the points it passed."""
@@ -138,7 +146,7 @@ class Driver:
             try:
                 points = Points(last, only)
                 watch(points)
-                compress(self.model, out, self.text, statistics=self.statistics, batch=4)
+                compress(self.model, out, self.text, batch=4, **KINDS[self.kind])
                 names.write_text(json.dumps(points.names))
                 code = 0
             except BaseException:
@@ -228,10 +236,9 @@ def main() -> None:
         driver.points.index("after block 1 is committed"),
     )
     for number, name in enumerate(driver.points):
-        # what lies before and behind the blocks does not depend on the statistics
-        if driver.statistics == "dense" or blocks[0] <= number <= blocks[1]:
+        if driver.kind == "dense" or blocks[0] <= number <= blocks[1]:
             tell("point", {"name": name, **driver.kill_at(number)})
-    if driver.statistics == "dense":
+    if driver.kind == "dense":
         return
     torn = folder / "torn"
     driver.job(torn, 0, only="within the journal line of block 0")

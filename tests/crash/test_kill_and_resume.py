@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import streamcomp
 from streamcomp import JobMismatchError, OutputError
 from streamcomp.api import plan
+from tests.crash.driver import KINDS
 from tests.jobs import (
     ENVIRONMENT,
     REPOSITORY,
@@ -34,6 +35,8 @@ from tests.jobs import (
 from tests.pico import save_pico
 
 STATISTICS = ("dense", "compressed")
+TWO_SIDED = ["forward 0", "forward 1", "gradient of the loss", "reverse 1", "reverse 0", "ranks"]
+BLOCKS = ["block 0", "block 1"]
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +48,24 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def driven(
     pico: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    """What the driver tells, for both statistics; they run side by side."""
+    """What the driver tells, for each kind of job; they run side by side."""
     running = {
-        statistics: subprocess.Popen(
+        kind: subprocess.Popen(
             [sys.executable, "-m", "tests.crash.driver", pico("llama"), text]
-            + [tmp_path_factory.mktemp("killed"), statistics],
+            + [tmp_path_factory.mktemp("killed"), kind],
             cwd=REPOSITORY,
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for statistics in STATISTICS
+        for kind in KINDS
     }
     told = {}
-    for statistics, process in running.items():
-        out, err = process.communicate(timeout=600)
+    for kind, process in running.items():
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err[-3000:]
-        told[statistics] = [json.loads(line) for line in out.splitlines()]
+        told[kind] = [json.loads(line) for line in out.splitlines()]
     return told
 
 
@@ -75,61 +78,73 @@ def of_kind(results: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 # -- SIGKILL -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_point_it_goes_on_to_the_same_bytes(
-    statistics: str, driven: dict[str, list[dict[str, Any]]]
+    kind: str, driven: dict[str, list[dict[str, Any]]]
 ) -> None:
-    points = of_kind(driven[statistics], "point")
+    points = of_kind(driven[kind], "point")
 
     names = [point["name"] for point in points]
-    steps = ("tokenize", "embed", "block 0", "block 1", "copy the rest")
-    for step in steps if statistics == "dense" else steps[2:4]:
+    steps = {
+        "dense": ["tokenize", "embed", *BLOCKS, "copy the rest"],
+        "compressed": BLOCKS,
+        "refined": TWO_SIDED + BLOCKS,
+    }
+    for step in steps[kind]:
         assert f"before {step} is committed" in names
         assert f"within the journal line of {step}" in names
         assert f"after {step} is committed" in names
     assert names.count("within hidden states") >= 2
     assert names.count("within a shard") >= 4
-    assert ("before config.json gets its name" in names) == (statistics == "dense")
+    assert ("before config.json gets its name" in names) == (kind == "dense")
+    if kind == "refined":
+        assert "before analysis-00001.self_attn.k_proj.safetensors gets its name" in names
+        assert "before gradient-00001.bin is removed" in names
     for point in points:
         assert point["killed"], point
         assert point["different"] == [], point
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_point_it_leaves_nothing_that_loads_and_is_not_whole(
-    statistics: str, driven: dict[str, list[dict[str, Any]]]
+    kind: str, driven: dict[str, list[dict[str, Any]]]
 ) -> None:
-    for point in of_kind(driven[statistics], "point"):
+    for point in of_kind(driven[kind], "point"):
         assert not point["loads_before_the_end"], point
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_point_and_continued_it_leaves_no_temporary_file(
-    statistics: str, driven: dict[str, list[dict[str, Any]]]
+    kind: str, driven: dict[str, list[dict[str, Any]]]
 ) -> None:
-    for point in of_kind(driven[statistics], "point"):
+    for point in of_kind(driven[kind], "point"):
         assert point["left_over"] == [], point
 
 
-def test_a_resumed_job_may_be_killed_too(driven: dict[str, list[dict[str, Any]]]) -> None:
-    assert not of_kind(driven["compressed"], "torn")[0]["whole_line"]
-    for point in of_kind(driven["compressed"], "point of a resumed job"):
+@pytest.mark.parametrize("kind", ["compressed", "refined"])
+def test_a_resumed_job_may_be_killed_too(
+    kind: str, driven: dict[str, list[dict[str, Any]]]
+) -> None:
+    assert not of_kind(driven[kind], "torn")[0]["whole_line"]
+    for point in of_kind(driven[kind], "point of a resumed job"):
         assert point["killed"] and not point["different"] and not point["left_over"], point
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("compressed", 5), ("refined", 11)])
 def test_a_job_killed_after_each_of_its_steps_does_each_once(
-    driven: dict[str, list[dict[str, Any]]],
+    kind: str, steps: int, driven: dict[str, list[dict[str, Any]]]
 ) -> None:
-    (result,) = of_kind(driven["compressed"], "every step")
+    (result,) = of_kind(driven[kind], "every step")
 
-    assert result["runs"] == 5  # tokenize, embed, two blocks, the rest
+    assert result["runs"] == steps  # tokenize, embed, the sweeps, two blocks, the rest
     assert not result["different"] and not result["left_over"]
 
 
+@pytest.mark.parametrize("kind", ["compressed", "refined"])
 def test_a_job_killed_again_and_again_comes_through(
-    driven: dict[str, list[dict[str, Any]]],
+    kind: str, driven: dict[str, list[dict[str, Any]]]
 ) -> None:
-    results = of_kind(driven["compressed"], "again and again")
+    results = of_kind(driven[kind], "again and again")
 
     assert sum(result["kills"] for result in results) > len(results)
     assert all(not result["different"] and not result["left_over"] for result in results)
@@ -154,7 +169,7 @@ def test_a_torn_journal_line_is_as_good_as_none(
         compress(dense, out, text, progress=Interrupt(3))
 
     assert journal.read_bytes().startswith(whole)
-    assert streamcomp.status(out).last_step == "block 1"
+    assert streamcomp.status(out).last_step == "forward 1"
 
 
 def test_a_journal_damaged_within_is_refused(
@@ -186,7 +201,7 @@ def test_an_unpublished_folder_is_no_model(
             compress(dense, out, text)
     else:
         with pytest.raises(Interrupted):
-            compress(dense, out, text, progress=Interrupt(4))
+            compress(dense, out, text, progress=Interrupt(10))
     assert (out / "model.safetensors.index.json").exists() == there
 
     with pytest.raises((OSError, ValueError)):
@@ -247,7 +262,7 @@ def test_a_folder_of_texts_may_hold_the_output_too(
 ) -> None:
     varied_text(tmp_path / "text.txt", 4000)
     out = tmp_path / "out"
-    for after in range(4):
+    for after in range(10):
         with pytest.raises(Interrupted):
             compress(pico("llama"), out, tmp_path, progress=Interrupt(after))
 
@@ -281,7 +296,8 @@ def test_a_smaller_budget_that_forces_another_batch_says_so_and_goes_on(
     statistics: str, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     dense, out = pico("llama", dtype=torch.float64), tmp_path / "out"
-    recipe = small_recipe(text, statistics=statistics)
+    settings = {"method": "svd-llm", "statistics": statistics}
+    recipe = small_recipe(text, **settings)
     with (  # what does not depend on the batch is larger than all of a pico model
         mock.patch("streamcomp.planning.plan.resident_bytes", return_value=300 * 2**20),
         mock.patch("streamcomp.planning.cost._PIECE_BYTES", 0),
@@ -292,12 +308,13 @@ def test_a_smaller_budget_that_forces_another_batch_says_so_and_goes_on(
     ):
         ample = plan(dense, recipe)
         small = str(ample.minimum_bytes)
-        assert (ample.batch, plan(dense, recipe, streamcomp.Resources(small)).batch) == (8, 1)
+        tight = plan(dense, recipe, streamcomp.Resources(small))
+        assert (ample.levers.batch, tight.levers.batch) == (8, 1)
         with pytest.raises(Interrupted):
-            compress(dense, out, text, statistics=statistics, progress=Interrupt(2))
+            compress(dense, out, text, progress=Interrupt(2), **settings)
         notes = Notes()
-        compress(dense, out, text, statistics=statistics, max_ram=small, progress=notes)
-        compress(dense, tmp_path / "whole", text, statistics=statistics)
+        compress(dense, out, text, max_ram=small, progress=notes, **settings)
+        compress(dense, tmp_path / "whole", text, **settings)
 
     assert notes.done == 3
     assert notes.texts == [

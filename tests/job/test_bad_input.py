@@ -180,7 +180,20 @@ def test_a_weight_that_is_no_number_ends_the_job_at_its_block(
     assert_refused(done, 3, message)
     block = int(name.split(".")[2])
     assert streamcomp.status(out).steps_done == 2 + block  # those before it are kept
-    assert len(list(out.glob("*.safetensors"))) == block
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_a_block_that_is_no_number_keeps_the_shards_of_those_before_it(
+    text: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    model, out = save_edited(tmp_path / "model", put_nan(name, float("nan"))), tmp_path / "out"
+
+    done = run_compress(model, out, text, "--method", "svd-llm")
+
+    assert_refused(done, 3, r"up_proj\.weight: 1 of 1536 weights")
+    assert streamcomp.status(out).last_step == "block 0"
+    assert len(list(out.glob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -641,7 +654,7 @@ class Fill(Notes):
                         return
 
 
-@pytest.mark.parametrize("after", range(5))
+@pytest.mark.parametrize("after", range(11))
 def test_a_disk_that_fills_up_ends_the_job_and_it_goes_on_once_there_is_space(
     after: int, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
@@ -653,11 +666,12 @@ def test_a_disk_that_fills_up_ends_the_job_and_it_goes_on_once_there_is_space(
         with pytest.raises(OutputError, match="no space left for .*: free some and run the same"):
             compress(dense, out, text, progress=progress)
 
-        assert len(progress.steps) == after + 1
+        # a journal line, all that is left of the ranks, may fit into the page that it has
+        assert after + 1 <= len(progress.steps) <= after + 1 + (after == 6)
         assert not (out / "config.json").exists()
         progress.filler.unlink()
         compress(dense, out, text, progress=(notes := Notes()))
-        assert notes.done == after + 1
+        assert notes.done == len(progress.steps)
         for path in [*whole.glob("*.safetensors"), whole / "config.json"]:
             assert (out / path.name).read_bytes() == path.read_bytes()
 
@@ -674,7 +688,7 @@ def test_whatever_call_finds_the_disk_full_it_is_one_line(
 ) -> None:
     dense, out = pico("llama"), tmp_path / "out"
     with pytest.raises(Interrupted):
-        compress(dense, out, text, progress=Interrupt(1))
+        compress(dense, out, text, progress=Interrupt(4))  # the next writes files of every kind
     steps = streamcomp.status(out).steps_done
 
     with mock.patch.object(os, call, full_disk):
@@ -743,7 +757,19 @@ def test_a_budget_that_is_none_is_refused(
         (["--exclude", "*"], 2, r"exclude '\*' is no regular expression"),
         (["--include", "no_such_linear"], 2, "--include and --exclude leave no linear"),
         (["--exclude", "."], 2, "--include and --exclude leave no linear"),
-        (["--method", "magic"], 2, "method 'magic' unknown; one of: svd-llm"),
+        (["--ratio", "0.2,0.2"], 2, r"ratio \(0.2, 0.2\): each of several ratios"),
+        (["--ratio", "0.2,1.2"], 2, "ratio 1.2: the share"),
+        (["--ratio", "0.2,0.99"], 2, "ratio 0.99 cannot be reached"),
+        (["--size", "many"], 2, "many"),
+        (["--size", "1K"], 2, "--size 1K: .* stay in any case; give a size in between"),
+        (["--size", "1G"], 2, "--size 1G: .* stay in any case; give a size in between"),
+        (["--blocks", "last:3"], 2, "blocks last:3: the model has blocks 0 to 1"),
+        (["--blocks", "1-0"], 2, "blocks 1-0: the model has blocks 0 to 1"),
+        (["--blocks", "0-2"], 2, "blocks 0-2: the model has blocks 0 to 1"),
+        (["--blocks", "first:0"], 2, "blocks first:0: the model has blocks 0 to 1"),
+        (["--blocks", "all"], 2, "blocks 'all' unknown: last:12, first:4 or 3-10"),
+        (["--blocks", "last:1", "--ratio", 0.6], 2, "too few to remove the share 0.6 of all"),
+        (["--method", "swsc", "--ratio", 0.9], 2, "shared channels take .*smaller ratio"),
         (["--seq-len", 129], 2, "--seq-len 129: the model has 128 positions"),
         (["--seq-len", 1], 2, "seq_len 1: at least 2"),
         (["--samples", 0], 2, "samples 0: at least 1"),
@@ -782,7 +808,7 @@ def test_a_gpu_that_is_not_there_is_missed(
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ("ration = 0.2", "unknown setting 'ration'; known: ratio, method"),
+        ("ration = 0.2", "unknown setting 'ration'; known: ratio, size, method"),
         ("ratio = ", "cannot be read as TOML"),
         ("ratio = '0.2'", "ratio = '0.2' should be of type float"),
         ("[recipe]\nratio = 0.2", "unknown setting 'recipe'"),
@@ -809,6 +835,8 @@ def test_a_recipe_file_that_cannot_be_is_refused(
         ["--form", "svd"],
         ["--statistics", "sparse"],
         ["--ratio", "much"],
+        ["--ratio", "0.2,"],
+        ["--method", "magic"],
         ["--samples", "2.5"],
         ["--threads", "-1"],
         ["--no-such-option"],

@@ -1,0 +1,644 @@
+"""Jobs of every method: interrupted and continued, several outputs, sizes, kept work, redone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import streamcomp
+from streamcomp import JobMismatchError, OutputError, Recipe, RecipeError, Resources
+from streamcomp.job.progress import SilentProgress
+from tests.jobs import (
+    Interrupt,
+    Interrupted,
+    Notes,
+    compress,
+    config_of,
+    factored_modules,
+    quick_plan,
+    small_recipe,
+    stored_tensors,
+    tree,
+    varied_text,
+)
+
+Settings = dict[str, Any]
+RATIOS = (0.2, 0.4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    pico: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``finished(ratio=0.4)``: the folder of a finished job on the pico llama; not to be changed."""
+    made: dict[str, Path] = {}
+
+    def make(*, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+        key = repr((dtype, sorted(settings.items())))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("finished") / "out"
+            compress(pico("llama", dtype=dtype), made[key], text, **settings)
+        return made[key]
+
+    return make
+
+
+def model_files(folder: Path) -> dict[str, bytes]:
+    """Shards, indices and configs below ``folder``, byte for byte."""
+    return {
+        name: data
+        for name, data in tree(folder).items()
+        if name.endswith(("safetensors", "index.json", "config.json")) and "streamcomp/" not in name
+    }
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    first, second = stored_tensors(one), stored_tensors(other)
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+# -- interrupted and continued -----------------------------------------------------------
+
+JOBS: dict[str, tuple[int, Settings]] = {  # number of blocks, settings
+    "two-sided": (2, {}),
+    "two-sided, every second": (4, {"store_every": 2}),
+    "two-sided, updated and refined": (2, {"update": True, "anchor": 0.5, "refine": 3}),
+    "two-sided, two ratios": (2, {"ratio": RATIOS, "refine": 2}),
+    "two-sided, last block": (3, {"blocks": "last:1"}),
+    "svd-llm, two ratios": (2, {"method": "svd-llm", "ratio": RATIOS}),
+    "svd-llm, allocated": (2, {"method": "svd-llm", "allocation": "loss"}),
+    "svd-llm compressed, two ratios": (
+        2,
+        {"method": "svd-llm", "statistics": "compressed", "ratio": RATIOS},
+    ),
+    "svd-llm, updated": (2, {"method": "svd-llm", "update": True}),
+    "svd-llm, no text": (2, {"method": "svd-llm", "statistics": "none"}),
+    "rom centred": (2, {"method": "rom", "centred": True}),
+    "swsc": (2, {"method": "swsc", "clusters": 4}),
+    "swsc, no text": (2, {"method": "swsc", "statistics": "none", "axis": "rows"}),
+}
+
+
+class Names(SilentProgress):
+    """The steps of a job in their order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
+        self.names.append(name)
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_interrupted_after_any_step_it_goes_on_to_the_same_bytes(
+    kind: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    blocks, settings = JOBS[kind]
+    dense = pico("llama", blocks=blocks)
+    compress(dense, tmp_path / "whole", text, progress=(steps := Names()), **settings)
+    expected = model_files(tmp_path / "whole")
+    assert any(name.endswith("config.json") for name in expected)
+
+    for after, name in enumerate(steps.names):
+        out = tmp_path / "out"
+        with pytest.raises(Interrupted) as caught:
+            compress(dense, out, text, progress=Interrupt(after), **settings)
+        assert str(caught.value) == name
+        notes = Notes()
+        compress(dense, out, text, progress=notes, **settings)
+
+        assert notes.steps == steps.names[after + 1 :]
+        assert model_files(out) == expected, name
+        assert not (out / ".streamcomp").exists()
+        shutil.rmtree(out)
+
+
+# -- the ratio ---------------------------------------------------------------------------
+
+REACHED: list[Settings] = [
+    {"method": method, "form": form, "allocation": allocation}
+    for method, form, allocation in itertools.product(
+        ("two-sided", "svd-llm", "rom"), ("pivot", "uv"), ("uniform", "loss")
+    )
+    if (method, allocation) != ("rom", "loss")
+]
+REACHED += [
+    {"method": "rom", "statistics": "dense", "allocation": "loss"},
+    {"method": "rom", "centred": True, "form": "uv"},
+    {"method": "swsc"},
+    {"method": "swsc", "clusters": 3, "axis": "columns"},
+    {"update": True},
+    {"refine": 2},
+    {"blocks": "last:1"},
+    {"blocks": "first:1", "allocation": "uniform"},
+]
+
+
+def removed_share(dense: Path, out: Path) -> tuple[float, int]:
+    """Share of the linears' numbers that were removed, labels counted; rank one of the smallest."""
+    source, found = stored_tensors(dense), stored_tensors(out)
+    names = [n for n, t in source.items() if "layers." in n and t.dim() == 2]
+    eligible = sum(source[name].numel() for name in names)
+    numbers = sum(t.numel() for name, t in found.items() if not name.endswith(".pivots"))
+    whole = sum(tensor.numel() for tensor in source.values())
+    return (whole - numbers) / eligible, min(sum(source[name].shape) for name in names)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4])
+@pytest.mark.parametrize("settings", REACHED, ids=str)
+def test_the_ratio_asked_for_is_reached(
+    settings: Settings, ratio: float, pico: Callable[..., Path], finished: Callable[..., Path]
+) -> None:
+    out = finished(ratio=ratio, **settings)
+
+    reached, one_rank = removed_share(pico("llama"), out)
+
+    report = json.loads((out / "streamcomp_report.json").read_text())
+    eligible = report["model"]["linear_parameters"]
+    assert ratio - 1e-9 <= reached
+    assert reached - ratio <= max(0.002, one_rank / eligible)
+    assert report["model"]["ratio"] == pytest.approx(reached)
+
+
+# -- several ratios ----------------------------------------------------------------------
+
+SEVERAL: dict[str, Settings] = {
+    "two-sided": {},
+    "two-sided uv": {"form": "uv"},
+    "two-sided, updated and refined": {"update": True, "refine": 3},
+    "svd-llm": {"method": "svd-llm"},
+    "svd-llm compressed": {"method": "svd-llm", "statistics": "compressed"},
+    "svd-llm, no text": {"method": "svd-llm", "statistics": "none"},
+    "rom centred": {"method": "rom", "centred": True},
+    "swsc": {"method": "swsc"},
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_each_of_several_ratios_is_what_a_job_of_its_own_writes(
+    kind: str, pico: Callable[..., Path], text: Path, tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    settings, steps = SEVERAL[kind], Names()
+
+    result = compress(
+        pico("llama"), tmp_path / "out", text, ratio=RATIOS, progress=steps, **settings
+    )
+
+    assert [made.out.name for made in (result, *result.others)] == ["ratio-0.2", "ratio-0.4"]
+    for made, ratio in zip((result, *result.others), RATIOS, strict=True):
+        alone = finished(ratio=ratio, **settings)
+        # kept decompositions are rounded to fp32: one-sided, a job of one ratio keeps none
+        if kind == "svd-llm":
+            wide = stored_tensors(alone)
+            for name, tensor in stored_tensors(made.out).items():
+                torch.testing.assert_close(tensor, wide[name], rtol=1e-3, atol=1e-4)
+        else:
+            assert same_tensors(made.out, alone)
+        assert config_of(made.out)["quantization_config"] == (
+            config_of(alone)["quantization_config"]
+        )
+        assert made.report["asked"] == ratio
+        assert made.report["model"]["ratio"] == pytest.approx(ratio, abs=0.01)
+    shared = [name for name in steps.names if not name.startswith("ratio ")]
+    assert len(set(steps.names)) == len(steps.names)
+    if kind.startswith("two-sided"):
+        assert shared == ["tokenize", "embed", "forward 0", "forward 1", "gradient of the loss"] + [
+            "reverse 1",
+            "reverse 0",
+            "ranks",
+        ]
+
+
+def test_several_ratios_are_recognised_when_they_are_done(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+    first = compress(dense, out, text, ratio=RATIOS)
+    before = tree(out)
+
+    again = compress(dense, out, text, ratio=RATIOS, progress=(notes := Notes()))
+
+    assert again.already_done and notes.done == -1
+    assert [made.report for made in again.others] == [made.report for made in first.others]
+    assert tree(out) == before
+    status = streamcomp.status(out)
+    assert status.finished and status.recipe["ratio"] == list(RATIOS)
+
+
+# -- kept work ---------------------------------------------------------------------------
+
+KEPT: dict[str, Settings] = {
+    "two-sided": {},
+    "two-sided, last block": {"blocks": "last:1"},
+    "svd-llm, allocated": {"method": "svd-llm", "allocation": "loss"},
+    "svd-llm": {"method": "svd-llm"},
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_kept_work_serves_another_ratio(
+    kind: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work, settings = pico("llama"), tmp_path / "work", KEPT[kind]
+    compress(dense, tmp_path / "first", text, work_dir=work, keep_work=True, **settings)
+    steps = Names()
+
+    compress(
+        dense, tmp_path / "second", text, work_dir=work, ratio=0.4, progress=steps, **settings
+    )
+
+    assert steps.names == ["ranks", "block 0", "block 1", "copy the rest"]
+    fresh = tmp_path / "fresh"
+    compress(dense, fresh, text, ratio=0.4, keep_work=True, **settings)
+    assert same_tensors(tmp_path / "second", fresh)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"form": "uv"},
+        {"allocation": "uniform"},
+        {"ratio": (0.3, 0.5)},
+        {"module_ratio": 0.3, "allocation": "uniform"},
+        {"update": True},
+        {"refine": 3},
+        {"update": True, "anchor": 0.5, "ratio": 0.4},
+    ],
+    ids=str,
+)
+def test_kept_work_serves_whatever_differs_in_the_output_alone(
+    other: Settings, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work = pico("llama"), tmp_path / "work"
+    compress(dense, tmp_path / "first", text, work_dir=work, keep_work=True)
+    steps = Names()
+
+    compress(dense, tmp_path / "second", text, work_dir=work, progress=steps, **other)
+
+    assert not any(name.startswith(("forward", "reverse", "gradient")) for name in steps.names)
+    compress(dense, tmp_path / "fresh", text, **other)
+    first, second = model_files(tmp_path / "second"), model_files(tmp_path / "fresh")
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "other", [{"samples": 7}, {"seed": 1}, {"damping": 0.1}, {"blocks": "last:1"}], ids=str
+)
+def test_kept_work_of_another_analysis_is_refused(
+    other: Settings, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work = pico("llama"), tmp_path / "work"
+    compress(dense, tmp_path / "first", text, work_dir=work, keep_work=True)
+    before = tree(work)
+
+    with pytest.raises(JobMismatchError) as caught:
+        compress(dense, tmp_path / "second", text, work_dir=work, **{"ratio": 0.2, **other})
+
+    assert caught.value.field == next(iter(other))
+    assert tree(work) == before
+
+
+def test_kept_work_is_kept_when_the_job_is_called_again(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+    compress(dense, out, text, keep_work=True)
+    before = tree(out)
+    assert any(".streamcomp/moments-" in name for name in before)
+    assert any(".streamcomp/analysis-" in name for name in before)
+
+    assert compress(dense, out, text, keep_work=True).already_done
+
+    assert tree(out) == before
+
+
+def test_a_job_on_kept_work_may_be_interrupted_too(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work, out = pico("llama"), tmp_path / "work", tmp_path / "second"
+    compress(dense, tmp_path / "first", text, work_dir=work, keep_work=True)
+    shutil.copytree(work, tmp_path / "copy")
+    compress(dense, tmp_path / "whole", text, work_dir=tmp_path / "copy", ratio=0.4)
+
+    for after in range(7, 11):
+        with pytest.raises(Interrupted):
+            compress(dense, out, text, work_dir=work, ratio=0.4, progress=Interrupt(after))
+    compress(dense, out, text, work_dir=work, ratio=0.4)
+
+    assert model_files(out) == model_files(tmp_path / "whole")
+
+
+# -- done again --------------------------------------------------------------------------
+
+
+def redo(model: Path, out: Path, pattern: str, damping: float, **more: Any) -> Any:
+    with quick_plan():
+        return streamcomp.redo(
+            model, out, pattern, damping=damping, resources=Resources(threads=1, **more)
+        )
+
+
+DONE_AGAIN: dict[str, tuple[Settings, float]] = {  # settings, their damping
+    "two-sided": ({}, 1e-2),
+    "two-sided, damped": ({"damping": 0.05}, 0.05),
+    "svd-llm, damped": ({"method": "svd-llm", "damping": 0.01, "form": "uv"}, 0.01),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", DONE_AGAIN)
+def test_linears_done_again_as_they_were_are_the_same_bytes(
+    kind: str, dtype: torch.dtype, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    (settings, damping), out = DONE_AGAIN[kind], tmp_path / "out"
+    dense = pico("llama", dtype=dtype)
+    compress(dense, out, text, keep_work=True, **settings)
+    before = model_files(out)
+
+    for times in (1, 2):
+        report = redo(dense, out, "down_proj|q_proj", damping).report
+
+        assert model_files(out) == before
+        assert len(report["redone"]) == times
+        assert json.loads((out / "streamcomp_report.json").read_text()) == report
+
+
+@pytest.mark.parametrize("kind", ["two-sided", "svd-llm, damped"])
+def test_another_damping_changes_the_matching_linears_and_no_others(
+    kind: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    (settings, _), dense, out = DONE_AGAIN[kind], pico("llama"), tmp_path / "out"
+    compress(dense, out, text, keep_work=True, **settings)
+    before, config = stored_tensors(out), config_of(out)
+
+    result = redo(dense, out, r"1\.mlp\.down", 0.3)
+
+    after = stored_tensors(out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    linear = "model.layers.1.mlp.down_proj"
+    assert changed and all(name.startswith(f"{linear}.") for name in changed)
+    assert config_of(out) == config
+    assert result.report["redone"] == [
+        {"pattern": r"1\.mlp\.down", "damping": 0.3, "linears": [linear]}
+    ]
+    for item in result.report["linears"]:
+        assert (item["damping"] == 0.3) == (item["name"] == linear)
+    # and back again
+    redo(dense, out, r"1\.mlp\.down", settings.get("damping", 1e-2))
+    again = stored_tensors(out)
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+def test_a_folder_of_several_ratios_is_done_again_by_itself(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+    compress(dense, out, text, ratio=RATIOS, keep_work=True)
+    before = {ratio: model_files(out / f"ratio-{ratio:g}") for ratio in RATIOS}
+
+    redo(dense, out / "ratio-0.4", "q_proj", 1e-2, work_dir=out / ".streamcomp")
+    assert model_files(out / "ratio-0.4") == before[0.4]
+    redo(dense, out / "ratio-0.4", "q_proj", 0.3, work_dir=out / ".streamcomp")
+
+    assert model_files(out / "ratio-0.4") != before[0.4]
+    assert model_files(out / "ratio-0.2") == before[0.2]
+
+
+def test_what_cannot_be_done_again_is_refused(
+    pico: Callable[..., Path], text: Path, tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    dense = pico("llama")
+    with pytest.raises(RecipeError, match="keeps no moments: --redo needs .*--keep-work"):
+        redo(dense, finished(), "q_proj", 0.1)
+    with pytest.raises(OutputError, match="holds no finished job"):
+        redo(dense, tmp_path / "nothing", "q_proj", 0.1)
+    for number, settings in enumerate(
+        (
+            {"refine": 2},
+            {"update": True},
+            {"method": "rom"},
+            {"method": "swsc"},
+        )
+    ):
+        out = tmp_path / str(number)
+        compress(dense, out, text, keep_work=True, **settings)
+        with pytest.raises(RecipeError, match="--redo is for jobs whose factors depend on kept"):
+            redo(dense, out, "q_proj", 0.1)
+    compress(dense, tmp_path / "out", text, keep_work=True)
+    before = tree(tmp_path / "out")
+    with pytest.raises(RecipeError, match="'no_such' matches none of the factored linears"):
+        redo(dense, tmp_path / "out", "no_such", 0.1)
+    with pytest.raises(RecipeError, match=r"'\(' is no regular expression"):
+        redo(dense, tmp_path / "out", "(", 0.1)
+    assert tree(tmp_path / "out") == before
+
+
+# -- the size ----------------------------------------------------------------------------
+
+
+def shard_bytes(folder: Path) -> int:
+    return sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("share", [0.6, 0.8])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"form": "pivot"},
+        {"form": "uv"},
+        {"form": "pivot", "allocation": "uniform"},
+        {"method": "svd-llm", "form": "uv"},
+        {"method": "rom", "centred": True, "form": "uv"},
+        {"blocks": "last:1"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_size_asked_for_is_kept_and_used(
+    dtype: torch.dtype,
+    settings: Settings,
+    share: float,
+    pico: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    dense = pico("llama", dtype=dtype)
+    source = stored_tensors(dense)
+    if "blocks" in settings:
+        share = 0.9
+    wanted = int(share * shard_bytes(dense))
+
+    compress(dense, tmp_path / "out", text, size=str(wanted), **settings)
+
+    one_rank = dtype.itemsize * max(
+        sum(t.shape) for n, t in source.items() if "layers." in n and t.dim() == 2
+    )
+    headers = 192 * len(source)  # what is set aside for them
+    found = shard_bytes(tmp_path / "out")
+    assert found <= wanted
+    assert wanted - found <= max(0.01 * wanted, one_rank) + headers
+
+
+# -- which blocks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blocks", "numbers"), [("last:1", {2}), ("first:2", {0, 1}), ("1-1", {1}), ("1-2", {1, 2})]
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"update": True, "refine": 2},
+        {"method": "svd-llm"},
+        {"method": "svd-llm", "statistics": "compressed"},
+        {"method": "swsc"},
+    ],
+    ids=str,
+)
+def test_blocks_that_are_not_chosen_stay_as_they_are(
+    settings: Settings,
+    blocks: str,
+    numbers: set[int],
+    pico: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    dense, out = pico("llama", blocks=3), tmp_path / "out"
+
+    compress(dense, out, text, blocks=blocks, ratio=0.1, **settings)
+
+    before, after = stored_tensors(dense), stored_tensors(out)
+    factored = {int(name.split(".")[2]) for name in factored_modules(out)}
+    assert factored == numbers
+    others = [n for n in before if "layers." not in n or int(n.split(".")[2]) not in numbers]
+    assert others
+    for name in others:
+        assert after[name].numpy().tobytes() == before[name].numpy().tobytes()
+    reached, one_rank = removed_share(dense, out)
+    assert 0.1 - 1e-9 <= reached < 0.1 + max(0.002, one_rank / (3 * 7680))
+
+
+@pytest.mark.parametrize("form", ["pivot", "uv"])
+@pytest.mark.parametrize("method", ["two-sided", "svd-llm", "rom"])
+def test_the_ratio_of_each_linear_of_the_chosen_blocks(
+    method: str, form: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+
+    compress(dense, out, text, blocks="last:1", module_ratio=0.54, method=method, form=form)
+
+    source, modules = stored_tensors(dense), factored_modules(out)
+    assert {name.split(".")[2] for name in modules} == {"1"} and len(modules) == 7
+    for name, spec in modules.items():
+        m, n = source[f"{name}.weight"].shape
+        kept = spec["rank"] * (m + n - (spec["rank"] if form == "pivot" else 0))
+        # the whole may be evened out by a rank here and there
+        assert abs(kept - 0.46 * m * n) <= 1.5 * (m + n)
+
+
+# -- what contradicts --------------------------------------------------------------------
+
+CONTRADICTIONS: list[tuple[Settings, str]] = [
+    ({"form": "shared"}, "form shared is not for method two-sided"),
+    ({"method": "swsc", "form": "pivot"}, "form pivot is not for method swsc"),
+    ({"statistics": "compressed"}, "method two-sided takes its statistics from the dense model"),
+    ({"statistics": "none"}, "method two-sided takes its statistics from the dense model"),
+    ({"method": "rom", "statistics": "none"}, "method rom needs statistics"),
+    ({"method": "rom", "allocation": "loss"}, "use --statistics dense"),
+    (
+        {"method": "svd-llm", "statistics": "compressed", "allocation": "loss"},
+        "allocation loss needs all spectra",
+    ),
+    (
+        {"method": "svd-llm", "statistics": "none", "allocation": "loss"},
+        "allocation loss needs the spectra",
+    ),
+    ({"method": "swsc", "allocation": "loss"}, "use --allocation uniform"),
+    ({"module_ratio": 0.3, "allocation": "loss"}, "module_ratio shares the ratio evenly"),
+    ({"centred": True}, "centred is for method rom"),
+    ({"method": "rom", "centred": True, "update": True}, "centred is for method rom, without"),
+    ({"method": "rom", "centred": True, "refine": 2}, "centred is for method rom, without"),
+    (
+        {"method": "rom", "centred": True, "statistics": "dense", "allocation": "loss"},
+        "centred is for method rom, without",
+    ),
+    ({"method": "swsc", "update": True}, "update and refine are not for method swsc"),
+    ({"method": "swsc", "refine": 2}, "update and refine are not for method swsc"),
+    ({"method": "svd-llm", "statistics": "none", "update": True}, "need statistics"),
+    ({"clusters": 4}, "clusters is for method swsc"),
+    ({"axis": "rows"}, "axis is for method swsc"),
+    ({"method": "svd-llm", "store_every": 2}, "store_every is for method two-sided"),
+    ({"anchor": 0.5}, "anchor is for update"),
+    ({"rate": 0.01}, "rate is for refine"),
+    ({"size": "1G", "module_ratio": 0.3}, "size and module_ratio exclude each other"),
+    ({"ratio": RATIOS, "size": "1G"}, "several ratios need neither size nor module_ratio"),
+    ({"ratio": RATIOS, "module_ratio": 0.2}, "several ratios need neither"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), CONTRADICTIONS, ids=str)
+def test_settings_that_contradict_each_other_are_refused(settings: Settings, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**settings)
+
+
+# -- other dtypes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{"refine": 4}, {"update": True, "refine": 4}, {"store_every": 2}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_every_dtype_goes_through_all_sweeps(
+    dtype: torch.dtype, settings: Settings, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama", dtype=dtype), tmp_path / "out"
+
+    result = compress(dense, out, text, **settings)
+
+    tensors: dict[str, Tensor] = stored_tensors(out)
+    assert factored_modules(out)
+    floating = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in floating} == {dtype}
+    assert all(bool(tensor.isfinite().all()) for tensor in floating)
+    nll = next(step["nll"] for step in result.report["steps"] if "nll" in step)
+    assert 0 < nll < 100
+    found = streamcomp.evaluate(
+        out, str(text), seq_len=16, windows=4, resources=Resources(threads=1)
+    )
+    assert 1 < found.perplexity < float("inf")
+
+
+def test_what_is_refined_is_told_and_no_worse(finished: Callable[..., Path]) -> None:
+    report = json.loads((finished(refine=20) / "streamcomp_report.json").read_text())
+
+    refined = [step["refined"] for step in report["steps"] if "refined" in step]
+    assert len(refined) == 2
+    for item in refined:
+        assert item["after"] <= item["before"]
+    assert any(item["after"] < item["before"] for item in refined)
+
+
+def test_the_recipe_of_a_job_is_made_again_from_its_report(finished: Callable[..., Path]) -> None:
+    for settings in ({}, {"method": "swsc"}, {"method": "rom", "centred": True, "form": "uv"}):
+        out = finished(**settings)
+        report = json.loads((out / "streamcomp_report.json").read_text())
+
+        recipe = Recipe.from_mapping(report["recipe"])
+
+        assert recipe == small_recipe(recipe.calibration[0], **settings)
