@@ -75,7 +75,9 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, required=True, help="folder of the two texts")
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     parser.add_argument("--ratios", default="0.2,0.4,0.6")
-    parser.add_argument("--rows", default="", help="only those with one of these words, a,b")
+    parser.add_argument(
+        "--rows", default="", help="only those with one of these in their name, a;b"
+    )
     parser.add_argument("--max-ram", default="1G")
     parser.add_argument("--windows", default="0", help="of each text, for evaluation; 0: all")
     parser.add_argument("--texts", default="wikitext,reference,source", help="to evaluate on")
@@ -84,12 +86,12 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     texts = _texts(options)
     ratios = options.ratios.split(",")
-    wanted = [word for word in options.rows.split(",") if word]
+    wanted = [name for name in options.rows.split(";") if name]
     rows = [_dense(options, texts)]
     if not options.no_textbook:
         rows += [_textbook(options, ratio) for ratio in ratios]
     for row in ROWS:
-        if not wanted or any(word in row.name for word in wanted):
+        if not wanted or any(part in row.name for part in wanted):
             rows += [_ours(options, texts, row, r) for r in ratios if r in (row.ratios or ratios)]
             _write(options, rows)
     _write(options, rows)

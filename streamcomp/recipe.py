@@ -90,7 +90,7 @@ class Recipe:
         ):  # fmt: skip
             if not (value := getattr(self, name)) >= least:
                 raise RecipeError(f"{name} {value}: at least {least} is needed")
-        for name, most in (("anchor", 1.0), ("damping", 1.0), ("rate", 1.0)):
+        for name, most in (("anchor", 1.0), ("damping", 0.5), ("rate", 1.0)):
             if (value := getattr(self, name)) > most:
                 raise RecipeError(f"{name} {value}: at most {most:g} is possible")
         self._check_together()

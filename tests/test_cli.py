@@ -217,6 +217,59 @@ def test_a_job_in_json_prints_one_document_and_nothing_else(model: Path, tmp_pat
     assert {k: v for k, v in finished.json.items() if k not in ("out", "already_done")} == report
 
 
+def test_several_ratios_give_a_folder_each(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    finished = job(model, out, text, "--ratio", "0.2,0.4", "--json")
+
+    assert (finished.code, finished.err) == (0, "")
+    found = finished.json
+    assert found["out"] == str(out / "ratio-0.2") and found["asked"] == 0.2
+    (other,) = found["others"]
+    assert other["out"] == str(out / "ratio-0.4") and other["asked"] == 0.4
+    for made in (found, other):
+        report = json.loads((Path(made["out"]) / "streamcomp_report.json").read_text("utf-8"))
+        assert made["model"] == report["model"]
+        assert report["model"]["ratio"] >= made["asked"]
+    again = job(model, out, text, "--ratio", "0.2,0.4")
+    assert again.code == 0 and "already done" in again.out
+    assert again.out.count("linear parameters") == 2
+    status = run_cli("status", out)
+    assert status.code == 0 and "finished" in status.out
+    refused = job(model, out, text, "--ratio", "0.2,0.5")
+    assert refused.code == 7 or refused.code != 0
+    assert "Traceback" not in refused.err
+
+
+def test_linears_are_done_again_from_kept_work(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert job(model, out, text, "--keep-work").code == 0
+
+    without = job(model, out, text, "--redo", "down_proj")
+    assert without.code == 2 and "--redo needs the --damping to use" in without.err
+    done = job(model, out, text, "--redo", "down_proj", "--damping", 0.1)
+    assert done.code == 0 and "2 linears done again, damping 0.1" in done.out
+    found = job(model, out, text, "--redo", r"0\.mlp\.down", "--damping", 0.2, "--json").json
+    assert [entry["damping"] for entry in found["redone"]] == [0.1, 0.2]
+
+
+def test_plan_shows_the_sweeps(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    made = run_cli("plan", model, *LITTLE, "--ratio", "0.2,0.4", "--json").json
+    shown = run_cli("plan", model, *LITTLE, "--ratio", "0.2,0.4")
+
+    assert [step["name"] for step in made["steps"]] == [
+        *STEPS[:8],
+        *(f"ratio {ratio}: {step}" for ratio in (0.2, 0.4) for step in STEPS[8:]),
+    ]
+    assert [output["asked"] for output in made["outputs"]] == [0.2, 0.4]
+    for row in ("forward 0 to 1", "gradient of the loss", "reverse 1 to 0", "ranks"):
+        assert row in shown.out
+    for ratio in (0.2, 0.4):
+        assert f"ratio {ratio}: block 0 to 1" in shown.out
+
+
 def test_every_other_command_prints_one_json_document_and_nothing_else(
     model: Path, done: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from streamcomp.errors import RecipeError
 from streamcomp.methods import find_method
 from streamcomp.modeling.modules import FORMS as MODULES
 from streamcomp.modeling.modules import SharedLinear
-from streamcomp.recipe import FORMS, OUTPUT_FIELDS, Recipe, Resources, chosen_blocks
+from streamcomp.recipe import FORMS, OUTPUT_FIELDS, Recipe, Resources
 
 
 @pytest.mark.parametrize(

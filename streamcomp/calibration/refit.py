@@ -66,7 +66,9 @@ class Refit:
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The refitted left factor (m, r), and the right one (r, n) as it was, fp64."""
         outputs, inner = self._sums.pop(name)
-        return refit_left(outputs, inner), self._factored[name].weight.detach().double()
+        module = self._factored[name]
+        left = module.left_factor().detach()
+        return refit_left(outputs, inner, towards=left), module.weight.detach().double()
 
     def _keep(self, name: str) -> Any:
         def hook(module: nn.Linear, _: tuple[Tensor, ...], output: Tensor) -> None:

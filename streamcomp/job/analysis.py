@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from streamcomp.modeling.linears import Linear
 from streamcomp.planning.schedule import analysis_key
 
 __all__ = [
+    "as_kept",
     "health",
     "read_decomposition",
     "read_moment",
@@ -46,16 +48,23 @@ def health(linear: Linear, found: Decomposition) -> dict[str, Any]:
     }
 
 
-def write_decomposition(folder: Path, block: int, linear: Linear, found: Decomposition) -> None:
-    """Keep the spectrum in fp64 and the bases in fp32 (fp64 for a model that is).
+def as_kept(linear: Linear, found: Decomposition) -> Decomposition:
+    """With the bases in fp32 (fp64 for a model that is); the spectrum stays in fp64.
 
     Factors are fitted anew to what is rounded when they are written, so fp32 loses nothing.
     """
     wide = linear.source.torch_dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
-    entries = [Entry("spectrum", found.spectrum.cpu()), Entry("left", found.left.to(dtype).cpu())]
+    right = None if found.right is None else found.right.to(dtype)
+    return replace(found, left=found.left.to(dtype), right=right)
+
+
+def write_decomposition(folder: Path, block: int, linear: Linear, found: Decomposition) -> None:
+    """Keep the spectrum and the bases."""
+    found = as_kept(linear, found)
+    entries = [Entry("spectrum", found.spectrum.cpu()), Entry("left", found.left.cpu())]
     if found.right is not None:
-        entries.append(Entry("right", found.right.to(dtype).cpu()))
+        entries.append(Entry("right", found.right.cpu()))
     write_shard(_path(folder, analysis_key(block), linear.name), entries)
 
 

@@ -72,7 +72,7 @@ def check_fingerprint(
                 else f"{field} was {was!r}, now {now!r}"
             )
             raise JobMismatchError(
-                f"{folder} holds another job: {what}. Give another OUT, or remove that folder",
+                f"{folder} holds another job: {what}. Give another folder, or remove that one",
                 field=field,
             )
 

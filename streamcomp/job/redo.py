@@ -10,7 +10,7 @@ from typing import Any
 from streamcomp.checkpoint.index import CheckpointIndex, read_header
 from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.errors import RecipeError
-from streamcomp.job.analysis import read_moment
+from streamcomp.job.analysis import as_kept, read_moment
 from streamcomp.job.journal import Journal, locked
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.run import choose_device
@@ -59,7 +59,7 @@ def redo_linears(
         budget_bytes(resources.max_ram),
         measure_rates(device, skeleton.dtype),
         levers=Levers(**{name: held[name] for name in Levers.__dataclass_fields__}),
-        ranks=[{item["name"]: item["rank"] for item in report["linears"]}],
+        ranks=[{item["name"]: item["rank"] for item in report["linears"]}] * len(recipe.ratios),
         analysis=True,
         keep_work=True,
     )
@@ -111,6 +111,7 @@ def _redo_block(
                 weight = loaded.weight(linear.name)
                 moment = read_moment(work.folder, block.number, group, linear, work.device)
                 decomposition = work.method.decompose(weight, moment, work.recipe.damping)
+                decomposition = as_kept(linear, decomposition)
                 rank = chosen[linear.disk_name]["rank"]
                 found.append(
                     factorize(work, linear, rank, loaded.dense_linear(linear.name), decomposition)

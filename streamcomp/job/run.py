@@ -109,7 +109,8 @@ class Job:
         found = self._journal()
         self._refuse_foreign_folder(found)
         if found is not None:
-            check_fingerprint(found.header["fingerprint"], self.fingerprint, self.out)
+            holder = self.out if self.work.is_relative_to(self.out) else self.work
+            check_fingerprint(found.header["fingerprint"], self.fingerprint, holder)
         self.plan = self._plan(self.rates, found)
         self._check_shards(found)
         self._check_disk()

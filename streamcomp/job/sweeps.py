@@ -85,9 +85,9 @@ def reverse(work: Workspace, stage: Stage, step: Step) -> Results:
     for key in (key for key in step.writes if key.startswith("hidden")):
         _again(work, stage, int(key.partition("-")[2]) - 1)
     with work.block(stage, number) as loaded:
-        loaded.module.to(dtype)
         outgoing = SecondMoment(work.shape.hidden, dtype=moment_dtype(dtype), device=work.device)
         with (
+            loaded.cast(dtype),
             Observer(loaded.module, loaded.name, block.groups, work.device) as observer,
             work.reading(hidden_key(number)) as states,
             work.reading(gradient_key(number + 1)) as gradients,

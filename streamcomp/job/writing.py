@@ -14,7 +14,7 @@ from streamcomp.calibration.observe import MomentGroup, Observer
 from streamcomp.calibration.refine import TrainingData, refine_block
 from streamcomp.calibration.refit import Refit
 from streamcomp.checkpoint.writer import Entry, write_shard
-from streamcomp.job.analysis import health, read_decomposition, read_output_gradient
+from streamcomp.job.analysis import as_kept, health, read_decomposition, read_output_gradient
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.linalg.channel_sharing import average_bits
 from streamcomp.linalg.low_rank import Decomposition
@@ -206,7 +206,7 @@ def _decomposition(
     assert not isinstance(work.method, Swsc)
     if moment is None:  # no data: all inputs count alike
         moment = Moment("inputs", torch.eye(linear.columns, device=work.device))
-    return work.method.decompose(weight, moment, work.recipe.damping)
+    return as_kept(linear, work.method.decompose(weight, moment, work.recipe.damping))
 
 
 def _share(
@@ -282,8 +282,8 @@ def _refine(
     """Factors trained on the compressed stream; the closed form where that helps none."""
     number, recipe = step.block, work.recipe
     dtype = work.gradient_dtype
-    loaded.module.to(dtype)
     with (
+        loaded.cast(dtype),
         work.reading(hidden_key(number, step.output)) as inputs,
         work.reading(hidden_key(number + 1)) as targets,
     ):
@@ -303,7 +303,6 @@ def _refine(
             seed=recipe.seed,
             progress=lambda share: stage("refining", share),
         )
-    loaded.module.to(work.skeleton.dtype)
     better = []
     for item in found:
         tensors = {

@@ -55,6 +55,9 @@ __all__ = [
 FIRST_DAMPING = 1e-6
 MOST_DAMPING = 1.0
 
+# What is told where even that does not make a moment positive definite.
+_NO_METRIC = "its moment has no Cholesky factor even when damped: all directions count alike"
+
 # Added to the gradients' moment, relative to the mean of its diagonal.
 GRADIENT_DAMPING = 1e-2
 
@@ -210,14 +213,20 @@ def centred(moment: Tensor, total: Tensor, rows: int) -> Tensor:
     return moment.double() - torch.outer(wide, wide) / rows
 
 
-def refit_left(outputs: Tensor, inner: Tensor, ridge: float = 1e-6) -> Tensor:
-    """The left factor U (m, r) that minimises ||Y - U Z||_F^2 + eps ||U||_F^2 (SVD-LLM's update).
+def refit_left(
+    outputs: Tensor, inner: Tensor, ridge: float = 1e-6, towards: Tensor | None = None
+) -> Tensor:
+    """The left factor U (m, r) that minimises ||Y - U Z||^2 + eps ||U - U0||^2 (SVD-LLM's update).
 
     With the right factor V fixed, Z = V X^ is what it makes of the compressed stream's inputs and
     Y = W X are the dense stream's outputs. ``outputs`` is Y Z^T (m, r), ``inner`` Z Z^T (r, r),
-    eps is ``ridge`` times the mean of its diagonal.
+    eps is ``ridge`` times the mean of its diagonal. ``towards`` is the factor U0 (m, r) as it was,
+    or zero: the directions that the data leaves open stay, and ||Y - U Z|| never grows.
     """
     wide = inner.double()
+    if towards is not None:
+        before = towards.double()
+        return before + refit_left(outputs.double() - before @ wide, wide, ridge)
     mean = float(wide.diagonal().mean())
     damped = wide.clone()
     damped.diagonal().add_(ridge * mean if mean > 0 else 1.0)
@@ -258,6 +267,7 @@ def _decomposition(
         mixes,
         damping,
         most / least if least > 0 else math.inf,
+        _NO_METRIC if damping >= MOST_DAMPING else "",
     )
 
 

@@ -72,6 +72,21 @@ class LoadedBlock:
         )
         return self._skeleton.unwrap(output)
 
+    @contextmanager
+    def cast(self, dtype: torch.dtype) -> Iterator[None]:
+        """Parameters in ``dtype`` for as long as the ``with`` lasts; buffers stay as they are.
+
+        They must go back: the next load follows the dtype that a parameter was left in.
+        """
+        own = {parameter: parameter.dtype for parameter in self.module.parameters()}
+        for parameter in own:
+            parameter.data = parameter.data.to(dtype)
+        try:
+            yield
+        finally:
+            for parameter, before in own.items():
+                parameter.data = parameter.data.to(before)
+
     def dense_linear(self, name: str) -> nn.Linear:
         """The original linear ``name``, whether it is replaced or not."""
         linear = self._replaced.get(name) or self.module.get_submodule(name)

@@ -75,7 +75,8 @@ def asked_ratios(skeleton: Skeleton, recipe: Recipe, linears: Sequence[Linear]) 
     whole = sum(info.nbytes for info in (*infos, *skeleton.other_tensors()))
     dense = sum(linear.source.nbytes for linear in linears)
     beside = 4 * sum(linear.rows for linear in linears) if recipe.form == "pivot" else 0
-    headers = sum(_HEADER_BYTES for _ in infos)
+    factors = {"pivot": 3, "uv": 2, "shared": 4}[recipe.form] + recipe.centred  # at most
+    headers = _HEADER_BYTES * (len(infos) + factors * len(linears))
     least = whole - dense + beside + headers
     ratio = 1 - (wanted - least) / dense
     if not 0 < ratio < 1:

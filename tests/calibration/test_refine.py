@@ -382,10 +382,10 @@ def test_a_closed_form_that_stays_keeps_its_bits(
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
+    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 20_000)
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.0])
+@pytest.mark.parametrize("rate", [1e-3, 1.0])
 @pytest.mark.parametrize("method", ["two-sided", "svd-llm"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
@@ -398,10 +398,10 @@ def test_a_job_stores_the_closed_form_or_what_was_measured_to_be_better(
     text: Path,
     tmp_path: Path,
 ) -> None:
-    dense, settings = pico("llama", dtype=dtype), {"method": method, "samples": 16, "ratio": 0.4}
+    dense, settings = pico("llama", dtype=dtype), {"method": method, "samples": 64, "ratio": 0.4}
 
     compress(dense, tmp_path / "plain", text, **settings)
-    report = compress(dense, tmp_path / "refined", text, refine=12, rate=rate, **settings).report
+    report = compress(dense, tmp_path / "refined", text, refine=40, rate=rate, **settings).report
 
     plain, refined = (stored_tensors(tmp_path / name) for name in ("plain", "refined"))
     found = {item["block"]: item for item in report["refined"]}
@@ -415,4 +415,4 @@ def test_a_job_stores_the_closed_form_or_what_was_measured_to_be_better(
             if not trained or result["steps"] == 0:
                 assert torch.equal(plain[name], refined[name]), name
     steps = [result["steps"] for result in found.values()]
-    assert steps == [0, 0] if rate else max(steps) > 0
+    assert steps == [0, 0] if rate == 1 else max(steps) > 0

@@ -35,7 +35,7 @@ from tests.jobs import (
     small_recipe,
     varied_text,
 )
-from tests.modeling.folders import CPU, open_skeleton
+from tests.modeling.folders import CPU, open_skeleton, save_edited
 from tests.pico import HIDDEN, UNUSUAL
 
 F64 = torch.float64
@@ -394,3 +394,37 @@ def test_what_no_checkpoint_holds_stays_as_it_is(
         assert tables and found.keys() == tables.keys()
         for name, table in tables.items():
             assert found[name].dtype == table.dtype and torch.equal(found[name], table), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"update": True}, {"refine": 4}], ids=str)
+@pytest.mark.parametrize("form", ["pivot", "uv"])
+@pytest.mark.parametrize("zero", ["mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "mlp"])
+def test_linears_that_put_out_nothing_or_that_no_gradient_reaches_are_survived(
+    zero: str, form: str, settings: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    """A branch of zeros, as depth pruning leaves it: what lies before it gets no gradient."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if f"layers.1.{zero}" in name and name.endswith("weight"):
+                tensors[name] = torch.zeros_like(tensors[name])
+
+    folder, out = save_edited(tmp_path / "model", change, dtype=F64), tmp_path / "out"
+
+    report = run(folder, out, text, form=form, allocation="uniform", **settings).report
+
+    found = {m["name"].partition("layers.1.")[2]: m for m in report["linears"]}
+    unreached = {name for name, m in found.items() if m["fallback"]}
+    expected = {
+        "mlp.down_proj": {"mlp.gate_proj", "mlp.up_proj"},
+        "mlp.up_proj": {"mlp.gate_proj"},
+        "self_attn.q_proj": {"self_attn.k_proj"},
+        "mlp": {"mlp.gate_proj", "mlp.up_proj"},
+    }[zero]
+    assert unreached == expected
+    assert all(found[name]["energy"] == 0 for name in unreached)
+    assert any("no gradient arrives" in note for note in report["notes"])
+    for name, weight in products(out).items():
+        assert weight.isfinite().all(), name
+        if f"layers.1.{zero}" in name and "refine" not in settings:
+            assert not weight.any(), name

@@ -450,8 +450,7 @@ def test_the_batch_size_does_not_matter(
 ) -> None:
     wide = {"dtype": torch.float64}
     results = [
-        products(compressed("llama", model=wide, batch=batch, **settings)[1])
-        for batch in (1, 3, 8)
+        products(compressed("llama", model=wide, batch=batch, **settings)[1]) for batch in (1, 3, 8)
     ]
 
     for other in results[1:]:

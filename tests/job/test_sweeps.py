@@ -46,11 +46,11 @@ def finished(
     """``finished(ratio=0.4)``: the folder of a finished job on the pico llama; not to be changed."""
     made: dict[str, Path] = {}
 
-    def make(*, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-        key = repr((dtype, sorted(settings.items())))
+    def make(**settings: Any) -> Path:
+        key = repr(sorted(settings.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("finished") / "out"
-            compress(pico("llama", dtype=dtype), made[key], text, **settings)
+            compress(pico("llama"), made[key], text, **settings)
         return made[key]
 
     return make
@@ -75,7 +75,7 @@ def same_tensors(one: Path, other: Path) -> bool:
 JOBS: dict[str, tuple[int, Settings]] = {  # number of blocks, settings
     "two-sided": (2, {}),
     "two-sided, every second": (4, {"store_every": 2}),
-    "two-sided, updated and refined": (2, {"update": True, "anchor": 0.5, "refine": 3}),
+    "two-sided, updated and refined": (2, {"ratio": 0.5, "update": True, "anchor": 0.5, "refine": 8}),
     "two-sided, two ratios": (2, {"ratio": RATIOS, "refine": 2}),
     "two-sided, last block": (3, {"blocks": "last:1"}),
     "svd-llm, two ratios": (2, {"method": "svd-llm", "ratio": RATIOS}),
@@ -169,7 +169,9 @@ def test_the_ratio_asked_for_is_reached(
     report = json.loads((out / "streamcomp_report.json").read_text())
     eligible = report["model"]["linear_parameters"]
     assert ratio - 1e-9 <= reached
-    assert reached - ratio <= max(0.002, one_rank / eligible)
+    # swsc stores whole representatives and ranks of each linear by itself
+    linears = len(report["linears"]) if settings.get("method") == "swsc" else 1
+    assert reached - ratio <= max(0.002, linears * one_rank / eligible)
     assert report["model"]["ratio"] == pytest.approx(reached)
 
 
@@ -200,18 +202,12 @@ def test_each_of_several_ratios_is_what_a_job_of_its_own_writes(
     assert [made.out.name for made in (result, *result.others)] == ["ratio-0.2", "ratio-0.4"]
     for made, ratio in zip((result, *result.others), RATIOS, strict=True):
         alone = finished(ratio=ratio, **settings)
-        # kept decompositions are rounded to fp32: one-sided, a job of one ratio keeps none
-        if kind == "svd-llm":
-            wide = stored_tensors(alone)
-            for name, tensor in stored_tensors(made.out).items():
-                torch.testing.assert_close(tensor, wide[name], rtol=1e-3, atol=1e-4)
-        else:
-            assert same_tensors(made.out, alone)
-        assert config_of(made.out)["quantization_config"] == (
-            config_of(alone)["quantization_config"]
+        assert same_tensors(made.out, alone)
+        assert (
+            config_of(made.out)["quantization_config"] == (config_of(alone)["quantization_config"])
         )
         assert made.report["asked"] == ratio
-        assert made.report["model"]["ratio"] == pytest.approx(ratio, abs=0.01)
+        assert ratio <= made.report["model"]["ratio"] < ratio + 0.03
     shared = [name for name in steps.names if not name.startswith("ratio ")]
     assert len(set(steps.names)) == len(steps.names)
     if kind.startswith("two-sided"):
@@ -256,9 +252,7 @@ def test_kept_work_serves_another_ratio(
     compress(dense, tmp_path / "first", text, work_dir=work, keep_work=True, **settings)
     steps = Names()
 
-    compress(
-        dense, tmp_path / "second", text, work_dir=work, ratio=0.4, progress=steps, **settings
-    )
+    compress(dense, tmp_path / "second", text, work_dir=work, ratio=0.4, progress=steps, **settings)
 
     assert steps.names == ["ranks", "block 0", "block 1", "copy the rest"]
     fresh = tmp_path / "fresh"
@@ -454,7 +448,7 @@ def shard_bytes(folder: Path) -> int:
     return sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("share", [0.6, 0.8])
+@pytest.mark.parametrize("share", [0.8, 0.9])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -463,7 +457,7 @@ def shard_bytes(folder: Path) -> int:
         {"form": "pivot", "allocation": "uniform"},
         {"method": "svd-llm", "form": "uv"},
         {"method": "rom", "centred": True, "form": "uv"},
-        {"blocks": "last:1"},
+        {"exclude": "gate_proj"},
     ],
     ids=str,
 )
@@ -478,8 +472,6 @@ def test_the_size_asked_for_is_kept_and_used(
 ) -> None:
     dense = pico("llama", dtype=dtype)
     source = stored_tensors(dense)
-    if "blocks" in settings:
-        share = 0.9
     wanted = int(share * shard_bytes(dense))
 
     compress(dense, tmp_path / "out", text, size=str(wanted), **settings)
@@ -487,7 +479,7 @@ def test_the_size_asked_for_is_kept_and_used(
     one_rank = dtype.itemsize * max(
         sum(t.shape) for n, t in source.items() if "layers." in n and t.dim() == 2
     )
-    headers = 192 * len(source)  # what is set aside for them
+    headers = 192 * (len(source) + 4 * 14)  # what is set aside for them
     found = shard_bytes(tmp_path / "out")
     assert found <= wanted
     assert wanted - found <= max(0.01 * wanted, one_rank) + headers
@@ -530,7 +522,8 @@ def test_blocks_that_are_not_chosen_stay_as_they_are(
     for name in others:
         assert after[name].numpy().tobytes() == before[name].numpy().tobytes()
     reached, one_rank = removed_share(dense, out)
-    assert 0.1 - 1e-9 <= reached < 0.1 + max(0.002, one_rank / (3 * 7680))
+    most = 0.01 if settings.get("method") == "swsc" else max(0.002, one_rank / (3 * 7680))
+    assert 0.1 - 1e-9 <= reached < 0.1 + most
 
 
 @pytest.mark.parametrize("form", ["pivot", "uv"])
@@ -624,14 +617,26 @@ def test_every_dtype_goes_through_all_sweeps(
     assert 1 < found.perplexity < float("inf")
 
 
-def test_what_is_refined_is_told_and_no_worse(finished: Callable[..., Path]) -> None:
-    report = json.loads((finished(refine=20) / "streamcomp_report.json").read_text())
+@pytest.mark.parametrize(
+    "settings", [{"allocation": "uniform"}, {"method": "svd-llm"}], ids=str
+)
+def test_what_is_refined_is_told_and_no_worse(
+    settings: Settings, finished: Callable[..., Path]
+) -> None:
+    out = finished(ratio=0.5, refine=60, **settings)
+    report = json.loads((out / "streamcomp_report.json").read_text())
 
-    refined = [step["refined"] for step in report["steps"] if "refined" in step]
-    assert len(refined) == 2
+    refined = report["refined"]
+    assert [item["block"] for item in refined] == [0, 1]
     for item in refined:
         assert item["after"] <= item["before"]
-    assert any(item["after"] < item["before"] for item in refined)
+    better = {item["block"] for item in refined if item["after"] < item["before"]}
+    assert better
+    plain, trained = stored_tensors(finished(ratio=0.5, **settings)), stored_tensors(out)
+    first = min(better)  # those behind it also see another stream, and no other factors
+    changed = {name for name in plain if not torch.equal(plain[name], trained[name])}
+    assert first in {int(name.split(".")[2]) for name in changed}
+    assert all("layers." in name and "norm" not in name for name in changed)
 
 
 def test_the_recipe_of_a_job_is_made_again_from_its_report(finished: Callable[..., Path]) -> None:

@@ -86,6 +86,24 @@ def test_pivots_are_a_permutation(random: Generator) -> None:
     assert sorted(pivots.tolist()) == list(range(20))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("columns", [slice(0, 7), slice(0, 1), slice(3, 5), slice(6, 7)])
+def test_columns_of_zeros_in_the_left_factor_are_survived(
+    columns: slice, form: str, dtype: torch.dtype, random: Generator
+) -> None:
+    """So are weights of zeros, and ranks above that of the weight, decomposed."""
+    weight, basis = problem((20, 12), 7, random)
+    right = basis.T @ weight
+    basis[:, columns] = 0
+
+    tensors = factor_tensors(form, basis, right, dtype)
+
+    wide = {name: t if t.dtype == torch.int32 else t.double() for name, t in tensors.items()}
+    wanted = basis @ right
+    assert (product(form, wide) - wanted).norm() <= 10 * torch.finfo(dtype).eps * wanted.norm()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 7, 11])
