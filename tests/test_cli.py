@@ -237,7 +237,7 @@ def test_several_ratios_give_a_folder_each(model: Path, text: Path, tmp_path: Pa
     status = run_cli("status", out)
     assert status.code == 0 and "finished" in status.out
     refused = job(model, out, text, "--ratio", "0.2,0.5")
-    assert refused.code == 7 or refused.code != 0
+    assert refused.code == 6 and "is not empty" in refused.err
     assert "Traceback" not in refused.err
 
 

@@ -90,6 +90,7 @@ def refine_block(
         [{"params": [p], "lr": _scale(p) * (rate or REFINE_RATE)} for p in parameters.values()],
         betas=_BETAS,
         weight_decay=0.0,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _shape(step, steps))
     order = _order(training, seed)

@@ -28,6 +28,7 @@ from streamcomp.methods import (
 from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.modules import FactoredLinear, factored
 from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.planning.plan import can_be_analysed
 from streamcomp.planning.schedule import Step, hidden_key
 
 __all__ = ["Factored", "block", "block_entries", "copy", "factorize"]
@@ -206,7 +207,9 @@ def _decomposition(
     assert not isinstance(work.method, Swsc)
     if moment is None:  # no data: all inputs count alike
         moment = Moment("inputs", torch.eye(linear.columns, device=work.device))
-    return as_kept(linear, work.method.decompose(weight, moment, work.recipe.damping))
+    found = work.method.decompose(weight, moment, work.recipe.damping)
+    # the same bytes as where one analysis serves several outputs
+    return as_kept(linear, found) if can_be_analysed(work.recipe) else found
 
 
 def _share(

@@ -107,12 +107,16 @@ class PivotLinear(FactoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         pivot = nn.functional.linear(input, self.weight)  # (..., r)
+        if self.coef.requires_grad:  # in training, gather rows of C: columns of states go slowly
+            return nn.functional.linear(pivot, self._left(self.coef), self.bias)
         rest = nn.functional.linear(pivot, self.coef)  # (..., m - r)
         output = torch.cat((pivot, rest), dim=-1).index_select(-1, self.pivots)  # (..., m)
         return output if self.bias is None else output + self.bias
 
     def left_factor(self) -> Tensor:
-        coef = _wide(self.coef)
+        return self._left(_wide(self.coef))
+
+    def _left(self, coef: Tensor) -> Tensor:
         identity = torch.eye(self.rank, dtype=coef.dtype, device=coef.device)
         return torch.cat((identity, coef)).index_select(0, self.pivots)
 

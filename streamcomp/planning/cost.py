@@ -217,7 +217,7 @@ def decomposition_bytes(rows: int, columns: int, side: str, gradients: bool = Fa
     if rows > columns:
         return ((6 if gradients else 5) * columns * columns + chunk) * _F64
     product = 2 * rows * columns + columns * columns + rows * rows
-    return max(product, outputs + rows * rows) * _F64
+    return max(product, outputs + (2 if gradients else 1) * rows * rows) * _F64
 
 
 def analysis_bytes(rows: int, columns: int, gradients: bool) -> int:

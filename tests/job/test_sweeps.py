@@ -43,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(
     pico: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """``finished(ratio=0.4)``: the folder of a finished job on the pico llama; not to be changed."""
+    """``finished(ratio=0.4)``: the folder of a job on the pico llama; not to be changed."""
     made: dict[str, Path] = {}
 
     def make(**settings: Any) -> Path:
@@ -75,7 +75,10 @@ def same_tensors(one: Path, other: Path) -> bool:
 JOBS: dict[str, tuple[int, Settings]] = {  # number of blocks, settings
     "two-sided": (2, {}),
     "two-sided, every second": (4, {"store_every": 2}),
-    "two-sided, updated and refined": (2, {"ratio": 0.5, "update": True, "anchor": 0.5, "refine": 8}),
+    "two-sided, updated and refined": (
+        2,
+        {"ratio": 0.5, "update": True, "anchor": 0.5, "refine": 8},
+    ),
     "two-sided, two ratios": (2, {"ratio": RATIOS, "refine": 2}),
     "two-sided, last block": (3, {"blocks": "last:1"}),
     "svd-llm, two ratios": (2, {"method": "svd-llm", "ratio": RATIOS}),
@@ -617,9 +620,7 @@ def test_every_dtype_goes_through_all_sweeps(
     assert 1 < found.perplexity < float("inf")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"allocation": "uniform"}, {"method": "svd-llm"}], ids=str
-)
+@pytest.mark.parametrize("settings", [{"allocation": "uniform"}, {"method": "svd-llm"}], ids=str)
 def test_what_is_refined_is_told_and_no_worse(
     settings: Settings, finished: Callable[..., Path]
 ) -> None:
