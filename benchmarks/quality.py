@@ -75,9 +75,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, required=True, help="folder of the two texts")
     parser.add_argument("--out", type=Path, default=Path("out/quality"))
     parser.add_argument("--ratios", default="0.2,0.4,0.6")
-    parser.add_argument(
-        "--rows", default="", help="only those with one of these in their name, a;b"
-    )
+    parser.add_argument("--rows", default="", help="names of those to do, a;b")
     parser.add_argument("--max-ram", default="1G")
     parser.add_argument("--windows", default="0", help="of each text, for evaluation; 0: all")
     parser.add_argument("--texts", default="wikitext,reference,source", help="to evaluate on")
@@ -91,7 +89,7 @@ def main() -> None:
     if not options.no_textbook:
         rows += [_textbook(options, ratio) for ratio in ratios]
     for row in ROWS:
-        if not wanted or any(part in row.name for part in wanted):
+        if not wanted or row.name in wanted:
             rows += [_ours(options, texts, row, r) for r in ratios if r in (row.ratios or ratios)]
             _write(options, rows)
     _write(options, rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from streamcomp.checkpoint.atomic import write_text
@@ -79,7 +78,7 @@ class JobStatus:
     steps_total: int
     last_step: str
     seconds: float  # spent so far
-    seconds_left: float  # at the pace of the blocks so far; 0 when finished
+    seconds_left: float  # as planned, at the pace of the steps so far; 0 when finished
     peak_bytes: int
     recipe: dict[str, Any]
 
@@ -266,18 +265,17 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
         )
     if journal is None:
         raise OutputError(f"{out} holds no job, or its work lies elsewhere: give --work-dir")
-    seconds = [step["seconds"] for step in journal.steps]
-    blocks = [s["seconds"] for s in journal.steps if s["step"].startswith("block")]
-    total = journal.header["total"]
-    pace = median(blocks) if blocks else 0.0
+    seconds = sum(step["seconds"] for step in journal.steps)
+    planned, done = journal.header["planned_seconds"], len(journal.steps)
+    pace = seconds / sum(planned[:done]) if done else 1.0
     return JobStatus(
         out,
         False,
-        len(journal.steps),
-        total,
+        done,
+        len(planned),
         journal.steps[-1]["step"] if journal.steps else "",
-        sum(seconds),
-        pace * (total - len(journal.steps)),
+        seconds,
+        pace * sum(planned[done:]),
         max((step["peak_bytes"] for step in journal.steps), default=0),
         {k: v for k, v in journal.header["fingerprint"].items() if k in asdict(Recipe())},
     )

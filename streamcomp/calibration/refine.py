@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
-from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.methods import factor_tensors
+from streamcomp.modeling.modules import FactoredLinear, LowRankLinear
 from streamcomp.modeling.skeleton import Call
 from streamcomp.modeling.streamer import LoadedBlock
 
@@ -50,7 +52,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Refined:
-    """The best factors by linear and name, in fp32 at least; the held-out loss before and after."""
+    """The best factors by linear and name, as they are stored; the held-out loss with them."""
 
     tensors: dict[str, dict[str, Tensor]]
     before: float
@@ -70,31 +72,67 @@ def refine_block(
 ) -> Refined:
     """Train the factors of ``factored`` (by name in the block) for ``steps`` steps of AdamW.
 
-    The block runs in the dtype of its weights, on copies rounded from factors in fp32, and the
-    held-out loss is that of rounded factors too. Holds, beside the block, its factors six times in
-    fp32 (with gradient, AdamW's two moments, the best so far and the rounded copies) and the
-    graph of one window.
+    Whatever their form, the two factors U sqrt(S) and sqrt(S) V of the product's SVD are trained:
+    pivot rows, which span all others, would move the whole matrix with each of their numbers. The
+    block runs in the dtype of its weights, on copies rounded from fp32. At the end the factors
+    return to their form, and are measured as they will be stored. Holds, beside the block, both
+    factors of its linears six times in fp32 (with gradient, AdamW's two moments, the best so far
+    and the rounded copies) and the graph of one window.
     """
-    parameters = {
-        f"{name}.{leaf}": value.detach().to(_wide(value.dtype), copy=True).requires_grad_()
-        for name, module in factored.items()
-        for leaf, value in module.named_parameters()
-        if leaf != "bias"
-    }
+    closed = {name: _stored(module) for name, module in factored.items()}
     held_out = list(range(0, data.windows, _HELD_OUT_EVERY)) if data.windows > 1 else []
-    training = [w for w in range(data.windows) if w not in held_out]
     measure = _Measure(loaded, data)
-    before = measure.mean(parameters, held_out)
-    best, kept, after = before, 0, _copies(parameters)
+    before = measure.mean({}, held_out)
+    if not held_out or not steps:
+        return Refined(closed, before, before, 0)
+    parameters = {
+        f"{name}.{leaf}": value.requires_grad_()
+        for name, module in factored.items()
+        for leaf, value in _balanced(module).items()
+    }
+    with _as_two_factors(loaded, factored):
+        best, kept = _train(
+            measure, parameters, held_out, steps, rate or REFINE_RATE, seed, progress
+        )
+    if not kept:
+        return Refined(closed, before, before, 0)
+    refined = {
+        name: factor_tensors(
+            module.form,
+            best[f"{name}.U"].double(),
+            best[f"{name}.weight"].double(),
+            module.weight.dtype,
+        )
+        for name, module in factored.items()
+    }
+    after = measure.mean(
+        {f"{n}.{k}": v for n, ts in refined.items() for k, v in ts.items()}, held_out
+    )
+    if not after < before:
+        return Refined(closed, before, before, 0)
+    return Refined(refined, before, after, kept)
+
+
+def _train(
+    measure: _Measure,
+    parameters: dict[str, Tensor],
+    held_out: list[int],
+    steps: int,
+    rate: float,
+    seed: int,
+    progress: Callable[[float], None],
+) -> tuple[dict[str, Tensor], int]:
+    """The factors that did best on the held-out windows, and after how many steps."""
+    best, kept, least = parameters, 0, measure.mean(parameters, held_out)
     optimizer = torch.optim.AdamW(
-        [{"params": [p], "lr": _scale(p) * (rate or REFINE_RATE)} for p in parameters.values()],
+        [{"params": [p], "lr": _scale(p) * rate} for p in parameters.values()],
         betas=_BETAS,
         weight_decay=0.0,
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _shape(step, steps))
-    order = _order(training, seed)
-    for step in range(steps if held_out else 0):
+    order = _order([w for w in range(measure.windows) if w not in held_out], seed)
+    for step in range(steps):
         progress(step / steps)
         optimizer.zero_grad(set_to_none=True)
         for _ in range(_WINDOWS_PER_STEP):
@@ -103,9 +141,43 @@ def refine_block(
         schedule.step()
         if (step + 1) % max(1, steps // _CHECKS) == 0 or step + 1 == steps:
             now = measure.mean(parameters, held_out)
-            if now < best:
-                best, kept, after = now, step + 1, _copies(parameters)
-    return Refined(_by_linear(after), before, best, kept)
+            if now < least:
+                least, kept = now, step + 1
+                best = {name: value.detach().clone() for name, value in parameters.items()}
+    return best, kept
+
+
+def _stored(module: FactoredLinear) -> dict[str, Tensor]:
+    """What a checkpoint holds of a factored linear, without its bias."""
+    return {name: value.detach() for name, value in module.tensors().items() if name != "bias"}
+
+
+def _balanced(module: FactoredLinear) -> dict[str, Tensor]:
+    """``U`` (m, r) and ``weight`` (r, n), the product's singular values shared between them."""
+    left = torch.linalg.qr(module.left_factor().double())
+    right = torch.linalg.qr(module.weight.detach().double().T)
+    inner = torch.linalg.svd(left.R @ right.R.T)
+    root = inner.S.sqrt()
+    wide = torch.promote_types(module.weight.dtype, torch.float32)
+    return {
+        "U": (left.Q @ (inner.U * root)).to(wide),
+        "weight": ((inner.Vh.T * root).T @ right.Q.T).to(wide),
+    }
+
+
+@contextmanager
+def _as_two_factors(loaded: LoadedBlock, factored: Mapping[str, FactoredLinear]) -> Iterator[None]:
+    """Modules of form ``uv`` without weights in the places of ``factored``."""
+    for name, module in factored.items():
+        with torch.device("meta"):
+            empty = LowRankLinear(module.in_features, module.out_features, module.rank)
+        empty.bias = module.bias
+        loaded.replace(name, empty)
+    try:
+        yield
+    finally:
+        for name, module in factored.items():
+            loaded.replace(name, module)
 
 
 class _Measure:
@@ -114,6 +186,7 @@ class _Measure:
     def __init__(self, loaded: LoadedBlock, data: TrainingData) -> None:
         self._loaded, self._data = loaded, data
         self._root = None if data.gradient is None else _root(data.gradient)
+        self.windows = data.windows
 
     @torch.enable_grad()
     def loss(self, parameters: Mapping[str, Tensor], window: int) -> Tensor:
@@ -144,11 +217,6 @@ def _root(gradient: Tensor) -> Tensor:
     return root.float()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32 at least, which every narrower dtype fits in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _scale(parameter: Tensor) -> float:
     """Root mean square of a tensor; 1 where it is zero, or empty."""
     size = float(parameter.detach().square().mean()) if parameter.numel() else 0.0
@@ -168,15 +236,3 @@ def _order(windows: list[int], seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from (windows[i] for i in torch.randperm(len(windows), generator=generator).tolist())
-
-
-def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in parameters.items()}
-
-
-def _by_linear(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        linear, _, leaf = name.rpartition(".")
-        found.setdefault(linear, {})[leaf] = tensor
-    return found

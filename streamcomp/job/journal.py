@@ -133,9 +133,17 @@ class Journal:
         return cls(path, header, steps)
 
     @classmethod
-    def begin(cls, folder: Path, found: Fingerprint, levers: dict[str, Any], total: int) -> Journal:
-        """A new journal of a job of ``total`` steps."""
-        header = {"version": _VERSION, "fingerprint": found, "levers": levers, "total": total}
+    def begin(
+        cls, folder: Path, found: Fingerprint, levers: dict[str, Any], seconds: list[float]
+    ) -> Journal:
+        """A new journal of a job whose steps are planned to take ``seconds`` each."""
+        header = {
+            "version": _VERSION,
+            "fingerprint": found,
+            "levers": levers,
+            "total": len(seconds),
+            "planned_seconds": seconds,
+        }
         write_text(folder / JOURNAL, json.dumps(header) + "\n")
         return cls(folder / JOURNAL, header, [])
 

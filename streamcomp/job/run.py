@@ -231,9 +231,10 @@ class Job:
             "keep_work": self._settings["keep_work"],
         }
         total = len(self.plan.steps)
+        seconds = [round(step.seconds, 3) for step in self.plan.steps]
         if found is not None and found.inherited:
-            found.header["total"] = total
-        self.journal = found or Journal.begin(self.work, self.fingerprint, levers, total)
+            found.header |= {"total": total, "planned_seconds": seconds}
+        self.journal = found or Journal.begin(self.work, self.fingerprint, levers, seconds)
         self.journal.trim()
         self.space = Workspace(
             self.skeleton,

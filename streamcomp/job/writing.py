@@ -16,7 +16,7 @@ from streamcomp.calibration.refit import Refit
 from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.job.analysis import as_kept, health, read_decomposition, read_output_gradient
 from streamcomp.job.workspace import Stage, Workspace
-from streamcomp.linalg.channel_sharing import average_bits
+from streamcomp.linalg.channel_sharing import average_bits, shared_numbers
 from streamcomp.linalg.low_rank import Decomposition
 from streamcomp.methods import (
     Moment,
@@ -157,6 +157,7 @@ def _factorize_block(
     """Every linear that this output factors, from kept decompositions or from moments taken now."""
     output, plan = work.plan.outputs[step.output], work.block_plan(step.block)
     observer = None if work.plan.analysis else _observe(work, stage, step, loaded)
+    spare = 0  # numbers that sharing left over in one linear go to the next
     for group in plan.groups:
         moment = observer.take(group) if observer else None
         for linear in group.linears:
@@ -166,7 +167,9 @@ def _factorize_block(
             stage(f"factorizing {linear.name.rpartition('.')[2]}")
             weight = loaded.weight(linear.name)
             if isinstance(work.method, Swsc):
-                yield _share(work, work.method, linear, weight, moment, numbers)
+                shared = _share(work, work.method, linear, weight, moment, numbers + spare)
+                spare += numbers - shared.result["numbers"]
+                yield shared
                 continue
             found = _decomposition(work, step, group, linear, weight, moment)
             dense = loaded.dense_linear(linear.name)
@@ -242,6 +245,7 @@ def _share(
         "damping": shared.damping,
         "condition": None,
         "fallback": "",
+        "numbers": shared_numbers(linear.rows, linear.columns, shared.axis, clusters, rank),
         "bits_per_weight": average_bits(linear.rows, linear.columns, shared.axis, clusters, rank),
         "spec": spec,
     }
@@ -284,17 +288,17 @@ def _refine(
 ) -> tuple[list[Factored], Results]:
     """Factors trained on the compressed stream; the closed form where that helps none."""
     number, recipe = step.block, work.recipe
-    dtype = work.gradient_dtype
+    run_dtype = work.gradient_dtype
     with (
-        loaded.cast(dtype),
+        loaded.cast(run_dtype),
         work.reading(hidden_key(number, step.output)) as inputs,
         work.reading(hidden_key(number + 1)) as targets,
     ):
         data = TrainingData(
             work.shape.windows,
-            lambda w: inputs.read(w, w + 1).to(work.device, dtype),
+            lambda w: inputs.read(w, w + 1).to(work.device, run_dtype),
             lambda w: targets.read(w, w + 1),
-            work.calls(1, dtype)[number],
+            work.calls(1, run_dtype)[number],
             read_output_gradient(work.folder, number, work.device) if recipe.two_sided else None,
         )
         refined = refine_block(
@@ -310,6 +314,8 @@ def _refine(
     for item in found:
         tensors = {
             leaf: tensor.to(item.linear.source.torch_dtype)
+            if tensor.is_floating_point()
+            else tensor
             for leaf, tensor in refined.tensors[item.linear.name].items()
         }
         better.append(replace(item, tensors=item.tensors | tensors))

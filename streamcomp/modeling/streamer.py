@@ -65,8 +65,10 @@ class LoadedBlock:
 
         ``parameters`` by their names in the block, rounded to the dtype of those they stand for.
         """
-        hidden = hidden.to(next(self.module.parameters()).device)
-        rounded = {name: value.to(hidden.dtype) for name, value in parameters.items()}
+        rounded = {
+            name: value.to(hidden.dtype) if value.is_floating_point() else value
+            for name, value in parameters.items()
+        }
         output = torch.func.functional_call(
             self.module, rounded, (hidden, *call.args), dict(call.kwargs)
         )
