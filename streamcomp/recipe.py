@@ -146,8 +146,9 @@ class Recipe:
         for name, value in own.items():
             if getattr(self, name) == _AUTO:
                 object.__setattr__(self, name, value)
-        if isinstance(self.ratio, tuple) and len(self.ratio) == 1:
-            object.__setattr__(self, "ratio", self.ratio[0])
+        if isinstance(self.ratio, list | tuple):
+            several = tuple(float(ratio) for ratio in self.ratio)
+            object.__setattr__(self, "ratio", several[0] if len(several) == 1 else several)
 
     def _check_ratios(self) -> None:
         for ratio in self.ratios:
