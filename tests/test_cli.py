@@ -156,10 +156,10 @@ def test_what_follows_no_command_is_refused_in_one_line() -> None:
 
 
 def test_options_before_the_command_hold_for_it(model: Path) -> None:
-    before = run_cli("--max-ram", "1G", "plan", model, *LITTLE, "--json")
-    after = run_cli("plan", model, *LITTLE, "--max-ram", "1G", "--json")
+    before = run_cli("--max-ram", "3G", "plan", model, *LITTLE, "--json")
+    after = run_cli("plan", model, *LITTLE, "--max-ram", "3G", "--json")
 
-    assert before.json["budget_bytes"] == after.json["budget_bytes"] == 2**30
+    assert before.json["budget_bytes"] == after.json["budget_bytes"] == 3 * 2**30
 
 
 def test_an_option_behind_the_command_goes_before_one_ahead_of_it(model: Path) -> None:

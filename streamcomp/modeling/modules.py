@@ -107,7 +107,7 @@ class PivotLinear(FactoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         pivot = nn.functional.linear(input, self.weight)  # (..., r)
-        if self.coef.requires_grad:  # in training, gather rows of C: columns of states go slowly
+        if torch.is_grad_enabled() and self.coef.requires_grad:  # gathering rows of C is faster
             return nn.functional.linear(pivot, self._left(self.coef), self.bias)
         rest = nn.functional.linear(pivot, self.coef)  # (..., m - r)
         output = torch.cat((pivot, rest), dim=-1).index_select(-1, self.pivots)  # (..., m)

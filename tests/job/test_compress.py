@@ -432,7 +432,8 @@ def test_the_two_statistics_differ_behind_the_first_block_and_not_in_it(
     _, second = compressed("llama", method="svd-llm", statistics="compressed")
 
     one, other = stored_tensors(first), stored_tensors(second)
-    same = {name for name in one if torch.equal(one[name], other[name])}
+    # the bases of dense statistics are rounded to fp32, as they would be kept for other outputs
+    same = {n for n in one if torch.allclose(one[n].double(), other[n].double(), 1e-4, 1e-6)}
     weights = {f"{name}.weight" for name in factored_modules(first)}
     assert {name for name in weights if "layers.0." in name} <= same
     assert not {name for name in weights if "layers.1." in name} & same
