@@ -9,9 +9,9 @@ from typing import Any
 
 from streamcomp.checkpoint.index import CheckpointIndex, read_header
 from streamcomp.checkpoint.writer import Entry, write_shard
-from streamcomp.errors import RecipeError
+from streamcomp.errors import JobMismatchError, RecipeError
 from streamcomp.job.analysis import as_kept, read_moment
-from streamcomp.job.journal import Journal, locked
+from streamcomp.job.journal import Journal, locked, same_analysis
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.run import choose_device
 from streamcomp.job.workspace import Stage, Workspace
@@ -49,17 +49,20 @@ def redo_linears(
             f"{folder} keeps no moments: --redo needs a job that was run with --keep-work "
             "(and the same --work-dir)"
         )
+    if not same_analysis(journal.header["fingerprint"], report["fingerprint"]):
+        raise JobMismatchError(
+            f"{folder} keeps the work of another job than that in {out}: give its own --work-dir",
+            field="work_dir",
+        )
     device = choose_device(resources.device)
     skeleton = Skeleton(index)
     warm_up(device, skeleton.dtype)
-    held = journal.header["levers"]
     plan = make_plan(
         skeleton,
         recipe,
         budget_bytes(resources.max_ram),
         measure_rates(device, skeleton.dtype),
-        levers=Levers(**{name: held[name] for name in Levers.__dataclass_fields__}),
-        ranks=[{item["name"]: item["rank"] for item in report["linears"]}] * len(recipe.ratios),
+        levers=Levers.of_journal(journal.header["levers"]),
         analysis=True,
         keep_work=True,
     )
@@ -117,14 +120,9 @@ def _redo_block(
                     factorize(work, linear, rank, loaded.dense_linear(linear.name), decomposition)
                 )
     stage("writing")
-    names = {f"{m.linear.disk_name}.{leaf}" for m in found for leaf in m.tensors}
-    shards = sorted(out.glob("model-*.safetensors"))
-    shard = shards[block.number]
-    entries = [
-        Entry(f"{m.linear.disk_name}.{leaf}", tensor.cpu())
-        for m in found
-        for leaf, tensor in m.tensors.items()
-    ]
+    entries = [entry for item in found for entry in item.entries]
+    names = {entry.name for entry in entries}
+    shard = sorted(out.glob("model-*.safetensors"))[block.number]
     kept = [Entry(n, info) for n, info in read_header(shard).items() if n not in names]
     write_shard(shard, entries + kept)
     return [item.result for item in found]

@@ -164,7 +164,7 @@ class Job:
         self._settings = fits
         ranked = found.find(_RANKS)
         fits["ranks"] = ranked["ranks"] if ranked else None
-        levers = Levers(**{name: held[name] for name in Levers.__dataclass_fields__})
+        levers = Levers.of_journal(held)
         try:
             return make_plan(self.skeleton, self.recipe, self.budget, rates, levers=levers, **fits)
         except BudgetError:

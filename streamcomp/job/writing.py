@@ -45,6 +45,12 @@ class Factored:
     spec: dict[str, Any]
     result: Results
 
+    @property
+    def entries(self) -> list[Entry]:
+        """The tensors as they go into a shard."""
+        name = self.linear.disk_name
+        return [Entry(f"{name}.{leaf}", tensor.cpu()) for leaf, tensor in self.tensors.items()]
+
     def module(self, dense: nn.Linear) -> FactoredLinear:
         """The runtime module that holds these tensors, in the place of ``dense``."""
         with torch.device("meta"):
@@ -110,11 +116,7 @@ def copy(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
 
 def block_entries(work: Workspace, number: int, found: list[Factored]) -> list[Entry]:
     """What a block's shard holds: factors, and whatever they do not replace."""
-    entries = [
-        Entry(f"{item.linear.disk_name}.{leaf}", tensor.cpu())
-        for item in found
-        for leaf, tensor in item.tensors.items()
-    ]
+    entries = [entry for item in found for entry in item.entries]
     names = {entry.name for entry in entries}
     return entries + [
         Entry(info.name, info)

@@ -158,18 +158,39 @@ class BlockCost:
             },
         )
 
-    def refine(self, numbers: int, factors: int) -> Phase:
-        """Factors with their gradient, AdamW's two moments and the best so far, all in fp32."""
+    def refine(self, ranks: Mapping[Linear, int], form: str, factors: int) -> list[Phase]:
+        """Training both factors U and V of each linear, and bringing them back to their form.
+
+        With their gradient, AdamW's two moments, the best so far and the rounded copies, all in
+        fp32 at least; then with gradient and best, beside one product's decomposition in fp64.
+        """
+        item = max(4, self.stream.dtype.itemsize)
+        numbers = sum(rank * (linear.rows + linear.columns) for linear, rank in ranks.items())
         states = 6 * self.stream.window_bytes
-        return Phase(
-            "refine",
-            {
-                "weights": self.weight_bytes,
-                "factors": factors + 6 * 4 * numbers,
-                "moments": 3 * self.output_gradient_bytes,
-                "activations": 2 * (self.autograd_bytes + states) * self._widening,
-            },
+        held = {
+            "weights": self.weight_bytes,
+            "moments": 3 * self.output_gradient_bytes,
+        }
+        activations = 2 * (self.autograd_bytes + states) * self._widening
+        balanced = (
+            max(
+                _F64 * (3 * r * (m.rows + m.columns) + 5 * r * r),
+                factorization_bytes(m.rows, m.columns, r, form),
+            )
+            for m, r in ranks.items()
         )
+        training = {"factors": factors + 6 * item * numbers, "activations": activations}
+        return [
+            Phase("refine", held | training),
+            Phase(
+                "convert",
+                held
+                | {
+                    "factors": 2 * factors + 3 * item * numbers,
+                    "decomposition": max(balanced, default=0),
+                },
+            ),
+        ]
 
     def write(self, factors: int) -> Phase:
         return Phase(

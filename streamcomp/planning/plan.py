@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -81,6 +81,11 @@ class Levers:
     batch: int  # windows per forward
     reverse_batch: int  # windows per forward and backward
     head_tokens: int  # tokens per call of the head
+
+    @classmethod
+    def of_journal(cls, held: Mapping[str, Any]) -> Levers:
+        """Those that a job began with, among what its journal's header holds."""
+        return cls(**{field.name: held[field.name] for field in fields(cls)})
 
     @classmethod
     def of_step(cls, kind: str) -> str:
@@ -551,8 +556,7 @@ class _Planner:
         if recipe.update:
             yield known.update(levers.batch, ranks, factors)
         if recipe.refine:
-            item = self.stream.dtype.itemsize
-            yield known.refine(factors // item, factors)
+            yield from known.refine(ranks, recipe.form, factors)
         if recipe.statistics == "compressed" or recipe.follows:
             yield known.forward(levers.batch, factors)
         yield known.write(factors)

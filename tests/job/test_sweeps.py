@@ -444,6 +444,20 @@ def test_what_cannot_be_done_again_is_refused(
     assert tree(tmp_path / "out") == before
 
 
+def test_the_work_of_another_job_is_not_taken_for_its_own(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense = pico("llama")
+    compress(dense, tmp_path / "out", text, keep_work=True)
+    compress(dense, tmp_path / "other", text, keep_work=True, seed=1)
+    before = tree(tmp_path / "out")
+
+    with pytest.raises(JobMismatchError, match="keeps the work of another job"):
+        redo(dense, tmp_path / "out", "q_proj", 0.1, work_dir=tmp_path / "other" / ".streamcomp")
+
+    assert tree(tmp_path / "out") == before
+
+
 # -- the size ----------------------------------------------------------------------------
 
 
