@@ -39,7 +39,8 @@ from streamcomp.job.run import (
 from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.meter import budget_bytes, is_memory_backed, warm_up
-from streamcomp.planning.plan import Plan, can_be_analysed, make_plan, measure_rates
+from streamcomp.planning.plan import Plan, can_be_analysed, make_plan
+from streamcomp.planning.rates import measure_rates
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = [
@@ -172,6 +173,7 @@ def plan(
 ) -> Plan:
     """What :func:`compress` would do, from headers alone: steps, bytes, seconds, ranks.
 
+    The budget may be that of a larger machine than this one; seconds are always this one's.
     Raises BudgetError with the least budget that does where none of its plans fits.
     """
     recipe, resources = recipe or Recipe(), resources or Resources()
@@ -185,7 +187,7 @@ def plan(
         return make_plan(
             skeleton,
             recipe,
-            budget_bytes(resources.max_ram),
+            budget_bytes(resources.max_ram, elsewhere=True),
             measure_rates(device, skeleton.dtype),
             analysis=resources.keep_work and can_be_analysed(recipe),
             keep_work=resources.keep_work,
@@ -291,6 +293,7 @@ def _publish(job: Job, output: int) -> dict[str, Any]:
         written,
         {k: job.fingerprint[k] for k in asdict(job.recipe)},
         job.plan,
+        job.rates,
         job.journal.header,
         steps_of_output(job.journal.steps, output),
     )

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import streamcomp
 from streamcomp import CompressResult, Recipe, Resources, cli
 from streamcomp.job.progress import SilentProgress
-from streamcomp.planning.plan import MachineRates
+from streamcomp.planning.rates import MachineRates
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -64,7 +64,8 @@ def compress(
 
 def quick_plan() -> Any:
     """A patch: the machine's speed, only shown, is not measured; that takes longer than a job."""
-    return mock.patch("streamcomp.job.run.measure_rates", return_value=MachineRates(1e9, 1e9, 1e9))
+    rates = MachineRates(1e9, 1e9, 1e9, 1e9)
+    return mock.patch("streamcomp.job.run.measure_rates", return_value=rates)
 
 
 class Interrupted(Exception):

@@ -15,7 +15,10 @@ from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment
 from streamcomp.methods.base import GradientMoment, Moment, Side
 from streamcomp.modeling.linears import Linear
 
-__all__ = ["MomentGroup", "Observer", "group_moments", "moment_dtype"]
+# Rows whose squares are added up at a time.
+_FEW = 128
+
+__all__ = ["MomentGroup", "Observer", "decomposition_order", "group_moments", "moment_dtype"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ def group_moments(
         else:
             groups.append(MomentGroup("inputs", inputs, tuple(members), gradients))
     return tuple(groups)
+
+
+def decomposition_order(groups: Sequence[MomentGroup]) -> list[MomentGroup]:
+    """Groups of outputs first: theirs is the least workspace, while most moments are there."""
+    return sorted(groups, key=lambda group: group.side == "inputs")
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -170,8 +178,8 @@ class _GradientSum:
         """Add g (..., m) of a linear's output; ``weight`` is (m, n)."""
         flat = gradient.detach().reshape(-1, weight.shape[0])  # (T, m)
         for rows in flat.split(ROWS_PER_UPDATE):
-            wide = rows.to(self.moment.value.dtype)
-            self.energy += float(wide.square().sum(dtype=torch.float64))
+            for few in rows.split(_FEW):
+                self.energy += float(few.double().square().sum())
             self.moment.update(rows @ weight if weight.shape[0] > weight.shape[1] else rows)
 
 

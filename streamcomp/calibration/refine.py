@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
+from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.methods import factor_tensors
 from streamcomp.modeling.modules import FactoredLinear, LowRankLinear
 from streamcomp.modeling.skeleton import Call
@@ -99,8 +100,8 @@ def refine_block(
     refined = {
         name: factor_tensors(
             module.form,
-            best[f"{name}.U"].double(),
-            best[f"{name}.weight"].double(),
+            best[f"{name}.U"].to(solve_dtype(module.weight.dtype)),
+            best[f"{name}.weight"].to(solve_dtype(module.weight.dtype)),
             module.weight.dtype,
         )
         for name, module in factored.items()

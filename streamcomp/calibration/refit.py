@@ -68,7 +68,9 @@ class Refit:
         outputs, inner = self._sums.pop(name)
         module = self._factored[name]
         left = module.left_factor().detach()
-        return refit_left(outputs, inner, towards=left), module.weight.detach().double()
+        return refit_left(outputs, inner, towards=left), module.weight.detach().to(
+            torch.float64, copy=True
+        )
 
     def _keep(self, name: str) -> Any:
         def hook(module: nn.Linear, _: tuple[Tensor, ...], output: Tensor) -> None:

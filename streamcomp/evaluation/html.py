@@ -47,6 +47,7 @@ _SECONDS = [0.1, 0.2, 0.5, *(n * unit for unit in (1, 60, 3600) for n in (1, 2, 
 
 _BUDGET_SHOWN = 4  # a budget that many times above all peaks would flatten the bars
 _BIG_DOTS = 60  # in a line
+_LEAST_LIMIT = 0.05  # seconds of a stage below which its share is noise
 _COLORS = 7  # of lines; after that, the next dash
 _DASHES = ["none", "7 4", "2 4", "9 3 2 3"]  # pixels on and off
 _WORST = 10  # linears in the table of the worst
@@ -112,6 +113,7 @@ def html_report(report: dict[str, Any]) -> str:
         _refinement(report.get("refined", [])),
         _memory_plot(steps, budget),
         _seconds_plot(steps),
+        _roofline(report),
         _notes(report),
         _left_table(report.get("left", {})),
         tag("div", *settings, class_="columns"),
@@ -536,6 +538,35 @@ def _seconds_plot(steps: Sequence[_Record]) -> Html:
     keys = (key(f"{s} {format_seconds(totals[s])}", colors[s], 10) for s in stages)
     plot = step_plot(axis, keys, marks, [step["step"] for step in steps])
     return section("Time", "Spent in the stages of each step.", plot)
+
+
+def _roofline(report: _Record) -> Html:
+    """Stages against what the machine can do; nothing where the journal is of an older version."""
+    stages, limits, rates = (report.get(key, {}) for key in ("stages", "limits", "rates"))
+    counted_ones = [name for name in stages if limits.get(name, 0.0) >= _LEAST_LIMIT]
+    if not counted_ones or not rates:
+        return Html("")
+    rows = [
+        (name, format_seconds(stages[name]), format_seconds(limits[name]),
+         percent(limits[name] / stages[name]) if stages[name] else "")
+        for name in sorted(counted_ones, key=lambda name: -stages[name])
+    ]  # fmt: skip
+    told = ", ".join(
+        f"{rates[key] / 1e9:.3g} {unit}"
+        for key, unit in (
+            ("model_flops", "GFLOP/s in the model's dtype"),
+            ("moment_flops", "in the moments'"),
+            ("wide_flops", "in fp64"),
+            ("eigh_flops", "for eigenvectors, counted as 9 n^3"),
+            ("disk_bytes", "GB/s to disk"),
+        )
+    )
+    explanation = (
+        f"Operations and bytes as the plan counts them, at rates measured as the job began: {told}."
+        " Rates of small matrices: a stage of large ones may come out above 100%."
+    )
+    head = ("stage", "took", "at these rates", "share")
+    return section("Speed", explanation, table(head, rows))
 
 
 # -- the rest ----------------------------------------------------------------------------

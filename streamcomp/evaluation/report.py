@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
 from streamcomp.planning.plan import Plan
+from streamcomp.planning.rates import MachineRates
 from streamcomp.recipe import Recipe
 from streamcomp.units import format_bytes
 
@@ -26,21 +28,19 @@ def job_report(
     written: Sequence[TensorInfo],
     recipe: dict[str, Any],
     plan: Plan,
+    rates: MachineRates,
     header: dict[str, Any],
     steps: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """All that ``streamcomp_report.json`` holds.
 
-    ``written`` are the tensors of the output, ``header`` and ``steps`` come from the journal.
+    ``written`` are the tensors of the output, ``header`` and ``steps`` come from the journal;
+    ``rates`` are this machine's, which the ``limits`` of the stages were counted with.
     """
     linears = [linear for step in steps for linear in step.get("linears", [])]
     factored = {linear["name"] for linear in linears}
     eligible = sum(linear.numel for linear in plan.linears)
     removed = index.numel - sum(info.numel for info in written if _counts(info))
-    stages: dict[str, float] = {}
-    for step in steps:
-        for name, seconds in step["stages"].items():
-            stages[name] = round(stages.get(name, 0.0) + seconds, 3)
     return {
         "model": {
             "source": model_name(index.folder),
@@ -61,7 +61,9 @@ def job_report(
             "peak_bytes": max(step["peak_bytes"] for step in steps),
         },
         "seconds": round(sum(step["seconds"] for step in steps), 1),
-        "stages": stages,
+        "stages": _summed(step["stages"] for step in steps),
+        "limits": _summed(step.get("limits", {}) for step in steps),
+        "rates": asdict(rates),
         "windows": next((step["windows"] for step in steps if "windows" in step), 0),
         "recipe": recipe,
         "levers": header["levers"],
@@ -80,6 +82,15 @@ def job_report(
         "left": plan.left,
         "steps": [{k: v for k, v in step.items() if k not in _BULKY} for step in steps],
     }
+
+
+def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Seconds by stage, over all steps."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, seconds in part.items():
+            total[name] = round(total.get(name, 0.0) + seconds, 3)
+    return total
 
 
 def _counts(info: TensorInfo) -> bool:

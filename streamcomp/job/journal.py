@@ -60,8 +60,12 @@ def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
 def check_fingerprint(
     found: Mapping[str, Any], wanted: Fingerprint, folder: Path, *, versions: bool = True
 ) -> None:
-    """JobMismatchError naming the first field in which ``found`` is not what is ``wanted``."""
-    for field, value in wanted.items():
+    """JobMismatchError naming the first field in which ``found`` is not what is ``wanted``.
+
+    Those that shape the output alone come last: kept work may serve a job with others.
+    """
+    for field in sorted(wanted, key=lambda name: name in OUTPUT_FIELDS):
+        value = wanted[field]
         if not versions and field in ("torch", "transformers"):
             continue
         if found.get(field) != value:

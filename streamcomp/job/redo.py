@@ -19,7 +19,8 @@ from streamcomp.job.writing import Factored, factorize
 from streamcomp.methods import Swsc, find_method
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.meter import budget_bytes, release, warm_up
-from streamcomp.planning.plan import BlockPlan, Levers, make_plan, measure_rates
+from streamcomp.planning.plan import BlockPlan, Levers, make_plan
+from streamcomp.planning.rates import measure_rates
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = ["redo_linears"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,11 @@ from streamcomp.planning.meter import (
 )
 from streamcomp.planning.plan import (
     Levers,
-    MachineRates,
     Plan,
     can_be_analysed,
     make_plan,
-    measure_rates,
 )
+from streamcomp.planning.rates import MachineRates, measure_disk, measure_rates
 from streamcomp.planning.schedule import Step, live_after
 from streamcomp.recipe import Recipe, Resources
 from streamcomp.units import format_bytes
@@ -105,7 +104,8 @@ class Job:
         self.skeleton = Skeleton(self.index)
         gradients, training = self.recipe.two_sided, self.recipe.refine > 0
         warm_up(self.device, self.skeleton.dtype, gradients=gradients, training=training)
-        self.rates = measure_rates(self.device, self.skeleton.dtype)
+        rates = measure_rates(self.device, self.skeleton.dtype)
+        self.rates = replace(rates, disk_bytes=measure_disk(self.work))
         found = self._journal()
         self._refuse_foreign_folder(found)
         if found is not None:
@@ -271,6 +271,7 @@ class Job:
         results |= {
             "seconds": round(stage.total(), 3),
             "stages": {key: round(value, 3) for key, value in stage.seconds.items()},
+            "limits": {k: round(v, 3) for k, v in self.plan.steps[number].limits.items()},
             "peak_bytes": self.meter.peak(),
             "predicted_bytes": self.plan.steps[number].peak_bytes,
         }

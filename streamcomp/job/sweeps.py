@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from streamcomp.calibration.observe import Observer, moment_dtype
+from streamcomp.calibration.observe import Observer, decomposition_order, moment_dtype
 from streamcomp.errors import NonFiniteError
 from streamcomp.job.analysis import (
     health,
@@ -150,10 +150,13 @@ def _again(work: Workspace, stage: Stage, number: int) -> None:
 def _decompose(
     work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock, observer: Observer
 ) -> list[Results]:
-    """Every linear of the block, one at a time; what is found goes to the work folder."""
+    """Every linear of the block, one at a time; what is found goes to the work folder.
+
+    Its moments and its weight are dropped then, those that need no weight first.
+    """
     assert not isinstance(work.method, Swsc)
     found = []
-    for group in work.block_plan(step.block).groups:
+    for group in decomposition_order(work.block_plan(step.block).groups):
         moment = observer.take(group)
         gradients = {}
         for linear in group.linears:
@@ -165,6 +168,8 @@ def _decompose(
             decomposition = work.method.decompose(weight, own, work.recipe.damping)
             write_decomposition(work.folder, step.block, linear, decomposition)
             found.append(health(linear, decomposition))
+            del weight, decomposition
+            loaded.drop(linear.name)
             if not work.keeps_work:
                 gradients.clear()
         if work.keeps_work:

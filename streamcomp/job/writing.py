@@ -137,13 +137,14 @@ def factorize(
     weight = dense.weight.detach()
     form, dtype = work.recipe.form, linear.source.torch_dtype
     left, right = found.factors(weight, rank)
-    tensors = factor_tensors(form, left, right, dtype)
     spec: dict[str, Any] = {"form": form, "rank": rank}
+    bias = {}
     if moment is not None and moment.total is not None:
-        bias = mean_bias(weight, left, right, moment)
-        tensors["bias"] = (bias if dense.bias is None else bias + dense.bias).to(dtype)
+        shift = mean_bias(weight, left, right, moment)
+        bias["bias"] = (shift if dense.bias is None else shift + dense.bias).to(dtype)
         if dense.bias is None:
             spec["bias"] = True
+    tensors = factor_tensors(form, left, right, dtype) | bias
     result = health(linear, found) | {
         "rank": rank,
         "relative_loss": found.relative_loss(rank),
@@ -158,6 +159,7 @@ def _factorize_block(
 ) -> Iterator[Factored]:
     """Every linear that this output factors, from kept decompositions or from moments taken now."""
     output, plan = work.plan.outputs[step.output], work.block_plan(step.block)
+    runs_again = work.recipe.follows or work.recipe.statistics == "compressed"
     observer = None if work.plan.analysis else _observe(work, stage, step, loaded)
     spare = 0  # numbers that sharing left over in one linear go to the next
     for group in plan.groups:
@@ -169,14 +171,17 @@ def _factorize_block(
             stage(f"factorizing {linear.name.rpartition('.')[2]}")
             weight = loaded.weight(linear.name)
             if isinstance(work.method, Swsc):
-                shared = _share(work, work.method, linear, weight, moment, numbers + spare)
-                spare += numbers - shared.result["numbers"]
-                yield shared
-                continue
-            found = _decomposition(work, step, group, linear, weight, moment)
-            dense = loaded.dense_linear(linear.name)
-            item = factorize(work, linear, rank, dense, found, moment)
-            if not work.recipe.follows and work.recipe.statistics == "compressed":
+                item = _share(work, work.method, linear, weight, moment, numbers + spare)
+                spare += numbers - item.result["numbers"]
+            else:
+                found = _decomposition(work, step, group, linear, weight, moment)
+                dense = loaded.dense_linear(linear.name)
+                item = factorize(work, linear, rank, dense, found, moment)
+                del found
+            del weight
+            if not runs_again:
+                loaded.drop(linear.name)
+            elif not work.recipe.follows:
                 _install(loaded, item)
             yield item
 

@@ -32,10 +32,10 @@ from torch import Generator, Tensor
 from streamcomp.errors import RecipeError
 from streamcomp.linalg.low_rank import (
     FIRST_DAMPING,
-    ROWS_AT_ONCE,
     decompose_inputs,
     decompose_outputs,
 )
+from streamcomp.linalg.symmetric import PANEL
 
 __all__ = [
     "AXES",
@@ -168,7 +168,7 @@ def kmeans(
     if weights is None:
         weights = points.new_ones(len(points))
     weights = weights.to(points.dtype)
-    squares = torch.cat([part.square().sum(1) for part in points.split(ROWS_AT_ONCE)])  # (N,)
+    squares = torch.cat([part.square().sum(1) for part in points.split(PANEL)])  # (N,)
     means = points[_seeds(points, squares, weights, clusters, seed)]  # (k, d)
     labels = torch.full((len(points),), -1, device=points.device)
     for _ in range(max(1, iterations)):
@@ -424,10 +424,10 @@ def _low_rank(error: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, 
 
 
 def _energy(matrix: Tensor, moment: Tensor | None) -> float:
-    """||A X||^2 = trace(A H A^T), or ||A||^2; ``ROWS_AT_ONCE`` rows of A at a time."""
+    """||A X||^2 = trace(A H A^T), or ||A||^2; ``PANEL`` rows of A at a time."""
     metric = None if moment is None else moment.double()
     energy = 0.0
-    for part in matrix.split(ROWS_AT_ONCE):
+    for part in matrix.split(PANEL):
         wide = part.double()
         image = wide if metric is None else wide @ metric
         energy += float((image * wide).sum())

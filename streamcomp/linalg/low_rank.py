@@ -5,14 +5,13 @@ For W (m x n) and inputs X (n x T) with H = X X^T, find W' of rank r that minimi
 arXiv 2403.07378, section 3.1); it is also the PCA of the outputs Y = W X (LLM-ROM,
 arXiv 2312.07046, section 3): with U_r the top eigenvectors of W H W^T, W' = U_r U_r^T W.
 
-So every solution here is an orthonormal *basis* of output directions, best first, and a
-*spectrum*: energies sigma^2 in the same order. The loss at rank r is the sum of the
-energies after the r-th, and one decomposition serves every rank. It is always the smaller
-side that is decomposed:
+So every solution here is a *basis* of output directions, best first, and a *spectrum*: energies
+sigma^2 in the same order. The loss at rank r is the sum of the energies after the r-th, and one
+decomposition serves every rank. It is always the smaller side that is decomposed:
 
 - m <= n: the eigenvectors of K = Y Y^T (m x m) are the basis;
-- m > n: with H = L L^T, the eigenvectors V of M = L^T W^T W L (n x n) give the basis
-  W L V Lambda^-1/2, and no inverse of L is needed.
+- m > n: with H = L L^T, the eigenvectors V of L^T W^T W L (n x n) give the basis
+  W L V Lambda^-1/2, and W' = (W L V_r)(V_r^T L^-1): W as it is, between two mixes of its inputs.
 
 **Two-sided** whitening looks at what an error does to the model's loss: with the gradients
 G = dL/dY (m x T) and Gamma = G G^T it minimises ||Gamma^1/2 (W - W') H^1/2||_F, whose cut
@@ -26,7 +25,9 @@ cancels, and again the smaller side is enough:
 With Gamma = I both are the one-sided solution. Gamma is damped by eps tr(Gamma)/m I, without
 which the directions that the gradients never take would be free.
 
-Everything runs in fp64. No randomised SVD: at the ranks used here it costs perplexity.
+Moments are factored and multiplied in fp64; eigenvectors and factors are fp32 where the weight is
+of half precision, else fp64 (:mod:`streamcomp.linalg.symmetric`). No randomised SVD: at the ranks
+used here it costs perplexity.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from streamcomp.linalg.symmetric import PANEL, cholesky, eigh, gram, sandwich, solve_dtype
+
 __all__ = [
+    "FIRST_DAMPING",
     "GRADIENT_DAMPING",
-    "ROWS_AT_ONCE",
     "Decomposition",
     "centred",
+    "damped_outputs",
     "decompose_inputs",
     "decompose_outputs",
     "decompose_two_sided_inputs",
@@ -60,12 +64,6 @@ _NO_METRIC = "its moment has no Cholesky factor even when damped: all directions
 
 # Added to the gradients' moment, relative to the mean of its diagonal.
 GRADIENT_DAMPING = 1e-2
-
-# Rows of a weight that are cast to fp64 at a time.
-ROWS_AT_ONCE = 2048
-
-# Columns of a basis may deviate this much from orthonormal before they are made so.
-_ORTHONORMAL = 1e-8
 
 
 @dataclass(frozen=True)
@@ -101,16 +99,18 @@ class Decomposition:
     fallback: str = ""
 
     def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Left (m, r) and right (r, n) factor of the best approximation of ``rank``, fp64."""
-        left = self.left[:, :rank].double()
+        """Left (m, r) and right (r, n) factor of the best approximation of ``rank``.
+
+        In the bases' dtype. Both are copies of their own, the left one in the order of columns.
+        Holds them and ``PANEL`` rows of ``weight``.
+        """
+        left = self.left[:, :rank]
         if self.mixes:
-            left = _times(weight, left)
-        if self.right is None:
-            if self.mixes:
-                left = _orthonormal(left)
-            return left, _transposed_times(left, weight)
-        right = self.right[:rank].double()
-        return left, right if self.mixes else _transposed_times(right.T, weight)
+            assert self.right is not None
+            return _times(weight, left), self.right[:rank].clone()
+        across = left if self.right is None else self.right[:rank].T
+        own = left.mT.clone(memory_format=torch.contiguous_format).mT
+        return own, _transposed_times(across, weight)
 
     def relative_loss(self, rank: int) -> float:
         """Share of the whole energy that is lost at ``rank``; 0 where there is no energy.
@@ -123,64 +123,70 @@ class Decomposition:
 
 def output_moment(weight: Tensor, inputs: Tensor) -> Tensor:
     """K = W H W^T (m, m) in fp64 from W (m, n) and H (n, n)."""
-    wide = weight.double()
-    return wide @ inputs.double() @ wide.T
+    return sandwich(weight, inputs)
 
 
-def decompose_outputs(weight: Tensor, outputs: Tensor, damping: float = 0.0) -> Decomposition:
+def decompose_outputs(
+    weight: Tensor, outputs: Tensor, damping: float = 0.0, *, spend: bool = False
+) -> Decomposition:
     """Decompose from the moment K (m, m) of the outputs; meant for m <= n.
 
     ``damping`` adds eps W W^T to K, as eps I would be added to H; where K is not positive
-    definite, the least is added in any case: it orders the directions that the data leaves open,
-    and no factorisation can fail here. Holds four m x m fp64 matrices at its peak, LAPACK's
-    workspace among them.
+    definite in fp64, the least is added in any case: it orders the directions that the data leaves
+    open, and no factorisation can fail here. Holds what :func:`eigh` does, and K once more where
+    it is damped; K itself may be overwritten with ``spend``.
     """
-    moment = outputs.double()
-    values, vectors = torch.linalg.eigh(_damped(moment, weight, damping) if damping else moment)
-    if values[0] <= 0 < values[-1] and not damping:
-        damping = FIRST_DAMPING
-        values, vectors = torch.linalg.eigh(_damped(moment, weight, damping))
+    dtype = solve_dtype(weight.dtype)
+    if dtype == torch.float64 and not damping:  # K may be needed again
+        values, vectors = eigh(outputs.to(torch.float64, copy=True), dtype)
+        if values[-1] <= 0 < values[0]:
+            return decompose_outputs(weight, outputs, FIRST_DAMPING)
+    else:
+        if damping:
+            outputs, spend = damped_outputs(outputs, weight, damping), True
+        values, vectors = eigh(outputs.to(torch.float64, copy=not spend), dtype)
     return _decomposition(values, vectors, None, mixes=False, damping=damping)
 
 
 def decompose_inputs(weight: Tensor, inputs: Tensor, damping: float = 0.0) -> Decomposition:
     """Decompose from the moment H (n, n) of the inputs, on the smaller side of W (m, n).
 
-    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes. Holds five
-    n x n fp64 matrices at its peak for m > n, LAPACK's workspace among them.
+    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes. Holds the
+    fp64 factor of H beside what :func:`eigh` does, for m > n.
     """
     if weight.shape[0] <= weight.shape[1]:
-        return decompose_outputs(weight, output_moment(weight, inputs), damping)
+        return decompose_outputs(weight, output_moment(weight, inputs), damping, spend=True)
     lower, damping = _cholesky(inputs, damping)  # (n, n)
-    small = lower.T @ _gram(weight) @ lower  # (n, n) = L^T W^T W L
-    values, vectors = torch.linalg.eigh(small)
-    if not bool(inputs.diagonal().any()):  # an input that is always zero: nothing is lost
-        values = torch.zeros_like(values)
-    scale = values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
-    scale[values <= 0] = 0
-    vectors *= scale
-    return _decomposition(values, lower @ vectors, None, mixes=True, damping=damping)
+    return _mixing(weight, inputs, lower, gram(weight), damping)
 
 
 def decompose_two_sided_outputs(
-    weight: Tensor, outputs: Tensor, gradients: Tensor, damping: float = GRADIENT_DAMPING
+    weight: Tensor,
+    outputs: Tensor,
+    gradients: Tensor,
+    damping: float = GRADIENT_DAMPING,
+    *,
+    spend: bool = False,
 ) -> Decomposition:
     """Two-sided, from the moments of the outputs K and of their gradients Gamma, (m, m) both.
 
-    Meant for m <= n. ``damping`` is added to Gamma, relative to its mean diagonal. Holds six
-    m x m fp64 matrices at its peak, LAPACK's workspace among them.
+    Meant for m <= n. ``damping`` is added to Gamma, relative to its mean diagonal. Holds the
+    fp64 factor of Gamma beside what :func:`eigh` does; K itself may be freed with ``spend``.
     """
     if not float(gradients.diagonal().sum()) > 0:
         return _without_gradients(decompose_outputs(weight, outputs))
     lower, damping = _cholesky(gradients, damping)  # R = lower^T
-    small = lower.T @ outputs.double() @ lower  # (m, m) = R K R^T
-    values, vectors = torch.linalg.eigh(small)
-    if values[0] <= 0 < values[-1]:
-        small = lower.T @ _damped(outputs.double(), weight, FIRST_DAMPING) @ lower
-        values, vectors = torch.linalg.eigh(small)
-    right = vectors.T @ lower.T
-    left = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
-    return _decomposition(values, left, right, mixes=False, damping=damping)
+    dtype = solve_dtype(weight.dtype)
+    small = sandwich(lower, outputs, lower=True)  # R K R^T (m, m)
+    if spend and dtype == torch.float32:
+        outputs.set_()  # type: ignore[call-overload]  # makes room for the solver
+    values, vectors = eigh(small, dtype)
+    if dtype == torch.float64 and values[-1] <= 0 < values[0]:
+        damped = damped_outputs(outputs, weight, FIRST_DAMPING)
+        values, vectors = eigh(sandwich(lower, damped, lower=True), dtype)
+    right = _transposed_product(vectors, lower.T)
+    _solve(lower.T, vectors, upper=True)
+    return _decomposition(values, vectors, right, mixes=False, damping=damping)
 
 
 def decompose_two_sided_inputs(
@@ -193,18 +199,27 @@ def decompose_two_sided_inputs(
     """Two-sided, from the moments H of the inputs and K' of W^T g, (n, n) both.
 
     Meant for m > n. ``gradient_energy`` is tr(Gamma), the sum of ||g||^2, by which Gamma is
-    damped: K' + eps tr(Gamma)/m W^T W. Holds six n x n fp64 matrices at its peak, LAPACK's
-    workspace among them.
+    damped: K' + eps tr(Gamma)/m W^T W. Holds the fp64 factor of H beside what :func:`eigh` does.
     """
     if not gradient_energy > 0:
         return _without_gradients(decompose_inputs(weight, inputs))
     lower, least = _cholesky(inputs)  # S
-    outer = _gram(weight).mul_(damping * gradient_energy / weight.shape[0])
-    values, vectors = torch.linalg.eigh(lower.T @ outer.add_(gradients) @ lower)  # S^T K' S
-    if not bool(inputs.diagonal().any()):
+    outer = gram(weight).mul_(damping * gradient_energy / weight.shape[0]).add_(gradients)
+    return _mixing(weight, inputs, lower, outer, max(damping, least))
+
+
+def _mixing(
+    weight: Tensor, inputs: Tensor, lower: Tensor, outer: Tensor, damping: float
+) -> Decomposition:
+    """From the eigenvectors V of S^T C S with S = ``lower`` and C = ``outer``: S V and V^T S^-1."""
+    small = sandwich(lower, outer, lower=True)
+    outer.set_()  # type: ignore[call-overload]  # makes room for the solver
+    values, vectors = eigh(small, solve_dtype(weight.dtype))
+    if not bool(inputs.diagonal().any()):  # an input that is always zero: nothing is lost
         values = torch.zeros_like(values)
-    right = torch.linalg.solve_triangular(lower, vectors.T, upper=False, left=False)  # V^T S^-1
-    return _decomposition(values, lower @ vectors, right, mixes=True, damping=max(damping, least))
+    left = _transposed_product(vectors, lower.T).T
+    _solve(lower.T, vectors, upper=True)  # S^-T V
+    return _decomposition(values, left, vectors.T, mixes=True, damping=damping)
 
 
 def centred(moment: Tensor, total: Tensor, rows: int) -> Tensor:
@@ -242,28 +257,49 @@ def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
 
     ``left`` (k, r), ``right`` and ``rounded`` (r, n): ``rounded`` is ``right`` in the dtype it
     is stored in; the left factor makes up for the rounding where it can. Solved for the
-    small correction to ``left`` alone, and the product (k, n) is never formed.
+    small correction to ``left`` alone, in its dtype, with as much of a ridge on it as that takes,
+    which never makes it worse than none. ``left`` is overwritten, and the product (k, n) never
+    formed. Holds five r x r matrices and ``PANEL`` columns of ``right``.
     """
-    wide = rounded.double()
-    cross = wide @ (right - wide).T  # (r, r): the correction alone, which is small
-    gram = wide @ wide.T  # (r, r)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info):  # rows that rounding made dependent: the least correction is as good as any
-        correction: Tensor = torch.linalg.pinv(gram, hermitian=True) @ cross
-    else:
-        correction = torch.cholesky_solve(cross, factor)
-    return left + left @ correction.T
+    rank = len(right)
+    cross = torch.zeros(rank, rank, dtype=left.dtype, device=left.device)
+    inner = torch.zeros_like(cross)
+    for start in range(0, right.shape[1], PANEL):
+        columns = slice(start, start + PANEL)
+        wide = rounded[:, columns].to(left.dtype)
+        cross.addmm_(right[:, columns] - wide, wide.T)  # the correction alone, which is small
+        inner.addmm_(wide, wide.T)
+    correction = _ridged(inner, cross)
+    for rows in left.split(PANEL):
+        rows += rows @ correction
+    return left
+
+
+def _ridged(inner: Tensor, cross: Tensor) -> Tensor:
+    """cross (inner + eps I)^-1 with the least eps that works; 0 where none does."""
+    mean = float(inner.diagonal().mean()) if len(inner) else 0.0
+    info = torch.empty((), dtype=torch.int32, device=inner.device)
+    ridge = torch.finfo(inner.dtype).eps
+    while mean > 0 and ridge < 1:
+        factor = inner.clone()
+        factor.diagonal().add_(ridge * mean)
+        columns = factor.mT
+        torch.linalg.cholesky_ex(columns, out=(columns, info))
+        if not int(info):
+            return torch.cholesky_solve(cross.mT, columns).mT
+        ridge *= 10
+    return torch.zeros_like(cross)
 
 
 def _decomposition(
     values: Tensor, left: Tensor, right: Tensor | None, *, mixes: bool, damping: float
 ) -> Decomposition:
-    """Turn eigh's ascending order around; rounding below zero counts as zero."""
-    least, most = float(values[0]), float(values[-1])
+    """Values in descending order; rounding below zero counts as zero."""
+    most, least = float(values[0]), float(values[-1])
     return Decomposition(
-        values.flip(0).clamp_min(0),
-        left.flip(1),
-        None if right is None else right.flip(0),
+        values.clamp_min(0),
+        left,
+        right,
         mixes,
         damping,
         most / least if least > 0 else math.inf,
@@ -277,63 +313,65 @@ def _without_gradients(found: Decomposition) -> Decomposition:
     return replace(found, spectrum=spectrum, fallback="no gradient arrives: one-sided")
 
 
-def _damped(moment: Tensor, weight: Tensor, damping: float) -> Tensor:
-    """K + eps W W^T (m, m), as if eps I had been added to H; scaled to K's mean diagonal."""
-    inner = _gram(weight.T)  # (m, m) = W W^T
+def damped_outputs(outputs: Tensor, weight: Tensor, damping: float) -> Tensor:
+    """K + eps W W^T (m, m) in K's dtype, as if eps I had been added to H; scaled to K's mean."""
+    inner = gram(weight.T)  # (m, m) = W W^T
     trace = inner.trace()
     if trace > 0:
-        inner *= damping * moment.trace() / trace
-    return inner.add_(moment)
-
-
-def _orthonormal(basis: Tensor) -> Tensor:
-    """``basis`` (m, r), its columns made orthonormal where tiny energies cost them that."""
-    gram = basis.T @ basis  # (r, r)
-    gram.diagonal().sub_(1)
-    return torch.linalg.qr(basis).Q if gram.abs().max() > _ORTHONORMAL else basis
+        inner *= damping * outputs.diagonal().sum(dtype=torch.float64) / trace
+    return inner.to(outputs.dtype).add_(outputs)
 
 
 def _times(weight: Tensor, mixing: Tensor) -> Tensor:
-    """W A (m, r) in A's dtype, ``ROWS_AT_ONCE`` rows of W (m, n) at a time."""
+    """W A (m, r) in A's dtype, ``PANEL`` rows of W (m, n) at a time.
+
+    In the order of columns, in which LU overwrites it without a copy.
+    """
     product = torch.empty(
-        weight.shape[0], mixing.shape[1], dtype=mixing.dtype, device=mixing.device
+        mixing.shape[1], weight.shape[0], dtype=mixing.dtype, device=mixing.device
     )
-    for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        torch.mm(weight[rows].to(mixing.dtype), mixing, out=product[rows])
-    return product
+    for start in range(0, weight.shape[0], PANEL):
+        rows = weight[start : start + PANEL].to(mixing.dtype)
+        product[:, start : start + PANEL] = (rows @ mixing).T
+    return product.T
 
 
 def _transposed_times(left: Tensor, weight: Tensor) -> Tensor:
-    """left^T W (r, n) in left's dtype, ``ROWS_AT_ONCE`` rows of W (m, n) at a time."""
+    """left^T W (r, n) in left's dtype, ``PANEL`` rows of W (m, n) at a time."""
     product = torch.zeros(left.shape[1], weight.shape[1], dtype=left.dtype, device=left.device)
-    for start in range(0, len(left), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for start in range(0, len(left), PANEL):
+        rows = slice(start, start + PANEL)
         product.addmm_(left[rows].T, weight[rows].to(left.dtype))
     return product
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """A^T A (n, n) in fp64 of A (m, n), ``ROWS_AT_ONCE`` rows at a time."""
-    gram = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for rows in matrix.split(ROWS_AT_ONCE):
-        wide = rows.double()
-        gram.addmm_(wide.T, wide)
-    return gram
+def _transposed_product(vectors: Tensor, triangle: Tensor) -> Tensor:
+    """V^T T (k, n) in V's dtype of V (n, k) and T (n, n) fp64, ``PANEL`` columns of V at a time."""
+    result = torch.empty(
+        vectors.shape[1], triangle.shape[1], dtype=vectors.dtype, device=vectors.device
+    )
+    for start in range(0, len(result), PANEL):
+        columns = slice(start, start + PANEL)
+        result[columns] = vectors[:, columns].T.double() @ triangle
+    return result
+
+
+def _solve(triangle: Tensor, vectors: Tensor, *, upper: bool) -> None:
+    """Replace V (n, k) by T^-1 V, computed in fp64, ``PANEL`` columns at a time."""
+    for start in range(0, vectors.shape[1], PANEL):
+        columns = slice(start, start + PANEL)
+        vectors[:, columns] = torch.linalg.solve_triangular(
+            triangle, vectors[:, columns].double(), upper=upper
+        )
 
 
 def _cholesky(moment: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
     """Lower fp64 factor of ``moment`` (n, n) with at least ``damping``, and the damping it took."""
-    wide = moment.double()
-    mean = float(wide.diagonal().mean())
+    mean = float(moment.diagonal().double().mean())
     while True:
-        damped = wide
-        if damping and mean > 0:
-            damped = wide.clone()
-            damped.diagonal().add_(damping * mean)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if not int(info):
+        factor = cholesky(moment, damping * mean if mean > 0 else 0.0)
+        if factor is not None:
             return factor, damping
         damping = max(10 * damping, FIRST_DAMPING)
         if damping > MOST_DAMPING or mean <= 0:  # an input that is always zero
-            return torch.eye(len(wide), dtype=wide.dtype, device=wide.device), MOST_DAMPING
+            return torch.eye(len(moment), dtype=torch.float64, device=moment.device), MOST_DAMPING

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamcomp.linalg.symmetric import PANEL, mirror
+
 __all__ = ["ROWS_PER_UPDATE", "SecondMoment"]
 
 # Rows cast and multiplied at a time, so that the cast copy stays small beside the moment.
@@ -16,20 +18,28 @@ ROWS_PER_UPDATE = 2048
 
 
 class SecondMoment:
-    """Running sum of x x^T over rows.
+    """Running sum of x x^T over rows, of which the lower half is computed, in panels.
 
     Holds ``size**2`` numbers, and ``ROWS_PER_UPDATE * size`` more during an update whose
     rows come in another dtype. The order of the rows changes nothing but rounding.
     """
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.value = torch.zeros(size, size, dtype=dtype, device=device)  # (n, n)
+        self._lower = torch.zeros(size, size, dtype=dtype, device=device)  # (n, n)
+
+    @property
+    def value(self) -> Tensor:
+        """The moment (n, n), whole; the same tensor each time."""
+        return mirror(self._lower)
 
     def update(self, rows: Tensor, shift: Tensor | None = None) -> None:
         """Add ``rows`` of shape (..., n), less ``shift`` (n,) where one is given."""
-        flat = rows.detach().reshape(-1, self.value.shape[0])  # (T, n)
-        for start in range(0, flat.shape[0], ROWS_PER_UPDATE):
-            part = flat[start : start + ROWS_PER_UPDATE].to(self.value.dtype)
+        size = len(self._lower)
+        flat = rows.detach().reshape(-1, size)  # (T, n)
+        for first in range(0, flat.shape[0], ROWS_PER_UPDATE):
+            part = flat[first : first + ROWS_PER_UPDATE].to(self._lower.dtype)
             if shift is not None:
                 part = part - shift.to(part.dtype)
-            self.value.addmm_(part.T, part)  # (n, n)
+            for start in range(0, size, PANEL):
+                stop = min(start + PANEL, size)
+                self._lower[start:stop, :stop].addmm_(part[:, start:stop].T, part[:, :stop])

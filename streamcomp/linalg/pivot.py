@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamcomp.linalg.symmetric import PANEL
+
 __all__ = ["MOST_COEFFICIENT", "interpolate"]
 
 # Coefficients above this lose digits: rows are exchanged until none is.
 MOST_COEFFICIENT = 10.0
 
 
-def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pivot rows of a basis (m, r) and the coefficients of the other rows.
 
     Returns
@@ -24,23 +26,37 @@ def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pivots : int64 Tensor of shape (r,)
     rest : int64 Tensor of shape (m - r,)
     coefficients : Tensor of shape (m - r, r), with basis[rest] = coefficients @ basis[pivots]
+    square : Tensor of shape (r, r), basis[pivots]
 
     Pivots come from LU with partial pivoting; rows are then exchanged as in a strong
     rank-revealing QR (Gu and Eisenstat 1996) until no coefficient exceeds
     ``MOST_COEFFICIENT``. Each exchange grows the volume of the pivot rows by that factor, so
-    there are few. Holds a copy of ``basis`` and twice the coefficients.
+    there are few. ``basis`` is overwritten where it lies in the order of columns, else copied; the
+    coefficients share its memory. Holds three r x r matrices beside it.
     """
     rows, rank = basis.shape
-    packed, swaps, _ = torch.linalg.lu_factor_ex(basis)  # columns of zeros cost nothing
+    packed = basis if basis.mT.is_contiguous() else basis.mT.contiguous().mT
+    swaps = torch.empty(rank, dtype=torch.int32, device=basis.device)
+    info = torch.empty((), dtype=torch.int32, device=basis.device)
+    torch.linalg.lu_factor_ex(packed, out=(packed, swaps, info))  # columns of zeros cost nothing
     order = _order(swaps, rows)
     # rest = L_rest L_pivot^-1, both below the diagonal of ``packed``
-    coefficients = torch.linalg.solve_triangular(
-        packed[:rank], packed[rank:], upper=False, left=False, unitriangular=True
-    )
-    pivots, rest = order[:rank].clone(), order[rank:].clone()
+    triangle = packed[:rank].clone()
+    for start in range(rank, rows, PANEL):
+        rest = packed[start : start + PANEL]
+        rest.copy_(
+            torch.linalg.solve_triangular(
+                triangle, rest, upper=False, left=False, unitriangular=True
+            )
+        )
+    coefficients = packed[rank:]
+    pivots, others = order[:rank].clone(), order[rank:].clone()
+    lower = triangle.tril(-1)
+    lower.diagonal().fill_(1)
+    square = lower @ triangle.triu_()
     if coefficients.numel():
-        _exchange(coefficients, pivots, rest)
-    return pivots, rest, coefficients
+        _exchange(coefficients, pivots, others, square)
+    return pivots, others, coefficients, square
 
 
 def _order(swaps: Tensor, rows: int) -> Tensor:
@@ -51,15 +67,15 @@ def _order(swaps: Tensor, rows: int) -> Tensor:
     return torch.tensor(order, dtype=torch.int64, device=swaps.device)
 
 
-def _exchange(coefficients: Tensor, pivots: Tensor, rest: Tensor) -> None:
+def _exchange(coefficients: Tensor, pivots: Tensor, rest: Tensor, square: Tensor) -> None:
     """Swap rows in place until every coefficient is at most ``MOST_COEFFICIENT``."""
     for _ in range(coefficients.numel()):
-        place = int(coefficients.abs().argmax())
-        row, column = divmod(place, coefficients.shape[1])
+        row, column = _largest(coefficients)
         pivot = coefficients[row, column].clone()
         if pivot.abs() <= MOST_COEFFICIENT:
             return
         # x_row = sum_k c_k p_k  =>  p_column = (x_row - sum_{k != column} c_k p_k) / c_column
+        square[column] = coefficients[row] @ square
         replaced = -coefficients[row] / pivot
         replaced[column] = 1 / pivot
         weights = coefficients[:, column].clone()
@@ -69,3 +85,14 @@ def _exchange(coefficients: Tensor, pivots: Tensor, rest: Tensor) -> None:
         held = pivots[column].clone()
         pivots[column] = rest[row]
         rest[row] = held
+
+
+def _largest(matrix: Tensor) -> tuple[int, int]:
+    """Where the entry of the largest size stands; looked for in ``PANEL`` rows at a time."""
+    found = []
+    for start in range(0, len(matrix), PANEL):
+        rows = matrix[start : start + PANEL].abs()
+        place = int(rows.argmax())
+        found.append((float(rows.flatten()[place]), start * matrix.shape[1] + place))
+    _, place = max(found)
+    return divmod(place, matrix.shape[1])

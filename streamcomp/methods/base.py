@@ -39,6 +39,10 @@ class Moment:
     total: Tensor | None = None
     gradient: GradientMoment | None = None
 
+    def leaves_open(self, directions: int) -> bool:
+        """Whether it has fewer rows than there are ``directions``, and so says nothing of some."""
+        return 0 < self.rows < directions
+
 
 class Method(Protocol):
     """Decomposes one linear at a time; knows no model and no file."""

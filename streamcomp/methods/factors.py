@@ -8,6 +8,7 @@ from torch import Tensor
 from streamcomp.linalg.channel_sharing import AXES, SharedChannels
 from streamcomp.linalg.low_rank import fit_left
 from streamcomp.linalg.pivot import interpolate
+from streamcomp.linalg.symmetric import PANEL
 
 __all__ = ["factor_tensors", "shared_tensors"]
 
@@ -15,7 +16,7 @@ __all__ = ["factor_tensors", "shared_tensors"]
 def factor_tensors(form: str, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """W' = left right in ``form``, by the names that the tensors have on disk.
 
-    ``left`` (m, r), ``right`` (r, n), fp64. The r x n factor is rounded to ``dtype``
+    ``left`` (m, r) and ``right`` (r, n) are overwritten. The r x n factor is rounded to ``dtype``
     first and the other one fitted to it. ``uv``: ``weight`` (r, n) and ``U`` (m, r). ``pivot``:
     ``weight`` (r, n), ``coef`` (m - r, r) and ``pivots`` (m,), the row of [weight; coef weight]
     at which each output row lies.
@@ -24,8 +25,10 @@ def factor_tensors(form: str, left: Tensor, right: Tensor, dtype: torch.dtype) -
         left, right = _balanced(left, right)
         rounded = right.to(dtype)
         return {"weight": rounded, "U": fit_left(left, right, rounded).to(dtype).contiguous()}
-    pivots, rest, coefficients = interpolate(left)
-    right = left[pivots] @ right  # (r, n), the pivot rows of W'
+    pivots, rest, coefficients, square = interpolate(left)
+    for columns in right.split(PANEL, dim=1):  # (r, n), the pivot rows of W'
+        columns.copy_(square @ columns)
+    del square
     rounded = right.to(dtype)
     places = torch.empty(len(left), dtype=torch.int32, device=left.device)
     places[torch.cat((pivots, rest))] = torch.arange(
@@ -47,7 +50,7 @@ def shared_tensors(shared: SharedChannels, dtype: torch.dtype) -> dict[str, Tens
     clusters = shared.codebook.shape[AXES.index(shared.axis)]
     whole = torch.int16 if clusters <= torch.iinfo(torch.int16).max else torch.int32
     return {
-        **factor_tensors("uv", shared.left, shared.right, dtype),
+        **factor_tensors("uv", shared.left.clone(), shared.right.clone(), dtype),
         "codebook": shared.codebook.to(dtype).contiguous(),
         "labels": shared.labels.to(whole),
     }
@@ -58,4 +61,6 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     lengths = left.norm(dim=0), right.norm(dim=1)
     scale = (lengths[0] / lengths[1]).sqrt()
     scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
-    return left / scale, right * scale[:, None]
+    left /= scale
+    right *= scale[:, None]
+    return left, right

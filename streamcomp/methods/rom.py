@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from streamcomp.linalg.low_rank import Decomposition, centred
+from streamcomp.linalg.symmetric import PANEL
 from streamcomp.methods.base import Moment
 from streamcomp.methods.svd_llm import SvdLlm
 
@@ -37,5 +39,10 @@ def mean_bias(weight: Tensor, left: Tensor, right: Tensor, moment: Moment) -> Te
     assert moment.total is not None
     mean = moment.total.double() / moment.rows
     if moment.side == "inputs":
-        return weight.double() @ mean - left @ (right @ mean)
-    return mean - left @ (left.T @ mean)
+        return _times(weight, mean) - _times(left, _times(right, mean))
+    return mean - _times(left, _times(left.T, mean))
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Their product in fp64, ``PANEL`` rows of the matrix at a time."""
+    return torch.cat([rows.double() @ vector for rows in matrix.split(PANEL)])

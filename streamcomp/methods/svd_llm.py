@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from streamcomp.linalg.low_rank import Decomposition, decompose_inputs, decompose_outputs
+from streamcomp.linalg.low_rank import (
+    FIRST_DAMPING,
+    Decomposition,
+    decompose_inputs,
+    decompose_outputs,
+)
 from streamcomp.methods.base import Moment
 
 __all__ = ["SvdLlm"]
@@ -16,6 +21,9 @@ class SvdLlm:
     name = "svd-llm"
 
     def decompose(self, weight: Tensor, moment: Moment, damping: float) -> Decomposition:
+        rows, columns = weight.shape
+        if rows <= columns and moment.leaves_open(rows):
+            damping = damping or FIRST_DAMPING
         if moment.side == "inputs":
             return decompose_inputs(weight, moment.value, damping)
         return decompose_outputs(weight, moment.value, damping)

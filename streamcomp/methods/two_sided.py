@@ -9,8 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from streamcomp.linalg.low_rank import (
+    FIRST_DAMPING,
     GRADIENT_DAMPING,
     Decomposition,
+    damped_outputs,
     decompose_two_sided_inputs,
     decompose_two_sided_outputs,
     output_moment,
@@ -35,4 +37,8 @@ class TwoSided:
         outputs = moment.value
         if moment.side == "inputs":
             outputs = output_moment(weight, outputs)
-        return decompose_two_sided_outputs(weight, outputs, gradient.value, damping)
+        if moment.leaves_open(weight.shape[0]):
+            outputs = damped_outputs(outputs, weight, FIRST_DAMPING)
+        return decompose_two_sided_outputs(
+            weight, outputs, gradient.value, damping, spend=outputs is not moment.value
+        )

@@ -110,6 +110,11 @@ class LoadedBlock:
         held = self._swap(name, module)
         self._replaced.setdefault(name, held)
 
+    def drop(self, name: str) -> None:
+        """Free the weight of the original linear ``name``; the block cannot run any more."""
+        linear = self.dense_linear(name)
+        linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+
     @contextmanager
     def dense(self) -> Iterator[None]:
         """The original modules in their places, for as long as the ``with`` lasts."""

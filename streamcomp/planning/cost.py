@@ -1,8 +1,9 @@
 """Bytes that each kind of step holds at its peak, beside the interpreter and its libraries.
 
 Every formula counts what the code it names keeps alive, from shapes alone; the LAPACK
-workspaces among them were measured (``eigh`` holds three further matrices beside its input,
-``lu_factor`` a copy). Bytes are of the host, or of the device where a step computes there.
+workspaces among them were measured (``eigh`` overwrites its input and holds two further matrices,
+``cholesky`` and ``lu_factor`` none). Bytes are of the host, or of the device where a step computes
+there.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, moment_dtype
 from streamcomp.checkpoint.reader import COPY_BYTES
-from streamcomp.linalg.low_rank import ROWS_AT_ONCE
 from streamcomp.linalg.moments import ROWS_PER_UPDATE
+from streamcomp.linalg.symmetric import PANEL, solve_dtype
 from streamcomp.modeling.linears import Linear
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "factorization_flops",
     "head_bytes",
     "head_gradient_bytes",
+    "moment_products",
     "sharing_bytes",
     "tokenize_bytes",
 ]
@@ -114,27 +116,40 @@ class BlockCost:
             },
         )
 
-    def decompose(self, linear: Linear, group: MomentGroup, *, swsc: bool = False) -> Phase:
-        """One decomposition while every moment is still there."""
-        work = (
-            sharing_bytes(linear.rows, linear.columns)
-            if swsc
-            else decomposition_bytes(linear.rows, linear.columns, group.side, group.gradients)
-        )
-        return Phase(
-            f"decompose {linear.name}",
-            {"weights": self.weight_bytes, "moments": self.moment_bytes, "decomposition": work},
-        )
+    def decompose(
+        self, linear: Linear, group: MomentGroup, moments: int, dropped: int, *, swsc: bool = False
+    ) -> Phase:
+        """One decomposition; ``moments`` bytes of them are there, ``dropped`` of weights not."""
+        if swsc:
+            work = sharing_bytes(linear.rows, linear.columns)
+        else:
+            work = decomposition_bytes(
+                linear.rows,
+                linear.columns,
+                group.side,
+                self.stream.dtype,
+                gradients=group.gradients,
+                damped=self.stream.windows * self.stream.seq_len < linear.rows,
+            )
+        parts = {"weights": self.weight_bytes - dropped, "moments": moments, "decomposition": work}
+        return Phase(f"decompose {linear.name}", parts)
 
-    def factorize(self, linear: Linear, rank: int, form: str, held: int, factors: int) -> Phase:
-        """Factors of one linear, ``held`` bytes of moments or bases and ``factors`` beside it."""
+    def factorize(
+        self, linear: Linear, rank: int, form: str, held: int, factors: int, dropped: int
+    ) -> Phase:
+        """Factors of one linear, ``held`` bytes of moments or bases and ``factors`` beside it.
+
+        ``dropped`` bytes of weights are gone before.
+        """
         return Phase(
             f"factorize {linear.name}",
             {
-                "weights": self.weight_bytes,
+                "weights": self.weight_bytes - dropped,
                 "moments": held,
                 "factors": factors,
-                "decomposition": factorization_bytes(linear.rows, linear.columns, rank, form),
+                "decomposition": factorization_bytes(
+                    linear.rows, linear.columns, rank, form, self.stream.dtype
+                ),
             },
         )
 
@@ -175,7 +190,7 @@ class BlockCost:
         balanced = (
             max(
                 _F64 * (3 * r * (m.rows + m.columns) + 5 * r * r),
-                factorization_bytes(m.rows, m.columns, r, form),
+                factorization_bytes(m.rows, m.columns, r, form, self.stream.dtype),
             )
             for m, r in ranks.items()
         )
@@ -223,28 +238,42 @@ class BlockCost:
         return 2 * rows * widest * moment_dtype(self.stream.dtype).itemsize
 
 
-def decomposition_bytes(rows: int, columns: int, side: str, gradients: bool = False) -> int:
-    """Peak of ``linalg.low_rank.decompose_*`` beside the weight and its fp32 moments.
+def decomposition_bytes(
+    rows: int,
+    columns: int,
+    side: str,
+    dtype: torch.dtype,
+    *,
+    gradients: bool = False,
+    damped: bool = False,
+) -> int:
+    """Peak of ``linalg.low_rank.decompose_*`` beside the weight and its moments.
 
-    Outputs: K, and three more m x m in eigh; two-sided, R and the small matrix as well. Inputs
-    with m > n: L, the small matrix, and three more n x n in eigh, or H, W^T W and two products
-    before it; two-sided, one more. Inputs with m <= n: the weight, H and their product in fp64,
-    then as for outputs.
+    Bytes per entry of the small matrix: ``eigh`` 24 in fp64, 12 in fp32, and 8 for the Cholesky
+    factor beside it where there is one; before it that, the result and what it is made of. In
+    fp64 K is kept beside it where it was computed from H, or ``damped``.
     """
-    outputs = (6 if gradients else 4) * rows * rows
-    if side == "outputs":
-        return outputs * _F64
-    chunk = min(ROWS_AT_ONCE, rows) * columns
+    small = min(rows, columns)
+    narrow = solve_dtype(dtype) == torch.float32
+    solver = 12 if narrow else 24
     if rows > columns:
-        return ((6 if gradients else 5) * columns * columns + chunk) * _F64
-    product = 2 * rows * columns + columns * columns + rows * rows
-    return max(product, outputs + (2 if gradients else 1) * rows * rows) * _F64
+        entry = max(24, 8 + solver)
+    else:
+        own = 8 if damped or side == "inputs" else 0
+        factor = 8 if gradients else 0
+        entry = max(2 * own, own + factor + 8, factor + solver + (0 if narrow else own))
+        if damped:
+            entry = max(entry, own + factor + 12)
+    wide = columns if side == "inputs" else small if gradients else 0
+    panels = (4 * wide + (2 * small if narrow else 0)) * min(PANEL, small)
+    return entry * small * small + _F64 * panels
 
 
-def analysis_bytes(rows: int, columns: int, gradients: bool) -> int:
-    """Spectrum in fp64 and one or two bases in fp32, as they are kept of one linear."""
+def analysis_bytes(rows: int, columns: int, gradients: bool, dtype: torch.dtype) -> int:
+    """Spectrum in fp64 and one or two bases, as they are kept of one linear."""
     side = min(rows, columns)
-    return side * (_F64 + 4 * side * (2 if gradients else 1))
+    bases = 2 if gradients or rows > columns else 1
+    return side * (_F64 + moment_dtype(dtype).itemsize * side * bases)
 
 
 def sharing_bytes(rows: int, columns: int) -> int:
@@ -256,21 +285,14 @@ def sharing_bytes(rows: int, columns: int) -> int:
     return (8 * rows * columns + 2 * columns * columns + 6 * side * side) * _F64
 
 
-def factorization_bytes(rows: int, columns: int, rank: int, form: str) -> int:
-    """Peak of ``Decomposition.factors`` and ``methods.factors.factor_tensors``.
+def factorization_bytes(rows: int, columns: int, rank: int, form: str, dtype: torch.dtype) -> int:
+    """Peak of ``Decomposition.factors`` and ``methods.factors.factor_tensors`` beside the bases.
 
-    The eigenvectors stay; beside them both factors in fp64, then for ``pivot`` two copies of the
-    left one and the coefficients during LU, and for either form the fit of the left one.
+    Both factors, five r x r matrices in LU or in the fit, and panels; then what is stored, twice.
     """
-    side = min(rows, columns)
-    held = side * side + rows * rank + rank * columns
-    rest = rows - rank if form == "pivot" else rows
-    chunk = min(ROWS_AT_ONCE, rows) * max(columns, rank)
-    pivoted = form == "pivot"  # keeps the pivot rows and the coefficients while it fits
-    fit = (3 if pivoted else 4) * rank * columns + 4 * rank * rank
-    fit += (13 if pivoted else 17) * rest * rank // 4
-    lu = rows * rank + 3 * rest * rank if form == "pivot" else 0
-    return (held + max(chunk, lu, fit)) * _F64
+    held = rank * (rows + columns) + 5 * rank * rank + 2 * PANEL * max(rows, columns)
+    stored = 2 * rows * rank + rank * columns
+    return solve_dtype(dtype).itemsize * held + dtype.itemsize * stored
 
 
 def embed_bytes(stream: StreamShape, batch: int, vocabulary: int) -> int:
@@ -284,15 +306,18 @@ def embed_bytes(stream: StreamShape, batch: int, vocabulary: int) -> int:
 
 
 def head_bytes(head_weight_bytes: int, vocabulary: int, tokens: int) -> int:
-    """The head, read and cast, and logits of ``tokens`` in the model's dtype and twice fp32."""
-    return 2 * head_weight_bytes + 3 * 4 * tokens * vocabulary
+    """The head, and logits of ``tokens`` in the model's dtype and twice fp32.
+
+    ``head_weight_bytes`` counts it as it is read and as it runs, where these differ.
+    """
+    return head_weight_bytes + 3 * 4 * tokens * vocabulary
 
 
 def head_gradient_bytes(
     head_weight_bytes: int, vocabulary: int, tokens: int, window_bytes: int
 ) -> int:
     """As :func:`head_bytes`, with the logits' gradients, and three windows of hidden states."""
-    return 2 * head_weight_bytes + 4 * 4 * tokens * vocabulary + 3 * window_bytes
+    return head_weight_bytes + 4 * 4 * tokens * vocabulary + 3 * window_bytes
 
 
 def tokenize_bytes(tokenizer_file_bytes: int, windows: int, seq_len: int) -> int:
@@ -300,15 +325,27 @@ def tokenize_bytes(tokenizer_file_bytes: int, windows: int, seq_len: int) -> int
     return _TOKENIZER_FACTOR * tokenizer_file_bytes + _PIECE_BYTES + 4 * 4 * windows * seq_len
 
 
-def decomposition_flops(rows: int, columns: int, side: str) -> float:
-    """Floating-point operations in fp64 of one linear: eigh counts 9 n^3, the rest products."""
+def moment_products(group: MomentGroup) -> float:
+    """Operations per token of the moments of ``group``: the lower half, in panels."""
+    sizes = [group.size]
+    sizes += [min(m.rows, m.columns) for m in group.linears] if group.gradients else []
+    return float(sum(size * (size + min(PANEL, size)) for size in sizes))
+
+
+def decomposition_flops(rows: int, columns: int, side: str, gradients: bool = False) -> float:
+    """Floating-point operations in fp64 of one linear, beside those of its eigenvectors.
+
+    Products of symmetric matrices count their lower half, those of triangles what is not zero.
+    """
     small = min(rows, columns)
-    gram = 0.0
-    if side == "inputs":
-        gram = 2.0 * rows * columns * columns + 2.0 * small * small * max(rows, columns)
-    return 9.0 * small**3 + gram
+    both_sides = (1 / 3 + 5 / 3 + 2 + 1) * small**3  # Cholesky, L^T M L, both bases
+    if rows > columns:
+        return rows * columns**2 + both_sides
+    outputs = 3.0 * rows * columns**2 if side == "inputs" else 0.0
+    return outputs + (both_sides if gradients else 0.0)
 
 
 def factorization_flops(rows: int, columns: int, rank: int) -> float:
-    """The same of its factors at ``rank``."""
-    return 6.0 * rows * columns * rank
+    """The same of its factors at ``rank``, in the dtype that they are solved in."""
+    products = 2.0 * rows * columns * rank + 6.0 * columns * rank**2
+    return products + 4.0 * (rows - rank) * rank**2 + 3.0 * rank**3

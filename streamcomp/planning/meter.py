@@ -118,17 +118,17 @@ def machine_bytes() -> int:
     return min([int(psutil.virtual_memory().total), *_cgroup_limits()])
 
 
-def budget_bytes(max_ram: str | None) -> int:
+def budget_bytes(max_ram: str | None, *, elsewhere: bool = False) -> int:
     """Bytes meant by ``max_ram``: a size, a share of the machine, or 80% of what is free now.
 
-    RecipeError where it is more than the machine has.
+    RecipeError where it is more than the machine has, unless the job is to run ``elsewhere``.
     """
     whole = machine_bytes()
     if max_ram is None:
         free = min(psutil.virtual_memory().available + resident_bytes(), whole)
         return int(_DEFAULT_SHARE * free)
     budget = parse_bytes(max_ram, whole=whole)
-    if budget > whole:
+    if budget > whole and not elsewhere:
         raise RecipeError(
             f"--max-ram {max_ram} is more than the {whole / 2**30:.1f} GiB of this machine"
         )

@@ -8,7 +8,6 @@ large enough for fast products, and halved until every step fits.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -16,7 +15,11 @@ from typing import Any
 import torch
 
 from streamcomp.calibration.hidden_states import StreamShape
-from streamcomp.calibration.observe import MomentGroup, group_moments, moment_dtype
+from streamcomp.calibration.observe import (
+    MomentGroup,
+    decomposition_order,
+    group_moments,
+)
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.errors import BudgetError, RecipeError, UnsupportedModelError
 from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
@@ -32,6 +35,7 @@ from streamcomp.planning.outputs import (
     can_be_factored,
     plan_output,
 )
+from streamcomp.planning.rates import MachineRates
 from streamcomp.planning.schedule import Step, hidden_key, live_after, schedule
 from streamcomp.recipe import Recipe, chosen_blocks
 from streamcomp.units import format_bytes
@@ -39,14 +43,12 @@ from streamcomp.units import format_bytes
 __all__ = [
     "BlockPlan",
     "Levers",
-    "MachineRates",
     "Plan",
     "StepPlan",
     "can_be_analysed",
     "gradient_dtype",
     "make_evaluation_plan",
     "make_plan",
-    "measure_rates",
 ]
 
 # Rows per forward above which products get no faster.
@@ -61,17 +63,10 @@ _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _DRIFT_BYTES = 2 * 2**20
 # A backward, in forwards.
 _REVERSE_PASSES = 2
+# What a step without a block takes.
+_FEW_SECONDS = 0.5
 # Windows that a step of refinement runs, one at a time.
 _WINDOWS_PER_STEP = 1
-
-
-@dataclass(frozen=True)
-class MachineRates:
-    """Measured speed of this machine, operations per second."""
-
-    model_flops: float  # products in the model's dtype
-    moment_flops: float  # products in the moments' dtype
-    solve_flops: float  # eigh in fp64, counted as 9 n^3
 
 
 @dataclass(frozen=True)
@@ -101,8 +96,12 @@ class StepPlan:
     peak_bytes: int  # resident at the peak, interpreter and libraries included
     peak_phase: str
     parts: dict[str, int]  # the peak by what it is for
-    seconds: float
+    limits: dict[str, float]  # seconds of its stages, at the machine's measured rates
     written_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.limits.values())
 
     @property
     def name(self) -> str:
@@ -380,24 +379,6 @@ def _merge_bytes(skeleton: Skeleton, number: int) -> int:
     return max((sum(i.nbytes for i in infos) for infos in sources if len(infos) > 1), default=0)
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
-    """Time small products and one eigh; takes about a second."""
-    moments = moment_dtype(dtype)
-
-    def product(kind: torch.dtype, size: int) -> float:
-        # as a linear does it: a plain product in fp16 takes the CPU twenty times as long
-        left = torch.ones(size, size, dtype=kind, device=device)
-        run = torch.nn.functional.linear
-        return 2.0 * size**3 / _best_seconds(lambda: run(left, left), device)
-
-    solve = torch.eye(384, dtype=torch.float64, device=device)
-    return MachineRates(
-        product(dtype, 1024),
-        product(moments, 1024),
-        9.0 * 384**3 / _best_seconds(lambda: torch.linalg.eigh(solve), device),
-    )
-
-
 def check_seq_len(skeleton: Skeleton, seq_len: int) -> None:
     """RecipeError where the model has fewer positions than a window has tokens."""
     longest = getattr(skeleton.text_config, "max_position_embeddings", None)
@@ -457,7 +438,7 @@ class _Planner:
                     total,
                     peak.name,
                     dict(peak.parts),
-                    self._seconds(step),
+                    self._limits(step),
                     sum(map(self._file_bytes, step.writes)) + self._shard_bytes(step),
                 )
             )
@@ -524,10 +505,15 @@ class _Planner:
         yield from self._decompositions(block)
 
     def _decompositions(self, block: BlockPlan) -> Iterator[cost.Phase]:
-        swsc = self.recipe.method == "swsc"
-        for group in block.groups:
+        """Those of an analysis, each of which drops the weight and the moments that it needed."""
+        known, dtype = block.cost, self.stream.dtype
+        moments = known.moment_bytes + (known.output_gradient_bytes if self.recipe.two_sided else 0)
+        dropped = 0
+        for group in decomposition_order(block.groups):
             for linear in group.linears:
-                yield block.cost.decompose(linear, group, swsc=swsc)
+                yield known.decompose(linear, group, moments, dropped)
+                dropped += linear.numel * dtype.itemsize
+            moments -= group.nbytes(dtype)
 
     def _ranks(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         numbers = sum(min(m.rows, m.columns) for block in self.blocks for m in block.targets)
@@ -540,16 +526,22 @@ class _Planner:
         observes = not self.analysis and recipe.statistics != "none"
         if observes:
             yield known.observe(levers.batch)
-        if not self.analysis:
-            yield from self._decompositions(block)
         ranks = self._most_ranks(step)
         factors, moments = 0, known.moment_bytes if observes else 0
+        dropped, drops = 0, not (recipe.follows or recipe.statistics == "compressed")
         for group in block.groups:
             for linear in (linear for linear in group.linears if linear in ranks):
-                bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients)
-                held = moments + (bases if self.analysis else 0)
-                yield known.factorize(linear, ranks[linear], recipe.form, held, factors)
+                if not self.analysis:
+                    swsc = recipe.method == "swsc"
+                    held = moments + factors
+                    yield known.decompose(linear, group, held, dropped, swsc=swsc)
+                bases = cost.analysis_bytes(
+                    linear.rows, linear.columns, group.gradients, self.stream.dtype
+                )
+                held = moments + bases
+                yield known.factorize(linear, ranks[linear], recipe.form, held, factors, dropped)
                 factors += self._factor_bytes(linear, ranks[linear])
+                dropped += drops * linear.numel * self.stream.dtype.itemsize
             moments -= group.nbytes(self.stream.dtype) if observes else 0
         if recipe.follows:
             yield known.forward(levers.batch, factors)
@@ -577,48 +569,71 @@ class _Planner:
         less = rank if self.recipe.form == "pivot" else 0
         return self.stream.dtype.itemsize * rank * (side - less) + 8 * side
 
-    def _seconds(self, step: Step) -> float:
+    def _limits(self, step: Step) -> dict[str, float]:
+        """Seconds that the stages of a step take at the machine's rates, by the stages' names."""
+        rates = self.rates
         if step.kind == "copy":
-            return self._shard_bytes(step) / 500e6
+            return {"copying": self._shard_bytes(step) / rates.disk_bytes}
         if step.kind == "loss":
             tokens = self.stream.windows * self.stream.seq_len
-            head = _head_bytes(self.skeleton) / self.stream.dtype.itemsize
-            return 3 * 2.0 * tokens * head / self.rates.model_flops
+            head = self.skeleton.head.weight.numel()
+            return {"differentiating": 3 * 2.0 * tokens * head / rates.model_flops}
         if step.block < 0:
-            return 0.5
+            return {step.kind: _FEW_SECONDS}
         block, recipe = self.blocks[step.block], self.recipe
-        forward = self.stream.windows * block.trace.flops / self.rates.model_flops
+        forward = self.stream.windows * block.trace.flops / rates.model_flops
+        read = sum(info.nbytes for info in self.skeleton.block_tensors(step.block))
+        limits = {"loading": read / rates.disk_bytes}
         if step.kind == "forward":
-            return forward
+            return limits | {"forward": forward}
         if step.kind in ("reverse", "analyse"):
-            passes = 1 + _REVERSE_PASSES if step.kind == "reverse" else 1
+            limits["decomposing"] = self._solve_seconds(block)
+            moments = self._moment_seconds(block)
+            if step.kind == "analyse":
+                return limits | {"observing": forward + moments}
             again = len([key for key in step.writes if key.startswith("hidden")])
-            again = again if step.kind == "reverse" else 0
-            return (passes + again) * forward + self._moment_seconds(block, True)
-        streams = len({key.partition("-")[0] for key in step.reads} & {"hidden", "compressed"})
-        refined = recipe.refine * 3 * _WINDOWS_PER_STEP / max(1, self.stream.windows)
-        again = 1 if recipe.statistics == "compressed" else 0
-        share = streams * (2 if recipe.follows else 1) + refined + again
-        return share * forward + self._moment_seconds(block, not self.analysis)
+            reverse = (1 + _REVERSE_PASSES) * forward + moments
+            return limits | {"forward": again * forward, "reverse": reverse}
+        if not self.analysis:
+            limits["observing"] = self._moment_seconds(block)
+            if step.reads:
+                limits["observing"] += forward
+        limits["factorizing"] = self._factor_seconds(block)
+        if not self.analysis:
+            limits["factorizing"] += self._solve_seconds(block)
+        if any(key.startswith("compressed") for key in (*step.reads, *step.writes)):
+            limits["propagating"] = forward
+        if recipe.follows:
+            limits["forward"] = forward
+            limits["updating"] = 2 * forward if recipe.update else 0.0
+            refined = recipe.refine * 3 * _WINDOWS_PER_STEP / max(1, self.stream.windows)
+            limits["refining"] = refined * forward
+        return limits | {"writing": self._shard_bytes(step) / rates.disk_bytes}
 
-    def _moment_seconds(self, block: BlockPlan, decomposes: bool) -> float:
-        """Moments and decompositions where ``decomposes``, else factors alone."""
+    def _moment_seconds(self, block: BlockPlan) -> float:
+        """The moments of a block's inputs or outputs, and of its gradients."""
         tokens = self.stream.windows * self.stream.seq_len
-        if not decomposes:
-            flops = sum(
-                cost.factorization_flops(m.rows, m.columns, min(m.rows, m.columns) // 2)
-                for m in block.targets
-            )
-            return flops / self.rates.solve_flops
-        item = moment_dtype(self.stream.dtype).itemsize
-        numbers = sum(group.nbytes(self.stream.dtype) // item for group in block.groups)
-        moments = 2.0 * tokens * numbers if self.recipe.statistics != "none" else 0.0
-        solve = sum(
-            cost.decomposition_flops(linear.rows, linear.columns, group.side)
-            for group in block.groups
-            for linear in group.linears
-        )
-        return moments / self.rates.moment_flops + solve / self.rates.solve_flops
+        if self.recipe.statistics == "none":
+            return 0.0
+        back = [m for g in block.groups if g.gradients for m in g.linears if m.rows > m.columns]
+        products = 2.0 * tokens * sum(linear.numel for linear in back)
+        moments = tokens * sum(map(cost.moment_products, block.groups))
+        return moments / self.rates.moment_flops + products / self.rates.model_flops
+
+    def _solve_seconds(self, block: BlockPlan) -> float:
+        """Eigenvectors, and the products in fp64 around them."""
+        seconds = 0.0
+        for group in block.groups:
+            for m in group.linears:
+                side, eigh = min(m.rows, m.columns), self.rates.eigh_flops
+                wide = cost.decomposition_flops(m.rows, m.columns, group.side, group.gradients)
+                seconds += 9.0 * side**3 / eigh + wide / self.rates.wide_flops
+        return seconds
+
+    def _factor_seconds(self, block: BlockPlan) -> float:
+        half = {m: min(m.rows, m.columns) // 2 for m in block.targets}
+        flops = sum(cost.factorization_flops(m.rows, m.columns, r) for m, r in half.items())
+        return flops / self.rates.moment_flops
 
     def _file_bytes(self, key: str) -> int:
         """Bytes of the files that ``key`` of the schedule stands for."""
@@ -632,7 +647,8 @@ class _Planner:
             block = self.blocks[int(key.partition("-")[2])]
             gradient = block.cost.output_gradient_bytes if self.recipe.two_sided else 0
             return gradient + sum(
-                cost.analysis_bytes(m.rows, m.columns, group.gradients) + _TEXT_BYTES_PER_TENSOR
+                cost.analysis_bytes(m.rows, m.columns, group.gradients, self.stream.dtype)
+                + _TEXT_BYTES_PER_TENSOR
                 for group in block.groups
                 for m in group.linears
             )
@@ -711,15 +727,8 @@ def _budget_for(peak: int) -> int:
 
 
 def _head_bytes(skeleton: Skeleton) -> int:
-    return skeleton.head.weight.numel() * skeleton.dtype.itemsize
-
-
-def _best_seconds(work: Any, device: torch.device, repeats: int = 3) -> float:
-    best = math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+    """The head as it runs, and as it is read where that is another dtype."""
+    numbers = skeleton.head.weight.numel()
+    read = skeleton.embedding_source.torch_dtype
+    other = read.itemsize if read != skeleton.dtype else 0
+    return int(numbers * (skeleton.dtype.itemsize + other))

@@ -14,6 +14,7 @@ from streamcomp.linalg.low_rank import (
     decompose_two_sided_outputs,
     output_moment,
 )
+from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.methods import GradientMoment, Moment, factor_tensors, find_method
 from tests.jobs import product
 
@@ -66,8 +67,8 @@ def textbook(weight: Tensor, inputs: Tensor, gradients: Tensor, rank: int) -> tu
 def low(found: Decomposition, weight: Tensor, rank: int) -> Tensor:
     left, right = found.factors(weight, rank)
     assert left.shape == (weight.shape[0], rank) and right.shape == (rank, weight.shape[1])
-    assert left.dtype == right.dtype == F64
-    return left @ right
+    assert left.dtype == right.dtype == solve_dtype(weight.dtype)
+    return left.double() @ right.double()
 
 
 def objective(error: Tensor, inputs: Tensor, gradients: Tensor) -> float:
@@ -214,11 +215,10 @@ def test_full_rank_gives_the_weight_back(
 ) -> None:
     weight, inputs = normal(*shape, random=random), moment(shape[1], random)
     found = decompose(weight, inputs, moment(shape[0], random))
-    left, right = found.factors(weight, min(shape))
 
-    tensors = factor_tensors(form, left, right, F64)
+    tensors = factor_tensors(form, *found.factors(weight, min(shape)), F64)
 
-    assert close(left @ right, weight)
+    assert close(low(found, weight, min(shape)), weight)
     assert close(stored(form, tensors), weight)
 
 

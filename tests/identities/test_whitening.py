@@ -29,8 +29,14 @@ def problem(shape: tuple[int, int], random: Generator) -> tuple[Tensor, Tensor, 
 
 
 def cut(weight: Tensor, result: Decomposition, rank: int) -> Tensor:
+    """W' = B B^T W: B is the left factor, or for m > n that with its columns made of length 1."""
     left, right = result.factors(weight, rank)
-    assert torch.allclose(right, left.T @ weight, rtol=1e-9, atol=1e-12)
+    lengths = torch.ones(rank, dtype=left.dtype)
+    if weight.shape[0] > weight.shape[1]:
+        lengths = result.spectrum[:rank]  # the columns of W L V
+    assert torch.allclose(left.T @ left, lengths.diag(), atol=1e-9 * float(lengths.max()))
+    basis = left / left.norm(dim=0)
+    assert torch.allclose(left @ right, basis @ (basis.T @ weight), rtol=1e-9, atol=1e-9)
     return left @ right
 
 
@@ -110,8 +116,8 @@ def test_it_is_the_svd_llm_of_the_paper(
 def test_no_other_matrix_of_the_rank_loses_less(shape: tuple[int, int], random: Generator) -> None:
     weight, inputs, moment = problem(shape, random)
     result = decompose_inputs(weight, moment)
-    basis = result.factors(weight, 4)[0]
-    best = (weight @ inputs - basis @ (basis.T @ weight) @ inputs).norm()
+    best = (weight @ inputs - cut(weight, result, 4) @ inputs).norm()
+    basis = torch.linalg.qr(result.factors(weight, 4)[0]).Q
 
     for size in (1e-3, 1e-2, 1e-1):
         noise = torch.randn(basis.shape, dtype=basis.dtype, generator=random)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from streamcomp.linalg import low_rank
+from streamcomp.linalg import low_rank, symmetric
 from streamcomp.linalg.low_rank import (
     Decomposition,
+    damped_outputs,
     decompose_inputs,
     decompose_outputs,
     fit_left,
@@ -27,14 +28,24 @@ def orthonormality(basis: Tensor) -> float:
 
 
 def basis_of(weight: Tensor, result: Decomposition, rank: int) -> Tensor:
-    """The left factor, which one-sided is an orthonormal basis of output directions."""
+    """The left factor: an orthonormal basis of output directions, or for m > n W L V."""
     return result.factors(weight, rank)[0]
 
 
+def unfit(weight: Tensor, result: Decomposition, rank: int) -> float:
+    """How far B^T B is from the identity, or (W L V)^T W L V from the energies, of the largest."""
+    basis = basis_of(weight, result, rank)
+    if result.right is None:
+        return orthonormality(basis)
+    energies = result.spectrum[:rank]
+    return float((basis.T @ basis - energies.diag()).abs().max() / energies.max())
+
+
 def cut(weight: Tensor, result: Decomposition, rank: int) -> Tensor:
-    """W' = B B^T W."""
+    """W' = B B^T W: B is the left factor, or for m > n that with its columns made of length 1."""
     left, right = result.factors(weight, rank)
-    assert torch.allclose(right, left.T @ weight.double(), rtol=1e-9, atol=1e-12)
+    basis = left / left.norm(dim=0)
+    assert torch.allclose(left @ right, basis @ (basis.T @ weight.double()), rtol=1e-9, atol=1e-9)
     return left @ right
 
 
@@ -55,7 +66,7 @@ def test_a_singular_moment_is_damped_and_says_so(shape: tuple[int, int], random:
     wanted = weight @ inputs
     assert (cut(weight, result, 4) @ inputs - wanted).norm() < 1e-2 * wanted.norm()
     assert result.relative_loss(4) < 1e-4
-    assert orthonormality(basis_of(weight, result, min(shape))) < 1e-7
+    assert unfit(weight, result, min(shape)) < 1e-7
 
 
 def test_damping_grows_until_the_moment_has_a_factor(random: Generator) -> None:
@@ -82,7 +93,12 @@ def test_inputs_that_are_always_zero_are_survived(
     result = decompose_inputs(weight, torch.zeros(shape[1], shape[1]))
 
     assert result.spectrum.isfinite().all()
-    assert orthonormality(basis_of(weight, result, 5)) < 1e-7
+    if result.right is None:
+        assert orthonormality(basis_of(weight, result, 5)) < 1e-7
+    else:  # all inputs count alike
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        best = (left[:, :5] * values[:5]) @ right[:5]
+        assert torch.allclose(cut(weight, result, 5), best, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +125,14 @@ def test_a_weight_of_zeros_is_survived(random: Generator) -> None:
         result = decompose_inputs(weight, inputs @ inputs.T)
 
         assert result.relative_loss(1) == 0.0
-        assert orthonormality(basis_of(weight, result, 3)) < 1e-7
+        left, right = result.factors(weight, 3)
+        assert right.isfinite().all() and not (left @ right).any()
+        if result.right is None:
+            assert orthonormality(left) < 1e-7
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_basis_is_orthonormal_also_where_energies_are_tiny(
+def test_the_basis_is_orthogonal_also_where_energies_are_tiny(
     shape: tuple[int, int], random: Generator
 ) -> None:
     rows, columns = shape
@@ -126,7 +145,15 @@ def test_the_basis_is_orthonormal_also_where_energies_are_tiny(
 
     assert result.spectrum[-1] < 1e-16 * result.spectrum[0]
     for rank in (1, 5, min(shape)):
-        assert orthonormality(basis_of(weight, result, rank)) < 1e-7
+        assert unfit(weight, result, rank) < (1e-7 if result.right is None else 1e-13)
+        left, right = result.factors(weight, rank)
+        lost = float(((weight - left @ right) @ inputs).square().sum())
+        assert lost == pytest.approx(
+            float(result.spectrum[rank:].sum()),
+            rel=1e-7 + result.damping,  # whose share the energies hold, and the loss does not
+            abs=1e-12 * float(result.spectrum[0]),
+        )
+    assert (weight - left @ right).norm() < 1e-12 * weight.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -141,27 +168,75 @@ def test_the_basis_of_a_lower_rank_is_a_part_of_that_of_a_higher(
     )
 
 
-@pytest.mark.parametrize("at_once", [1, 7])
+@pytest.mark.parametrize("panel", [1, 7])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_weight_may_be_cast_in_parts(
-    at_once: int, random: Generator, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], panel: int, random: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, inputs = normal(*TALL, random=random).float(), normal(12, 90, random=random)
+    weight = normal(*shape, random=random).float()
+    inputs = normal(shape[1], 90, random=random)
     moment = inputs @ inputs.T
-    whole = basis_of(weight, decompose_inputs(weight, moment), 5)
-    monkeypatch.setattr(low_rank, "ROWS_AT_ONCE", at_once)
+    whole = decompose_inputs(weight, moment)
+    expected = cut(weight, whole, 5)
+    for module in (low_rank, symmetric):
+        monkeypatch.setattr(module, "PANEL", panel)
 
-    parts = basis_of(weight, decompose_inputs(weight, moment), 5)
+    parts = decompose_inputs(weight, moment)
 
-    assert torch.allclose(parts @ parts.T, whole @ whole.T, atol=1e-10)
+    assert torch.allclose(parts.spectrum, whole.spectrum, rtol=1e-10)
+    assert torch.allclose(cut(weight, parts, 5), expected, atol=1e-10)
 
 
-def test_narrow_weights_and_moments_are_decomposed_in_fp64(random: Generator) -> None:
-    for shape in SHAPES:
-        weight, inputs = normal(*shape, random=random), normal(shape[1], 90, random=random)
-        result = decompose_inputs(weight.bfloat16(), (inputs @ inputs.T).float())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_narrow_weights_and_moments_have_energies_in_fp64(
+    shape: tuple[int, int], dtype: torch.dtype, random: Generator
+) -> None:
+    weight, inputs = normal(*shape, random=random).to(dtype), normal(shape[1], 90, random=random)
 
-        assert result.spectrum.dtype == torch.float64
-        assert basis_of(weight.bfloat16(), result, 3).dtype == torch.float64
+    result = decompose_inputs(weight, (inputs @ inputs.T).float())
+
+    assert result.spectrum.dtype == torch.float64
+    left, right = result.factors(weight, 3)
+    solved = torch.float64 if dtype == torch.float32 else torch.float32
+    assert left.dtype == right.dtype == solved
+    # Moments are rounded to fp32, and so are factors of half-precision weights: seven digits,
+    # two of which the nearest energies beside the cut may cost (they are a few percent apart).
+    expected = cut(weight, decompose_inputs(weight.double(), inputs @ inputs.T), 3)
+    assert (left.double() @ right.double() - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_factors_may_be_overwritten(shape: tuple[int, int], random: Generator) -> None:
+    weight, inputs = normal(*shape, random=random), normal(shape[1], 90, random=random)
+    result = decompose_inputs(weight, inputs @ inputs.T)
+    before = cut(weight, result, 5)
+
+    left, right = result.factors(weight, 5)
+    left.zero_()
+    right.zero_()
+
+    assert left.mT.is_contiguous()
+    assert torch.equal(cut(weight, result, 5), before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_damping_adds_what_the_identity_would_add_to_the_inputs(
+    shape: tuple[int, int], random: Generator
+) -> None:
+    weight, inputs = normal(*shape, random=random), normal(shape[1], 90, random=random)
+    outputs = output_moment(weight, inputs @ inputs.T)
+
+    found = damped_outputs(outputs, weight, 0.25)
+
+    added = found - outputs
+    assert torch.allclose(added, weight @ weight.T * (added.trace() / weight.norm() ** 2))
+    assert float(added.trace()) == pytest.approx(0.25 * float(outputs.trace()))
+    narrow = damped_outputs(outputs.float(), weight, 0.25)
+    assert narrow.dtype == torch.float32
+    assert torch.allclose(narrow.double(), found, rtol=1e-6, atol=1e-6 * float(found.abs().max()))
+    zeros = torch.zeros_like(weight)
+    assert torch.equal(damped_outputs(outputs, zeros, 0.25), outputs)
 
 
 def test_relative_loss_is_a_share_that_falls_with_rank(random: Generator) -> None:
@@ -180,7 +255,7 @@ def test_the_left_factor_solves_the_normal_equations(dtype: torch.dtype, random:
     left, right = normal(9, 5, random=random), normal(5, 14, random=random)
     rounded = right.to(dtype).double()
 
-    fitted = fit_left(left, right, right.to(dtype))
+    fitted = fit_left(left.clone(), right, right.to(dtype))
 
     residual = left @ right - fitted @ rounded
     assert (residual @ rounded.T).abs().max() < 1e-10
@@ -193,7 +268,7 @@ def test_a_fitted_product_is_closer_than_a_rounded_one(
     left, right = normal(9, 5, random=random), normal(5, 14, random=random)
     rounded = right.to(dtype)
 
-    fitted = fit_left(left, right, rounded)
+    fitted = fit_left(left.clone(), right, rounded)
 
     wanted = left @ right
     assert (wanted - fitted @ rounded.double()).norm() < (wanted - left @ rounded.double()).norm()
@@ -213,8 +288,35 @@ def test_rows_that_rounding_made_dependent_still_give_the_best_left_factor(
     rounded = right.half()
     assert not rounded[3].any()
 
-    fitted = fit_left(left, right, rounded)
+    fitted = fit_left(left.clone(), right, rounded)
 
     assert fitted.isfinite().all()
     residual = left @ right - fitted @ rounded.double()
     assert (residual @ rounded.double().T).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("panel", [1, 7])
+def test_the_left_factor_is_corrected_in_its_place(
+    panel: int, random: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, right = normal(9, 5, random=random), normal(5, 14, random=random)
+    expected = fit_left(left.clone(), right, right.bfloat16())
+    monkeypatch.setattr(low_rank, "PANEL", panel)
+
+    fitted = fit_left(left, right, right.bfloat16())
+
+    assert fitted.data_ptr() == left.data_ptr()
+    assert torch.allclose(fitted, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_fit_in_fp32_is_as_good_as_one_in_fp64(dtype: torch.dtype, random: Generator) -> None:
+    left, right = normal(9, 5, random=random), normal(5, 14, random=random)
+    rounded, wanted = right.to(dtype), left @ right
+    best = (wanted - fit_left(left.clone(), right, rounded) @ rounded.double()).norm()
+
+    fitted = fit_left(left.float(), right.float(), rounded)
+
+    assert fitted.dtype == torch.float32
+    # The error is that of the rounding, 1e-3 or more; the fit adds its own 1e-6 at a right angle.
+    assert (wanted - fitted.double() @ rounded.double()).norm() < (1 + 1e-4) * best

@@ -51,12 +51,13 @@ def test_pivots_span_the_other_rows(name: str, random: Generator) -> None:
     basis = CASES[name](random)
     rows, rank = basis.shape
 
-    pivots, rest, coefficients = interpolate(basis)
+    pivots, rest, coefficients, square = interpolate(basis.clone())
 
     assert sorted([*pivots.tolist(), *rest.tolist()]) == list(range(rows))
     assert coefficients.shape == (rows - rank, rank)
     assert coefficients.abs().max() <= MOST_COEFFICIENT
     assert torch.allclose(coefficients @ basis[pivots], basis[rest], atol=1e-9)
+    assert torch.allclose(square, basis[pivots], atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["wilkinson", "long wilkinson"])
@@ -68,25 +69,68 @@ def test_exchanges_stop_at_the_bound(monkeypatch: pytest.MonkeyPatch, random: Ge
     monkeypatch.setattr(pivot, "MOST_COEFFICIENT", 1.5)
     basis = orthonormal(60, 25, random)
 
-    pivots, rest, coefficients = interpolate(basis)
+    pivots, rest, coefficients, square = interpolate(basis.clone())
 
     assert coefficients_of_lu(basis).abs().max() > 1.5
     assert coefficients.abs().max() <= 1.5
     assert torch.allclose(coefficients @ basis[pivots], basis[rest], atol=1e-12)
+    assert torch.allclose(square, basis[pivots], atol=1e-12)
 
 
 def test_all_rows_may_be_pivots(random: Generator) -> None:
-    pivots, rest, coefficients = interpolate(orthonormal(7, 7, random))
+    basis = orthonormal(7, 7, random)
+
+    pivots, rest, coefficients, square = interpolate(basis.clone())
 
     assert sorted(pivots.tolist()) == list(range(7))
     assert rest.numel() == 0
     assert coefficients.shape == (0, 7)
+    assert torch.allclose(square, basis[pivots], atol=1e-12)
 
 
-def test_the_basis_is_left_as_it_was(random: Generator) -> None:
-    basis = orthonormal(40, 9, random)
+@pytest.mark.parametrize("panel", [1, 7, 30])
+@pytest.mark.parametrize("name", CASES)
+def test_rows_may_be_solved_for_in_parts(
+    name: str, panel: int, random: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    basis = CASES[name](random)
+    whole = interpolate(basis.clone())
+    monkeypatch.setattr(pivot, "PANEL", panel)
+
+    pivots, rest, coefficients, square = interpolate(basis.clone())
+
+    assert coefficients.abs().max() <= MOST_COEFFICIENT
+    assert torch.allclose(coefficients @ basis[pivots], basis[rest], atol=1e-9)
+    assert torch.allclose(square, basis[pivots], atol=1e-12)
+    if "wilkinson" not in name:  # no ties, which may be broken either way
+        assert torch.equal(pivots, whole[0]) and torch.equal(rest, whole[1])
+
+
+def test_a_basis_in_fp32_is_solved_in_fp32(random: Generator) -> None:
+    basis = orthonormal(40, 9, random).float()
+
+    pivots, rest, coefficients, square = interpolate(basis.clone())
+
+    assert coefficients.dtype == square.dtype == torch.float32
+    # Coefficients of at most 10 times nine entries below 1, in a dtype of seven digits.
+    assert torch.allclose(coefficients @ basis[pivots], basis[rest], atol=1e-5)
+    assert torch.allclose(square, basis[pivots], atol=1e-6)
+
+
+def test_a_basis_in_the_order_of_rows_is_left_as_it_was(random: Generator) -> None:
+    basis = orthonormal(40, 9, random).contiguous()
     before = basis.clone()
 
     interpolate(basis)
 
     assert torch.equal(basis, before)
+
+
+def test_a_basis_in_the_order_of_columns_makes_room_for_the_coefficients(
+    random: Generator,
+) -> None:
+    basis = orthonormal(40, 9, random).mT.contiguous().mT
+
+    coefficients = interpolate(basis)[2]
+
+    assert coefficients.untyped_storage().data_ptr() == basis.untyped_storage().data_ptr()

@@ -6,6 +6,7 @@ import itertools
 import json
 
 import pytest
+import torch
 
 from streamcomp.linalg.allocation import largest_rank
 from streamcomp.modeling.modules import FORMS as BY_RANK
@@ -40,13 +41,13 @@ warm_up(torch.device("cpu"), torch.float32)
 meter = PeakMeter()
 assert meter._exact
 
-def measure(rows, columns, rank, form, side, method):
-    once(rows // 4, columns // 4, rank // 4, form, side, method)  # reads the libraries' code
-    return once(rows, columns, rank, form, side, method)
+def measure(rows, columns, rank, form, side, method, dtype):
+    once(rows // 4, columns // 4, rank // 4, form, side, method, dtype)  # the libraries' code
+    return once(rows, columns, rank, form, side, method, dtype)
 
-def once(rows, columns, rank, form, side, method):
-    random = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, columns, generator=random)
+def once(rows, columns, rank, form, side, method, dtype):
+    random, dtype = torch.Generator().manual_seed(0), getattr(torch, dtype)
+    weight = torch.randn(rows, columns, generator=random).to(dtype)
     moment = torch.eye(columns if side == "inputs" else rows) + 0.1
     gradient = None
     if method == "two-sided":
@@ -56,13 +57,13 @@ def once(rows, columns, rank, form, side, method):
     before = resident_bytes()
     found = find_method(method)
     if method == "swsc":
-        found.share(weight, Moment(side, moment), rows * columns // 2, dtype=torch.float32)
+        found.share(weight, Moment(side, moment), rows * columns // 2, dtype=dtype)
         return meter.peak() - before, 0
     found = found.decompose(weight, Moment(side, moment, gradient=gradient), 0.0)
     decomposed = meter.peak() - before
     release()
     meter.restart()
-    held = factor_tensors(form, *found.factors(weight, rank), torch.float32)
+    held = factor_tensors(form, *found.factors(weight, rank), dtype)
     return decomposed, meter.peak() - before
 
 results = []
@@ -83,7 +84,9 @@ print(json.dumps(results))
 
 METHODS = ("svd-llm", "two-sided")  # with the moments of the gradients, or without
 
-Key = tuple[tuple[int, int], str, str, str]
+DTYPES = ("float32", "bfloat16")  # solved in fp64, or in fp32
+
+Key = tuple[tuple[int, int], str, str, str, str]
 
 
 def rank_of(shape: tuple[int, int], form: str) -> int:
@@ -93,36 +96,51 @@ def rank_of(shape: tuple[int, int], form: str) -> int:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[Key, tuple[int, int]]:
-    """Bytes of the decomposition and of the factorization, by shape, side, form and method."""
+    """Bytes of the decomposition and of the factorization, by what they depend on."""
     keys: list[Key] = [
-        (*part, form, method) for part, form, method in itertools.product(PARTS, BY_RANK, METHODS)
+        (*part, *others) for part, *others in itertools.product(PARTS, BY_RANK, METHODS, DTYPES)
     ]
-    parts = [[*shape, rank_of(shape, f), f, side, method] for shape, side, f, method in keys]
+    parts = [
+        [*shape, rank_of(shape, form), form, side, method, dtype]
+        for shape, side, form, method, dtype in keys
+    ]
     done = run_python("-c", MEASURE, json.dumps(parts), cwd=REPOSITORY)
     assert done.code == 0, done.err
     return {key: (int(a), int(b)) for key, (a, b) in zip(keys, done.json, strict=True)}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("shape", "side"), PARTS)
 def test_a_decomposition_takes_what_was_counted_and_not_much_less(
-    measured: dict[Key, tuple[int, int]], shape: tuple[int, int], side: str, method: str
+    measured: dict[Key, tuple[int, int]],
+    shape: tuple[int, int],
+    side: str,
+    method: str,
+    dtype: str,
 ) -> None:
-    counted = decomposition_bytes(*shape, side, method == "two-sided")
-    taken = measured[shape, side, "pivot", method][0]
+    two_sided = method == "two-sided"
+    counted = decomposition_bytes(*shape, side, getattr(torch, dtype), gradients=two_sided)
+    taken = measured[shape, side, "pivot", method, dtype][0]
 
     assert taken <= counted + LATE
     assert counted <= 2 * taken + 16 * MiB
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", BY_RANK)
 @pytest.mark.parametrize(("shape", "side"), PARTS)
 def test_a_factorization_takes_what_was_counted_and_not_much_less(
-    measured: dict[Key, tuple[int, int]], shape: tuple[int, int], side: str, form: str, method: str
+    measured: dict[Key, tuple[int, int]],
+    shape: tuple[int, int],
+    side: str,
+    form: str,
+    method: str,
+    dtype: str,
 ) -> None:
-    counted = factorization_bytes(*shape, rank_of(shape, form), form)
-    taken = measured[shape, side, form, method][1]
+    counted = factorization_bytes(*shape, rank_of(shape, form), form, getattr(torch, dtype))
+    taken = measured[shape, side, form, method, dtype][1]
 
     assert taken <= counted + LATE
     assert counted <= 2 * taken + 16 * MiB
@@ -130,7 +148,7 @@ def test_a_factorization_takes_what_was_counted_and_not_much_less(
 
 @pytest.mark.parametrize("shape", [(512, 512), (768, 256), (256, 768)])
 def test_sharing_channels_takes_what_was_counted(shape: tuple[int, int]) -> None:
-    parts = [[*shape, 0, "shared", "inputs", "swsc"]]
+    parts = [[*shape, 0, "shared", "inputs", "swsc", "float32"]]
     done = run_python("-c", MEASURE, json.dumps(parts), cwd=REPOSITORY)
     assert done.code == 0, done.err
     ((taken, _),) = done.json

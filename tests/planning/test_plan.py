@@ -18,13 +18,14 @@ from streamcomp import BudgetError, Recipe, RecipeError, Resources
 from streamcomp.checkpoint.index import read_index
 from streamcomp.job.progress import SilentProgress
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning.plan import MachineRates, Plan, make_plan
+from streamcomp.planning.plan import Plan, make_plan
+from streamcomp.planning.rates import MachineRates
 from tests.jobs import REPOSITORY, SMALL, compress, run_python, stored_tensors, varied_text
 from tests.pico import BOS, EOS, LONGEST, VOCABULARY, make_tokenizer
 
 MiB = 2**20
 PLENTY = 2**40
-RATES = MachineRates(1e9, 1e9, 1e9)
+RATES = MachineRates(1e9, 1e9, 1e9, 1e9)
 BASELINE = 300 * MiB  # of a process that is not this one, which runs other tests too
 
 FORKS = 16 * MiB  # by which the baselines of two forks may differ

@@ -1,0 +1,266 @@
+"""How fast, side by side in one run, as ratios: a machine's own seconds mean little elsewhere.
+
+    python benchmarks/speed.py .cache/SmolLM2-135M Llama-2-7B --text valid.txt
+
+MODEL is a folder, or one of the shapes of ``shapes.py``, of which one block with random weights is
+made. Parts, all of them or those of ``--parts``:
+
+- textbook: against SVD-LLM as published (``textbook_svd_llm.py``), same windows, threads and ratio;
+  every linear's loss is compared too;
+- ratios: three outputs from one job against one output;
+- linear: seconds of a block from first to last, and of a job over its windows;
+- inference (shapes): tokens per second of one block, dense and factored, prompt and decoding.
+
+Prints tables in Markdown, and writes everything measured to ``--json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from shapes import SHAPES, make_shape
+from textbook_svd_llm import compress as textbook_compress
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from streamcomp.calibration.corpus import load_windows
+from streamcomp.linalg.allocation import largest_rank
+from streamcomp.modeling.modules import FORMS
+from streamcomp.units import format_seconds
+
+PARTS = ("textbook", "ratios", "linear", "inference")
+RATIOS = (0.2, 0.4, 0.6)
+SOLVING = ("decomposing", "factorizing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"a folder, or {list(SHAPES)}")
+    parser.add_argument("--text", type=Path, required=True, help="calibration text")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--samples", type=int, default=64, help="windows; of a shape, an eighth")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens; of a shape, twice")
+    parser.add_argument("--work", type=Path, default=Path("."), help="where folders are made")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--textbook-child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.textbook_child:
+        print(json.dumps(_textbook(Path(options.models[0]), options)))
+        return
+    found: dict[str, Any] = {"threads": torch.get_num_threads()}
+    work = Path(tempfile.mkdtemp(prefix="speed-", dir=options.work))
+    try:
+        for name in options.models:
+            found[name] = _of_model(options, name, work)
+    finally:
+        shutil.rmtree(work)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1))
+
+
+def _of_model(options: argparse.Namespace, name: str, work: Path) -> dict[str, Any]:
+    shaped = name in SHAPES
+    if shaped:
+        options.samples, options.seq_len = options.samples // 8, 2 * options.seq_len
+    model = make_shape(name, work / "model", 1) if shaped else Path(name)
+    title = f"{name}, one block" if shaped else model.name
+    found: dict[str, Any] = {"samples": options.samples, "seq_len": options.seq_len}
+    parts = options.parts.split(",")
+    if "textbook" in parts:
+        found["textbook"] = _against_textbook(options, title, model, work)
+    if "ratios" in parts:
+        found["ratios"] = _several_ratios(options, title, model, work)
+    if "linear" in parts and not shaped:
+        found["linear"] = _linear(options, title, model, work)
+    if "inference" in parts and shaped:
+        found["inference"] = _inference(title, model)
+    if shaped:
+        options.samples, options.seq_len = 8 * options.samples, options.seq_len // 2
+        shutil.rmtree(model)
+    return found
+
+
+# -- against the reference ---------------------------------------------------------------
+
+
+def _textbook(model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    windows = load_windows(model, [str(options.text)], options.samples, options.seq_len, 0)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    return dict(textbook_compress(whole, windows.tokens.long(), RATIOS[0]))
+
+
+def _against_textbook(
+    options: argparse.Namespace, title: str, model: Path, work: Path
+) -> dict[str, Any]:
+    """The textbook holds what streamcomp measures against it; both in a process of their own."""
+    print(f"\n## {title}: SVD-LLM, form uv, ratio {RATIOS[0]}\n", flush=True)
+    sizes = ("--samples", str(options.samples), "--seq-len", str(options.seq_len))
+    child = (__file__, str(model), "--text", str(options.text), *sizes, "--textbook-child")
+    theirs = json.loads(_python(*child))
+    ours = _job(options, model, work, "--method", "svd-llm", "--form", "uv")
+    solving = theirs["seconds"]["whiten"] + theirs["seconds"]["svd"]
+    whole = sum(theirs["seconds"].values())
+    losses = {m["name"]: m["relative_loss"] for m in ours["linears"]}
+    worse = max(losses[name] / loss - 1 for name, loss in theirs["relative_loss"].items())
+    stages = _stages(ours)
+    own_solving = sum(stages.get(stage, 0.0) for stage in SOLVING)
+    own_whole = sum(stages.values())
+    print("| | textbook | streamcomp | times faster |\n|---|---|---|---|")
+    for what, one, other in (
+        ("forward and moments", whole - solving, own_whole - own_solving),
+        ("decompositions", solving, own_solving),
+        ("all", whole, own_whole),
+    ):
+        print(f"| {what} | {one:.1f} s | {other:.1f} s | {one / other:.2f} |")
+    print(f"\nlargest loss over the textbook's, of {len(losses)} linears: {worse:+.2e}", flush=True)
+    return {"textbook": theirs, "stages": stages, "losses": losses, "largest_excess": worse}
+
+
+def _several_ratios(
+    options: argparse.Namespace, title: str, model: Path, work: Path
+) -> dict[str, Any]:
+    """Both jobs keep their analysis, as a job of several ratios does."""
+    print(f"\n## {title}: several ratios from one job, svd-llm\n", flush=True)
+    one = _stages(_job(options, model, work, "--method", "svd-llm", "--ratio", "0.2"))
+    text = ",".join(map(str, RATIOS))
+    several = _stages(_job(options, model, work, "--method", "svd-llm", "--ratio", text))
+    alone, together = sum(one.values()), sum(several.values())
+    print(f"| one ratio | three ratios | over one |\n|---|---|---|\n| {alone:.1f} s |", end="")
+    print(f" {together:.1f} s | {together / alone:.2f} |", flush=True)
+    return {"one": one, "several": several}
+
+
+# -- growth ------------------------------------------------------------------------------
+
+
+def _linear(options: argparse.Namespace, title: str, model: Path, work: Path) -> dict[str, Any]:
+    """A line through seconds over block number, and over windows."""
+    print(f"\n## {title}: growth, svd-llm\n", flush=True)
+    seconds = {}
+    for samples in (options.samples // 4, options.samples // 2, options.samples):
+        report = _job(options, model, work, "--method", "svd-llm", samples=samples)
+        seconds[samples] = [s["seconds"] for s in report["steps"] if "block" in s]
+    last = seconds[options.samples]
+    slope, level, _ = _fit(list(range(len(last))), last)
+    print(f"a block takes {level:.2f} s, and {slope / level:+.2%} more with each block behind it")
+    totals = [sum(blocks) for blocks in seconds.values()]
+    slope, level, error = _fit(list(seconds), totals)
+    print(f"a job takes {level:.1f} s and {slope:.3f} s a window; off that line by {error:.1%}")
+    return {"blocks": seconds, "per_window": slope, "fixed": level, "off_the_line": error}
+
+
+def _fit(places: list[int], values: list[float]) -> tuple[float, float, float]:
+    """Slope, value at 0, and the largest relative distance from the line of least squares."""
+    x, y = torch.tensor(places, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
+    matrix = torch.stack((x, torch.ones_like(x)), dim=1)
+    line = torch.linalg.lstsq(matrix, y[:, None]).solution[:, 0]
+    error = float(((matrix @ line - y) / y).abs().max())
+    return float(line[0]), float(line[1]), error
+
+
+# -- inference ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _inference(title: str, model: Path, prompt: int = 512) -> dict[str, Any]:
+    """Tokens per second of one block: ``prompt`` at once, and one by one behind it."""
+    print(f"\n## {title}: inference, tokens per second\n", flush=True)
+    config = AutoConfig.from_pretrained(model)
+    whole = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    block, rotary = whole.model.layers[0], whole.model.rotary_emb
+    dense = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    found: dict[str, Any] = {}
+    print("| | ratio | prompt | over dense | decode | over dense |\n|---|---|---|---|---|---|")
+    for form, ratio in (("dense", 0.0), *((f, r) for r in RATIOS for f in FORMS)):
+        for name, linear in dense.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, _factored(linear, form, ratio))
+        rates = []
+        for tokens in (prompt, 1):
+            hidden = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16)
+            place = rotary(hidden, torch.arange(tokens)[None])
+            seconds = _best(lambda h=hidden, p=place: block(h, position_embeddings=p))
+            rates.append(tokens / seconds)
+        found[f"{form} {ratio}"] = rates
+        base = found["dense 0.0"]
+        cells = " | ".join(f"{r:.1f} | {r / b:.2f}" for r, b in zip(rates, base, strict=True))
+        print(f"| {form} | {ratio or ''} | {cells} |", flush=True)
+    return found
+
+
+def _factored(linear: nn.Linear, form: str, ratio: float) -> nn.Module:
+    if form == "dense":
+        return linear
+    rows, columns = linear.weight.shape
+    rank = largest_rank(form, rows, columns, (1 - ratio) * rows * columns)
+    module = FORMS[form](columns, rows, rank, dtype=linear.weight.dtype)
+    for value in module.parameters():
+        nn.init.normal_(value, std=0.02)
+    if form == "pivot":
+        module.pivots.copy_(torch.randperm(rows))
+    return module.requires_grad_(False)
+
+
+def _best(work: Callable[[], Any], least: float = 3.0) -> float:
+    """Seconds of the fastest of the runs that fit into ``least`` seconds, five at least."""
+    work()
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - start < least:
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+# -- jobs --------------------------------------------------------------------------------
+
+
+def _job(
+    options: argparse.Namespace, model: Path, work: Path, *settings: str, samples: int = 0
+) -> dict[str, Any]:
+    """The report of a job of ``streamcomp compress``."""
+    out = work / "out"
+    sizes = ("--samples", str(samples or options.samples), "--seq-len", str(options.seq_len))
+    text = ("--calibration", str(options.text))
+    _python("-m", "streamcomp", "compress", str(model), str(out), *sizes, *text, *settings, "-q")
+    report: dict[str, Any] = json.loads(
+        next(iter(sorted(out.rglob("streamcomp_report.json")))).read_text("utf-8")
+    )
+    print(f"  ({' '.join(settings)}: {format_seconds(report['seconds'])})", file=sys.stderr)
+    shutil.rmtree(out)
+    return report
+
+
+def _stages(report: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each stage of a job, over all its steps."""
+    total: dict[str, float] = {}
+    for step in report["steps"]:
+        for stage, seconds in step["stages"].items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    return total
+
+
+def _python(*arguments: str) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

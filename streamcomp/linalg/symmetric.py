@@ -1,0 +1,204 @@
+"""Products, Cholesky factors and eigenvectors of symmetric matrices, in little memory.
+
+A linear of a 70B model has moments of 8192 x 8192: 0.5 GiB each in fp64. So products are formed in
+panels, factors overwrite their input, and of what is symmetric one half is computed.
+
+**Eigenvectors in fp32.** A moment of a language model is graded: a few directions (massive
+activations) hold 10^4 to 10^8 times the energy of the median one. A solver in fp32 is wrong by
+about 10^-7 of the largest energy in every direction, which drowns the small ones. Here the
+dominant directions are found first, by subspace iteration in fp64, and taken out by a
+similarity transform (a block Householder reflection); what is left has energies of like size, and
+fp32 serves it well, in half the time and memory of fp64. The measured loss over the best one is in
+``benchmarks/decompositions.md``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streamcomp.errors import NonFiniteError
+
+__all__ = ["PANEL", "cholesky", "eigh", "gram", "mirror", "sandwich", "solve_dtype"]
+
+# Rows or columns of a matrix that are worked on at a time.
+PANEL = 1024
+
+# Directions that are taken out before fp32 does the rest, and how they are looked for.
+_DOMINANT = 64
+_OVERSAMPLED = 16
+_ITERATIONS = 10
+# Below this size fp64 costs nothing.
+_SMALL = 256
+# What the eigenvectors may miss of the matrix as a vector sees it, relative to the result or to
+# this share of the largest eigenvalue.
+_RESIDUAL, _ROUNDING = 1e-4, 1e-8
+
+
+def solve_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a model of ``dtype`` is decomposed in: fp32 where it is of half precision, else fp64."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """A^T A (n, n) in fp64 of A (m, n), ``PANEL`` rows at a time.
+
+    Products of half-precision numbers are exact in fp32: they are added up there within a panel,
+    and in fp64 across panels. Holds the result and two panels.
+    """
+    size = matrix.shape[1]
+    result = torch.zeros(size, size, dtype=torch.float64, device=matrix.device)
+    for rows in matrix.split(PANEL):
+        wide = rows.to(solve_dtype(matrix.dtype))
+        for start in range(0, size, PANEL):
+            stop = min(start + PANEL, size)
+            result[start:stop, :stop] += wide[:, start:stop].T @ wide[:, :stop]
+    return mirror(result)
+
+
+def sandwich(outer: Tensor, inner: Tensor, *, lower: bool = False) -> Tensor:
+    """A M A^T (p, p) in fp64 of A (p, q) and a symmetric M (q, q), whatever their dtypes.
+
+    With ``lower``, A is a lower triangle L (q, q) and L^T M L is meant; then no zero is multiplied.
+    Holds the result, ``PANEL`` rows of the product A M and as many of either matrix.
+    """
+    size = outer.shape[1] if lower else outer.shape[0]
+    result = torch.empty(size, size, dtype=torch.float64, device=outer.device)
+
+    def rows(start: int, first: int) -> Tensor:
+        """Rows of A (of L^T) from ``start`` on, columns from ``first`` on."""
+        stop = min(start + PANEL, size)
+        piece = outer[first:, start:stop].T if lower else outer[start:stop, first:]
+        return piece.double()
+
+    for start in range(0, size, PANEL):
+        stop = min(start + PANEL, size)
+        first = start if lower else 0
+        left = rows(start, first)  # (panel, q - first)
+        product = torch.zeros(len(left), len(inner), dtype=torch.float64, device=outer.device)
+        for begin in range(first, len(inner), PANEL):
+            end = min(begin + PANEL, len(inner))
+            product.addmm_(left[:, begin - first : end - first], inner[begin:end].double())
+        for other in range(0, stop, PANEL):
+            begin = other if lower else 0
+            right = rows(other, begin)
+            result[start:stop, other : other + len(right)] = product[:, begin:] @ right.T
+    return mirror(result)
+
+
+def cholesky(moment: Tensor, added: float = 0.0) -> Tensor | None:
+    """The lower fp64 factor of ``moment`` (n, n) + ``added`` I; None if there is none.
+
+    Holds the factor alone.
+    """
+    factor = moment.to(torch.float64, copy=True)
+    factor.diagonal().add_(added)
+    columns = factor.mT  # symmetric, and as LAPACK wants it: overwritten without a copy
+    info = torch.empty((), dtype=torch.int32, device=factor.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, info))
+    return None if int(info) else columns
+
+
+def eigh(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,) fp64, descending, and eigenvectors (n, n) in ``dtype``.
+
+    The symmetric ``matrix`` (n, n) fp64 is overwritten. In fp32 the dominant directions are taken
+    out first, as the module says. Bytes per entry, ``matrix`` among them: 24 for fp64, whose
+    solver has a workspace of two matrices, and 12 for fp32. NonFiniteError where the solver fails.
+    """
+    try:
+        if dtype == torch.float64 or len(matrix) < _SMALL:
+            values, vectors = _in_place(matrix)
+            return values.flip(0), vectors.flip(1).to(dtype)
+        return _graded(matrix)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NonFiniteError(f"an eigendecomposition failed: {error}") from None
+
+
+def _graded(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`eigh` in fp32 behind a deflation in fp64."""
+    size, count = len(matrix), _DOMINANT
+    scale = float(matrix.diagonal().max())  # into the range of fp32
+    scale = scale if scale > 0 else 1.0
+    matrix /= scale
+    reflector, middle = _reflection(_dominant(matrix)[:, :count])
+    # H^T A H with H = I - V T V^T, as a symmetric update of rank 2k
+    product = matrix @ (reflector @ middle)  # A V T
+    half = product - 0.5 * reflector @ (middle.T @ (reflector.T @ product))
+    matrix.addmm_(half, reflector.T, alpha=-1).addmm_(reflector, half.T, alpha=-1)
+    few, turned = torch.linalg.eigh(matrix[:count, :count])
+    # what couples both parts lies between directions that are all kept, and is left out
+    rest = matrix[count:, count:].float()
+    probe = torch.ones(size - count, dtype=torch.float64, device=matrix.device)
+    probe[1::2] = -1
+    seen = matrix[count:, count:] @ probe
+    matrix.set_()  # type: ignore[call-overload]  # nothing of it is needed any more
+    values, vectors = _in_place(rest)
+    part = vectors @ (values * (vectors.T @ probe.float()))
+    noise = _ROUNDING * size**0.5 * float(few[-1])  # of fp64, where nothing else is left
+    if not float((part - seen).norm()) <= _RESIDUAL * max(float(seen.norm()), noise):
+        raise NonFiniteError("an eigendecomposition in fp32 did not converge")
+    result = torch.zeros(size, size, dtype=torch.float32, device=rest.device)
+    result[:count, :count] = turned
+    result[count:, count:] = vectors
+    del rest, vectors
+    narrow = reflector.float()
+    for columns in result.split(PANEL, dim=1):
+        columns.addmm_(narrow, middle.float() @ (narrow.T @ columns), alpha=-1)
+    found = scale * torch.cat((few, values.double()))
+    order = found.argsort(descending=True)
+    return found[order], _permuted(result, order)
+
+
+def _dominant(matrix: Tensor) -> Tensor:
+    """Orthonormal directions (n, k) of the largest energies, the largest first."""
+    random = torch.Generator().manual_seed(0)
+    width = _DOMINANT + _OVERSAMPLED
+    basis = torch.randn(len(matrix), width, generator=random, dtype=torch.float64)
+    basis = basis.to(matrix.device)
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    turned: Tensor = torch.linalg.eigh(basis.T @ (matrix @ basis)).eigenvectors
+    return basis @ turned.flip(1)
+
+
+def _reflection(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """V (n, k) and T (k, k) of H = I - V T V^T, orthogonal, whose first k columns span ``basis``.
+
+    The compact WY form of the Householder reflections of a QR decomposition (Schreiber and Van
+    Loan, SIAM J. Sci. Stat. Comput. 10, 1989).
+    """
+    packed, scales = torch.geqrf(basis)
+    count = basis.shape[1]
+    reflector = packed.tril(-1)
+    reflector.diagonal().fill_(1)
+    inverse = (reflector.T @ reflector).triu()
+    inverse.diagonal().copy_(1 / scales)
+    unit = torch.eye(count, dtype=basis.dtype, device=basis.device)
+    middle = torch.linalg.solve_triangular(inverse, unit, upper=True)
+    return reflector, middle
+
+
+def _in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues, and eigenvectors that overwrite ``matrix`` (symmetric, contiguous)."""
+    columns = matrix.mT
+    values = torch.empty(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    torch.linalg.eigh(columns, out=(values, columns))
+    if not bool(values.sum().isfinite()):
+        raise NonFiniteError("an eigendecomposition did not converge")
+    return values, columns
+
+
+def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
+    """Columns of ``matrix`` in ``order``, ``PANEL`` rows at a time."""
+    for rows in matrix.split(PANEL):
+        rows.copy_(rows[:, order])
+    return matrix
+
+
+def mirror(matrix: Tensor) -> Tensor:
+    """The lower half of ``matrix``, whose panels on the diagonal are whole, copied to the upper."""
+    for start in range(0, len(matrix), PANEL):
+        stop = start + PANEL
+        matrix[:start, start:stop] = matrix[start:stop, :start].T
+    return matrix
