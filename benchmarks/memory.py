@@ -30,6 +30,7 @@ from streamcomp.recipe import METHODS
 from streamcomp.units import format_bytes, format_seconds, parse_bytes
 
 BUDGETS = {
+    "TinyLlama-1.1B": "1G",
     "Llama-2-7B": "2560M",
     "Llama-3-8B": "2560M",
     "Llama-3-70B": "8G",

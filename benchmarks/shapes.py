@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 # hidden, feed-forward, heads, key-value heads, vocabulary, blocks
 SHAPES = {
+    "TinyLlama-1.1B": (2048, 5632, 32, 4, 32000, 22),
     "Llama-2-7B": (4096, 11008, 32, 32, 32000, 32),
     "Llama-3-8B": (4096, 14336, 32, 8, 128256, 32),
     "Llama-3-70B": (8192, 28672, 64, 8, 128256, 80),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from streamcomp.errors import NonFiniteError
 
-__all__ = ["PANEL", "cholesky", "eigh", "gram", "mirror", "sandwich", "solve_dtype"]
+__all__ = ["PANEL", "SMALL", "cholesky", "eigh", "gram", "mirror", "sandwich", "solve_dtype"]
 
 # Rows or columns of a matrix that are worked on at a time.
 PANEL = 1024
@@ -28,8 +28,8 @@ PANEL = 1024
 _DOMINANT = 64
 _OVERSAMPLED = 16
 _ITERATIONS = 10
-# Below this size fp64 costs nothing.
-_SMALL = 256
+# Below this size fp64 is as fast.
+SMALL = 1024
 # What the eigenvectors may miss of the matrix as a vector sees it, relative to the result or to
 # this share of the largest eigenvalue.
 _RESIDUAL, _ROUNDING = 1e-4, 1e-8
@@ -107,7 +107,7 @@ def eigh(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     solver has a workspace of two matrices, and 12 for fp32. NonFiniteError where the solver fails.
     """
     try:
-        if dtype == torch.float64 or len(matrix) < _SMALL:
+        if dtype == torch.float64 or len(matrix) < SMALL:
             values, vectors = _in_place(matrix)
             return values.flip(0), vectors.flip(1).to(dtype)
         return _graded(matrix)

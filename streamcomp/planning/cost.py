@@ -17,7 +17,7 @@ from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, moment_dtype
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.linalg.moments import ROWS_PER_UPDATE
-from streamcomp.linalg.symmetric import PANEL, solve_dtype
+from streamcomp.linalg.symmetric import PANEL, SMALL, solve_dtype
 from streamcomp.modeling.linears import Linear
 
 __all__ = [
@@ -250,18 +250,19 @@ def decomposition_bytes(
     """Peak of ``linalg.low_rank.decompose_*`` beside the weight and its moments.
 
     Bytes per entry of the small matrix: ``eigh`` 24 in fp64, 12 in fp32, and 8 for the Cholesky
-    factor beside it where there is one; before it that, the result and what it is made of. In
-    fp64 K is kept beside it where it was computed from H, or ``damped``.
+    factor beside it where there is one; before it that, the result and what it is made of. For
+    a fp64 weight K is kept beside it where it was computed from H, or ``damped``.
     """
     small = min(rows, columns)
-    narrow = solve_dtype(dtype) == torch.float32
+    narrow = solve_dtype(dtype) == torch.float32 and small >= SMALL
     solver = 12 if narrow else 24
     if rows > columns:
         entry = max(24, 8 + solver)
     else:
         own = 8 if damped or side == "inputs" else 0
         factor = 8 if gradients else 0
-        entry = max(2 * own, own + factor + 8, factor + solver + (0 if narrow else own))
+        kept = own if solve_dtype(dtype) == torch.float64 else 0
+        entry = max(2 * own, own + factor + 8, kept + factor + solver)
         if damped:
             entry = max(entry, own + factor + 12)
     wide = columns if side == "inputs" else small if gradients else 0
@@ -270,10 +271,10 @@ def decomposition_bytes(
 
 
 def analysis_bytes(rows: int, columns: int, gradients: bool, dtype: torch.dtype) -> int:
-    """Spectrum in fp64 and one or two bases, as they are kept of one linear."""
+    """Spectrum in fp64 and one or two bases in ``dtype``, of one linear."""
     side = min(rows, columns)
     bases = 2 if gradients or rows > columns else 1
-    return side * (_F64 + moment_dtype(dtype).itemsize * side * bases)
+    return side * (_F64 + dtype.itemsize * side * bases)
 
 
 def sharing_bytes(rows: int, columns: int) -> int:

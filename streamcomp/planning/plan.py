@@ -19,9 +19,11 @@ from streamcomp.calibration.observe import (
     MomentGroup,
     decomposition_order,
     group_moments,
+    moment_dtype,
 )
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.errors import BudgetError, RecipeError, UnsupportedModelError
+from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import BlockTrace, trace_block
@@ -528,6 +530,7 @@ class _Planner:
             yield known.observe(levers.batch)
         ranks = self._most_ranks(step)
         factors, moments = 0, known.moment_bytes if observes else 0
+        kinds = {True: moment_dtype, False: solve_dtype}  # of bases on disk, and just made
         dropped, drops = 0, not (recipe.follows or recipe.statistics == "compressed")
         for group in block.groups:
             for linear in (linear for linear in group.linears if linear in ranks):
@@ -535,9 +538,8 @@ class _Planner:
                     swsc = recipe.method == "swsc"
                     held = moments + factors
                     yield known.decompose(linear, group, held, dropped, swsc=swsc)
-                bases = cost.analysis_bytes(
-                    linear.rows, linear.columns, group.gradients, self.stream.dtype
-                )
+                kept = kinds[self.analysis](self.stream.dtype)
+                bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients, kept)
                 held = moments + bases
                 yield known.factorize(linear, ranks[linear], recipe.form, held, factors, dropped)
                 factors += self._factor_bytes(linear, ranks[linear])
@@ -645,9 +647,10 @@ class _Planner:
             return self.stream.nbytes * wider // self.stream.dtype.itemsize
         if kind == "analysis":
             block = self.blocks[int(key.partition("-")[2])]
+            kept = moment_dtype(self.stream.dtype)
             gradient = block.cost.output_gradient_bytes if self.recipe.two_sided else 0
             return gradient + sum(
-                cost.analysis_bytes(m.rows, m.columns, group.gradients, self.stream.dtype)
+                cost.analysis_bytes(m.rows, m.columns, group.gradients, kept)
                 + _TEXT_BYTES_PER_TENSOR
                 for group in block.groups
                 for m in group.linears

@@ -14,6 +14,12 @@ F64, F32 = torch.float64, torch.float32
 PANELS = [1, 7, 64, 1024]
 
 
+@pytest.fixture(autouse=True)
+def _fp32_from_256_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large enough for the deflation, small enough for a test."""
+    monkeypatch.setattr(symmetric, "SMALL", 256)
+
+
 @pytest.fixture(params=PANELS)
 def panel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     size = int(request.param)
