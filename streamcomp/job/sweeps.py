@@ -35,6 +35,11 @@ __all__ = ["analyse", "forward", "loss", "ranks", "reverse"]
 
 Results = dict[str, Any]
 
+_ONE_SIDED = (
+    "allocation loss compares energies across linears, which only those of method two-sided bear: "
+    "ranks shared evenly (--allocation uniform) are better here"
+)
+
 
 def forward(work: Workspace, stage: Stage, step: Step) -> Results:
     """All windows through one dense block."""
@@ -132,12 +137,11 @@ def ranks(work: Workspace, stage: Stage, step: Step) -> Results:
         for block in plan.blocks
         for linear in block.targets
     ]
-    return {
-        "ranks": [
-            allocate(recipe, output.asked, plan.linears, plan.chosen, spectra)
-            for output in plan.outputs
-        ]
-    }
+    found = [
+        allocate(recipe, output.asked, plan.linears, plan.chosen, spectra)
+        for output in plan.outputs
+    ]
+    return {"ranks": found, "notes": [] if recipe.two_sided else [_ONE_SIDED]}
 
 
 def _again(work: Workspace, stage: Stage, number: int) -> None:

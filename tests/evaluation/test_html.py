@@ -96,6 +96,29 @@ def report(
     } | more
 
 
+RATES = {
+    "model_flops": 7e11,
+    "moment_flops": 1.6e11,
+    "wide_flops": 8e10,
+    "eigh_flops": 5e10,
+    "disk_bytes": 5e8,
+}
+
+
+def test_stages_are_told_beside_what_the_machine_could_do() -> None:
+    told = {
+        "stages": {"reverse": 20.0, "loading": 3.0, "ranks": 0.1},
+        "limits": {"reverse": 15.0, "loading": 0.01},
+        "rates": RATES,
+    }
+
+    text = " ".join(" ".join(Page(html_report(report(**told))).text).split())
+
+    assert "reverse 20s 15s 75%" in text
+    assert "loading 3" not in text  # too short to say anything
+    assert "700 GFLOP/s" in text and "0.5 GB/s" in text
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 30, 126])
 def test_a_page_is_well_formed_and_fetches_nothing(blocks: int) -> None:
     page = Page(html_report(report(blocks=blocks)))

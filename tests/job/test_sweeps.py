@@ -662,3 +662,34 @@ def test_the_recipe_of_a_job_is_made_again_from_its_report(finished: Callable[..
         recipe = Recipe.from_mapping(report["recipe"])
 
         assert recipe == small_recipe(recipe.calibration[0], **settings)
+
+
+def test_ranks_by_loss_are_advised_against_where_energies_do_not_compare(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    for method, warned in (("svd-llm", True), ("two-sided", False)):
+        result = compress(pico(), tmp_path / method, text, method=method, allocation="loss")
+
+        assert any("--allocation uniform" in note for note in result.report["notes"]) == warned
+
+
+def test_what_keeps_kept_work_from_serving_a_job_is_named(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    compress(pico(), tmp_path / "one", text, work_dir=work, keep_work=True)
+
+    with pytest.raises(JobMismatchError, match="seed was 0, now 1"):
+        compress(pico(), tmp_path / "other", text, work_dir=work, keep_work=True, ratio=0.4, seed=1)
+
+
+def test_a_report_holds_seconds_at_the_rates_that_were_measured(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    report = compress(pico(), tmp_path / "out", text).report
+
+    assert report["rates"]["model_flops"] == 1e9  # as ``quick_plan`` says
+    assert report["rates"]["disk_bytes"] > 0
+    timed = {"forward", "differentiating", "reverse", "decomposing", "factorizing", "writing"}
+    assert timed <= report["limits"].keys() & report["stages"].keys()
+    assert all(report["limits"][stage] > 0 for stage in ("forward", "reverse", "decomposing"))

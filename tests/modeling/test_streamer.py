@@ -176,6 +176,22 @@ def test_a_linear_replaced_runs_until_the_block_is_dropped(pico: Callable[..., P
     assert skeleton.block(0).get_submodule("mlp.up_proj") is original
 
 
+def test_a_weight_may_be_dropped_before_its_block_and_is_there_again_in_the_next(
+    pico: Callable[..., Path],
+) -> None:
+    skeleton = open_skeleton(pico("llama"))
+    streamer = BlockStreamer(skeleton, CPU)
+    hidden, calls = streamer.record(pico_tokens())
+
+    with streamer.block(0) as block:
+        dense = block.run(hidden, calls[0])
+        block.drop("mlp.up_proj")
+        assert block.weight("mlp.up_proj").is_meta
+        assert not block.weight("mlp.gate_proj").is_meta
+    with streamer.block(0) as block:
+        assert torch.equal(block.run(hidden, calls[0]), dense)
+
+
 # -- checkpoints that do not hold what the model needs
 
 

@@ -176,6 +176,7 @@ def test_more_than_the_machine_has_is_refused(machine: Callable[..., None]) -> N
 
     with pytest.raises(RecipeError, match=r"--max-ram 65G is more than the 64\.0 GiB of this"):
         budget_bytes("65G")
+    assert budget_bytes("65G", elsewhere=True) == 65 * GiB
 
 
 V1, V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
