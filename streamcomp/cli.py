@@ -390,6 +390,17 @@ def _redo(
     click.echo(f"{out}: {len(done['linears'])} linears done again, damping {done['damping']:g}")
 
 
+def _at_a_time(made: streamcomp.Plan) -> str:
+    """What the levers are set to; rounding differs between settings, the speed but little."""
+    levers, kinds = made.levers, {step.step.kind for step in made.steps}
+    parts = [f"{levers.batch} windows of {made.stream.seq_len} tokens at a time"]
+    if "reverse" in kinds:
+        parts.append(f"{levers.reverse_batch} in reverse")
+    if "loss" in kinds:
+        parts.append(f"{levers.head_tokens} tokens in the head")
+    return ", ".join(parts)
+
+
 @cli.command()
 @click.argument("model")
 @_recipe
@@ -430,7 +441,7 @@ def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
             "time": f"about {format_seconds(made.seconds)}",
             "disk": f"{format_bytes(made.disk_bytes)} at most, {format_bytes(made.output_bytes)} "
             "of it the result",
-            "forward": f"{made.levers.batch} windows of {made.stream.seq_len} tokens at a time",
+            "at a time": _at_a_time(made),
             "linears": f"{len(made.linears)} eligible, ratio {made.ratio:.4f}, "
             f"{len(made.left)} other modules left as they are",
         },
