@@ -291,7 +291,8 @@ def factorization_bytes(rows: int, columns: int, rank: int, form: str, dtype: to
 
     Both factors, five r x r matrices in LU or in the fit, and panels; then what is stored, twice.
     """
-    held = rank * (rows + columns) + 5 * rank * rank + 2 * PANEL * max(rows, columns)
+    longest = max(rows, columns)
+    held = rank * (rows + columns) + 5 * rank * rank + 2 * min(PANEL, longest) * longest
     stored = 2 * rows * rank + rank * columns
     return solve_dtype(dtype).itemsize * held + dtype.itemsize * stored
 
