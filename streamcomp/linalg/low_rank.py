@@ -185,7 +185,7 @@ def decompose_two_sided_outputs(
         damped = damped_outputs(outputs, weight, FIRST_DAMPING)
         values, vectors = eigh(sandwich(lower, damped, lower=True), dtype)
     right = _transposed_product(vectors, lower.T)
-    _solve(lower.T, vectors, upper=True)
+    _solve_transposed(lower, vectors)  # R^-1 V
     return _decomposition(values, vectors, right, mixes=False, damping=damping)
 
 
@@ -218,7 +218,7 @@ def _mixing(
     if not bool(inputs.diagonal().any()):  # an input that is always zero: nothing is lost
         values = torch.zeros_like(values)
     left = _transposed_product(vectors, lower.T).T
-    _solve(lower.T, vectors, upper=True)  # S^-T V
+    _solve_transposed(lower, vectors)  # S^-T V
     return _decomposition(values, left, vectors.T, mixes=True, damping=damping)
 
 
@@ -356,12 +356,12 @@ def _transposed_product(vectors: Tensor, triangle: Tensor) -> Tensor:
     return result
 
 
-def _solve(triangle: Tensor, vectors: Tensor, *, upper: bool) -> None:
-    """Replace V (n, k) by T^-1 V, computed in fp64, ``PANEL`` columns at a time."""
+def _solve_transposed(lower: Tensor, vectors: Tensor) -> None:
+    """Replace V (n, k) by L^-T V, computed in fp64, ``PANEL`` columns at a time."""
     for start in range(0, vectors.shape[1], PANEL):
         columns = slice(start, start + PANEL)
         vectors[:, columns] = torch.linalg.solve_triangular(
-            triangle, vectors[:, columns].double(), upper=upper
+            lower.T, vectors[:, columns].double(), upper=True
         )
 
 

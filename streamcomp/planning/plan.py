@@ -530,7 +530,6 @@ class _Planner:
             yield known.observe(levers.batch)
         ranks = self._most_ranks(step)
         factors, moments = 0, known.moment_bytes if observes else 0
-        kinds = {True: moment_dtype, False: solve_dtype}  # of bases on disk, and just made
         dropped, drops = 0, not (recipe.follows or recipe.statistics == "compressed")
         for group in block.groups:
             for linear in (linear for linear in group.linears if linear in ranks):
@@ -538,7 +537,8 @@ class _Planner:
                     swsc = recipe.method == "swsc"
                     held = moments + factors
                     yield known.decompose(linear, group, held, dropped, swsc=swsc)
-                kept = kinds[self.analysis](self.stream.dtype)
+                kind = moment_dtype if self.analysis else solve_dtype  # as kept, or just made
+                kept = kind(self.stream.dtype)
                 bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients, kept)
                 held = moments + bases
                 yield known.factorize(linear, ranks[linear], recipe.form, held, factors, dropped)
