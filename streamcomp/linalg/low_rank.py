@@ -53,6 +53,7 @@ __all__ = [
     "fit_left",
     "output_moment",
     "refit_left",
+    "times",
 ]
 
 # Damping starts here, relative to the mean of the moment's diagonal, and grows tenfold.
@@ -107,7 +108,7 @@ class Decomposition:
         left = self.left[:, :rank]
         if self.mixes:
             assert self.right is not None
-            return _times(weight, left), self.right[:rank].clone()
+            return times(weight, left), self.right[:rank].clone()
         across = left if self.right is None else self.right[:rank].T
         own = left.mT.clone(memory_format=torch.contiguous_format).mT
         return own, _transposed_times(across, weight)
@@ -322,7 +323,7 @@ def damped_outputs(outputs: Tensor, weight: Tensor, damping: float) -> Tensor:
     return inner.to(outputs.dtype).add_(outputs)
 
 
-def _times(weight: Tensor, mixing: Tensor) -> Tensor:
+def times(weight: Tensor, mixing: Tensor) -> Tensor:
     """W A (m, r) in A's dtype, ``PANEL`` rows of W (m, n) at a time.
 
     In the order of columns, in which LU overwrites it without a copy.

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from streamcomp.linalg.low_rank import Decomposition, centred
-from streamcomp.linalg.symmetric import PANEL
+from streamcomp.linalg.low_rank import Decomposition, centred, times
 from streamcomp.methods.base import Moment
 from streamcomp.methods.svd_llm import SvdLlm
 
@@ -37,12 +35,7 @@ def mean_bias(weight: Tensor, left: Tensor, right: Tensor, moment: Moment) -> Te
     (W - W') x for the mean input x; from the outputs' side, with W' = U U^T W, (I - U U^T) y.
     """
     assert moment.total is not None
-    mean = moment.total.double() / moment.rows
+    mean = moment.total.double()[:, None] / moment.rows
     if moment.side == "inputs":
-        return _times(weight, mean) - _times(left, _times(right, mean))
-    return mean - _times(left, _times(left.T, mean))
-
-
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Their product in fp64, ``PANEL`` rows of the matrix at a time."""
-    return torch.cat([rows.double() @ vector for rows in matrix.split(PANEL)])
+        return (times(weight, mean) - times(left, times(right, mean)))[:, 0]
+    return (mean - times(left, times(left.T, mean)))[:, 0]
