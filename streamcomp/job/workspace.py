@@ -22,6 +22,7 @@ from streamcomp.job.progress import JobProgress
 from streamcomp.methods import Method, Swsc
 from streamcomp.modeling.skeleton import Call, Skeleton
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
+from streamcomp.planning.meter import release
 from streamcomp.planning.plan import BlockPlan, Plan, gradient_dtype
 from streamcomp.planning.schedule import hidden_key
 from streamcomp.recipe import Recipe
@@ -30,7 +31,10 @@ __all__ = ["Stage", "Workspace", "check_finite"]
 
 
 class Stage:
-    """Names what a step is at, tells the progress, and keeps the seconds of each stage."""
+    """Names what a step is at, tells the progress, and keeps the seconds of each stage.
+
+    What a stage has freed goes back to the system before the next begins.
+    """
 
     def __init__(self, progress: JobProgress, number: int, step: str) -> None:
         self._progress, self._number, self._step = progress, number, step
@@ -39,7 +43,10 @@ class Stage:
 
     def __call__(self, name: str, share: float = 0.0) -> None:
         self._close()
-        self._name = name.partition(" ")[0]
+        kind = name.partition(" ")[0]
+        if kind != self._name:
+            release()
+        self._name = kind
         self._progress.stage(self._number, self._step, name, share)
 
     def total(self) -> float:

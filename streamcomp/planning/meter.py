@@ -35,9 +35,14 @@ _CLEAR = Path("/proc/self/clear_refs")
 _DEFAULT_SHARE = 0.8  # of what is available, where no budget is given
 _SAMPLE_SECONDS = 0.01
 
-# glibc's mallopt: blocks from this size on are mapped one by one and returned when freed.
+# glibc's mallopt: blocks from this size on are mapped one by one and returned when freed, their
+# pages made anew each time. Smaller ones come from a heap that keeps as much before it shrinks.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
-_MAPPED_FROM = 1 * 2**20
+_MAPPED_FROM = 32 * 2**20
+_HEAP_KEEPS = 256 * 2**20
+
+# torch then asks for pages of 2 MiB where a tensor fills them: a 512th of the page faults.
+_HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
 
 # A CPU kernel is kept for each shape of a product, a quarter of a megabyte in either cache, and
 # 1024 by default: the experts of a mixture meet another number of tokens each time.
@@ -84,22 +89,24 @@ def resident_bytes() -> int:
 
 
 def settle() -> None:
-    """Make freed memory go back to the system at once, so that RSS follows what is held.
+    """Make freed memory go back to the system, so that RSS follows what is held.
 
-    Tells glibc to map large blocks one by one and to keep few arenas; elsewhere nothing. And
-    tells oneDNN and torch, which read it at the first product, to remember few kernels.
+    Tells glibc to map large blocks one by one, to keep little of its heap and few arenas;
+    elsewhere nothing. And tells oneDNN and torch, which read it at the first product or tensor, to
+    remember few kernels and to take large pages.
     """
+    os.environ.setdefault(*_HUGE_PAGES)
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, _MOST_KERNELS)
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
-        libc.mallopt(_M_TRIM_THRESHOLD, 8 * _MAPPED_FROM)
+        libc.mallopt(_M_TRIM_THRESHOLD, _HEAP_KEEPS)
         libc.mallopt(_M_ARENA_MAX, 2)
         libc.malloc_trim(0)
 
 
 def release() -> None:
-    """Give free pages of the heap back; between steps, lest they add up over many blocks."""
+    """Give free pages of the heap back; between stages, lest one's stay behind in the next."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

@@ -28,7 +28,7 @@ from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import BlockTrace, trace_block
 from streamcomp.planning import cost
-from streamcomp.planning.meter import resident_bytes
+from streamcomp.planning.meter import release, resident_bytes
 from streamcomp.planning.outputs import (
     OutputPlan,
     Ranks,
@@ -249,6 +249,7 @@ def make_plan(
             f"{skeleton.index.folder} is already compressed by streamcomp: start from the original"
         )
     check_seq_len(skeleton, recipe.seq_len)
+    release()
     baseline = resident_bytes() if baseline is None else baseline
     stream = StreamShape(recipe.samples, recipe.seq_len, skeleton.hidden_size, skeleton.dtype)
     blocks = plan_blocks(skeleton, recipe, stream)
@@ -289,6 +290,7 @@ def make_evaluation_plan(
     BudgetError where one window, or the head with one token, does not fit.
     """
     check_seq_len(skeleton, stream.seq_len)
+    release()
     baseline = resident_bytes() + (2 * stream.nbytes if memory_backed else 0)
     blocks = plan_blocks(skeleton, Recipe(seq_len=stream.seq_len, include=_NOTHING), stream)
     vocabulary = skeleton.embedding_source.shape[0]
