@@ -27,7 +27,7 @@ PARTS = [
     for shape in SHAPES
     for side in (("inputs",) if shape[0] >= shape[1] else ("inputs", "outputs"))
 ]
-# Code of the libraries that is read at a size that the warming up did not have, and gaps of the heap.
+# Code of the libraries read at a size that the warming up did not have, and gaps of the heap.
 LATE = 8 * MiB
 
 # Measures each part in a fork of its own: bytes above what was resident before it.
