@@ -64,7 +64,7 @@ def compress(
 
 def quick_plan() -> Any:
     """A patch: the machine's speed, only shown, is not measured; that takes longer than a job."""
-    rates = MachineRates(1e9, 1e9, 1e9, 1e9)
+    rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
     return mock.patch("streamcomp.job.run.measure_rates", return_value=rates)
 
 

@@ -60,7 +60,7 @@ def done(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
     """The speed of this machine, only shown, is not measured for ``plan`` either."""
-    rates = MachineRates(1e9, 1e9, 1e9, 1e9)
+    rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
     with mock.patch("streamcomp.api.measure_rates", return_value=rates):
         yield
 

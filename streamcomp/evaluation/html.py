@@ -555,11 +555,14 @@ def _roofline(report: _Record) -> Html:
         f"{rates[key] / 1e9:.3g} {unit}"
         for key, unit in (
             ("model_flops", "GFLOP/s in the model's dtype"),
-            ("moment_flops", "in the moments'"),
+            ("moment_flops", "for moments"),
+            ("solve_flops", "in that of factors"),
             ("wide_flops", "in fp64"),
-            ("eigh_flops", "for eigenvectors, counted as 9 n^3"),
+            ("small_eigh_flops", "for eigenvectors in fp64, counted as 9 n^3"),
+            ("eigh_flops", "for those of large matrices"),
             ("disk_bytes", "GB/s to disk"),
         )
+        if key in rates
     )
     explanation = (
         f"Operations and bytes as the plan counts them, at rates measured as the job began: {told}."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamcomp.linalg.symmetric import PANEL, mirror
+from streamcomp.linalg.symmetric import PANEL, exact_products, mirror
 
 __all__ = ["ROWS_PER_UPDATE", "SecondMoment"]
 
@@ -40,6 +40,7 @@ class SecondMoment:
             part = flat[first : first + ROWS_PER_UPDATE].to(self._lower.dtype)
             if shift is not None:
                 part = part - shift.to(part.dtype)
-            for start in range(0, size, PANEL):
-                stop = min(start + PANEL, size)
-                self._lower[start:stop, :stop].addmm_(part[:, start:stop].T, part[:, :stop])
+            with exact_products(flat.dtype if shift is None else part.dtype):
+                for start in range(0, size, PANEL):
+                    stop = min(start + PANEL, size)
+                    self._lower[start:stop, :stop].addmm_(part[:, start:stop].T, part[:, :stop])

@@ -14,12 +14,26 @@ fp32 serves it well, in half the time and memory of fp64. The measured loss over
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from streamcomp.errors import NonFiniteError
 
-__all__ = ["PANEL", "SMALL", "cholesky", "eigh", "gram", "mirror", "sandwich", "solve_dtype"]
+__all__ = [
+    "PANEL",
+    "SMALL",
+    "cholesky",
+    "eigh",
+    "exact_products",
+    "gram",
+    "mirror",
+    "sandwich",
+    "solve_dtype",
+]
 
 # Rows or columns of a matrix that are worked on at a time.
 PANEL = 1024
@@ -40,6 +54,35 @@ def solve_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
+@contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """For products in fp32 of matrices cast from ``dtype``: the units of narrower numbers do them.
+
+    Numbers of half precision that were cast to fp32 lose nothing where such a unit rounds them
+    (bf16 on the CPU, TF32 on a GPU), and it adds up in fp32. Other dtypes, older releases of
+    torch and processors without such a unit multiply in fp32 as ever.
+    """
+    with ExitStack() as stack:
+        if dtype == torch.bfloat16 and hasattr(torch.backends.mkldnn, "matmul"):
+            stack.enter_context(_precision(torch.backends.mkldnn.matmul, "bf16"))
+        if solve_dtype(dtype) == torch.float32 and torch.cuda.is_available():
+            stack.enter_context(_precision(torch.backends.cuda.matmul, "tf32"))
+        yield
+
+
+@contextmanager
+def _precision(products: Any, name: str) -> Iterator[None]:
+    before = getattr(products, "fp32_precision", None)
+    if before is None:  # older than torch 2.9
+        yield
+        return
+    products.fp32_precision = name
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
 def gram(matrix: Tensor) -> Tensor:
     """A^T A (n, n) in fp64 of A (m, n), ``PANEL`` rows at a time.
 
@@ -52,7 +95,8 @@ def gram(matrix: Tensor) -> Tensor:
         wide = rows.to(solve_dtype(matrix.dtype))
         for start in range(0, size, PANEL):
             stop = min(start + PANEL, size)
-            result[start:stop, :stop] += wide[:, start:stop].T @ wide[:, :stop]
+            with exact_products(matrix.dtype):
+                result[start:stop, :stop] += wide[:, start:stop].T @ wide[:, :stop]
     return mirror(result)
 
 

@@ -629,15 +629,15 @@ class _Planner:
         seconds = 0.0
         for group in block.groups:
             for m in group.linears:
-                side, eigh = min(m.rows, m.columns), self.rates.eigh_flops
                 wide = cost.decomposition_flops(m.rows, m.columns, group.side, group.gradients)
-                seconds += 9.0 * side**3 / eigh + wide / self.rates.wide_flops
+                seconds += self.rates.eigh_seconds(min(m.rows, m.columns))
+                seconds += wide / self.rates.wide_flops
         return seconds
 
     def _factor_seconds(self, block: BlockPlan) -> float:
         half = {m: min(m.rows, m.columns) // 2 for m in block.targets}
         flops = sum(cost.factorization_flops(m.rows, m.columns, r) for m, r in half.items())
-        return flops / self.rates.moment_flops
+        return flops / self.rates.solve_flops
 
     def _file_bytes(self, key: str) -> int:
         """Bytes of the files that ``key`` of the schedule stands for."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from streamcomp.calibration.observe import moment_dtype
-from streamcomp.linalg.symmetric import solve_dtype
+from streamcomp.linalg.symmetric import SMALL, exact_products, solve_dtype
 
 __all__ = ["MachineRates", "measure_disk", "measure_rates"]
 
@@ -28,27 +28,39 @@ class MachineRates:
     """Measured speed of this machine, operations (or bytes) per second."""
 
     model_flops: float  # products in the model's dtype
-    moment_flops: float  # products in the moments' dtype
+    moment_flops: float  # products of moments
+    solve_flops: float  # products in the dtype that factors are solved in
     wide_flops: float  # products in fp64
-    eigh_flops: float  # eigh in the dtype that decompositions take, counted as 9 n^3
+    small_eigh_flops: float  # eigh in fp64, counted as 9 n^3
+    eigh_flops: float  # eigh of a large matrix, in the dtype that those take
     disk_bytes: float = _DISK
+
+    def eigh_seconds(self, size: int) -> float:
+        """Of one decomposition (n, n)."""
+        return 9.0 * size**3 / (self.eigh_flops if size >= SMALL else self.small_eigh_flops)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
     """Time small products and one eigh; takes about a second."""
 
-    def product(kind: torch.dtype) -> float:
+    def product(kind: torch.dtype, cast_from: torch.dtype = torch.float32) -> float:
         # as a linear does it: a plain product in fp16 takes the CPU twenty times as long
         left = torch.ones(_PRODUCT, _PRODUCT, dtype=kind, device=device)
         run = torch.nn.functional.linear
-        return 2.0 * _PRODUCT**3 / _best_seconds(lambda: run(left, left), device)
+        with exact_products(cast_from):
+            return 2.0 * _PRODUCT**3 / _best_seconds(lambda: run(left, left), device)
 
-    solve = torch.eye(_EIGH, dtype=solve_dtype(dtype), device=device)
+    def eigenvectors(kind: torch.dtype) -> float:
+        matrix = torch.eye(_EIGH, dtype=kind, device=device)
+        return 9.0 * _EIGH**3 / _best_seconds(lambda: torch.linalg.eigh(matrix), device)
+
     return MachineRates(
         product(dtype),
-        product(moment_dtype(dtype)),
+        product(moment_dtype(dtype), dtype),
+        product(solve_dtype(dtype)),
         product(torch.float64),
-        9.0 * _EIGH**3 / _best_seconds(lambda: torch.linalg.eigh(solve), device),
+        eigenvectors(torch.float64),
+        eigenvectors(solve_dtype(dtype)),
     )
 
 

@@ -100,6 +100,8 @@ RATES = {
     "model_flops": 7e11,
     "moment_flops": 1.6e11,
     "wide_flops": 8e10,
+    "solve_flops": 1.7e11,
+    "small_eigh_flops": 4e10,
     "eigh_flops": 5e10,
     "disk_bytes": 5e8,
 }

@@ -8,7 +8,14 @@ from torch import Generator, Tensor
 
 from streamcomp.errors import NonFiniteError
 from streamcomp.linalg import symmetric
-from streamcomp.linalg.symmetric import cholesky, eigh, gram, sandwich, solve_dtype
+from streamcomp.linalg.symmetric import (
+    cholesky,
+    eigh,
+    exact_products,
+    gram,
+    sandwich,
+    solve_dtype,
+)
 
 F64, F32 = torch.float64, torch.float32
 PANELS = [1, 7, 64, 1024]
@@ -331,3 +338,37 @@ def test_a_reflection_is_orthogonal_and_begins_with_the_basis(
     assert torch.allclose(whole.T @ whole, torch.eye(size, dtype=F64), atol=1e-13)
     first = whole[:, :count]
     assert torch.allclose(first @ first.T, basis @ basis.T, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_precision_numbers_lose_nothing_but_rounding_of_fp32(
+    dtype: torch.dtype, random: Generator
+) -> None:
+    narrow = torch.randn(256, 64, generator=random).to(dtype)
+    wide, exact = narrow.float(), narrow.double()
+
+    with exact_products(dtype):
+        product = wide.T @ wide
+
+    expected = exact.T @ exact
+    assert float((product - expected).abs().max() / expected.abs().max()) < 1e-6
+
+
+def test_numbers_of_fp32_are_never_rounded_to_multiply_them(random: Generator) -> None:
+    wide = torch.randn(256, 64, generator=random)
+    expected = wide.T @ wide
+
+    with exact_products(torch.float32):
+        product = wide.T @ wide
+
+    assert torch.equal(product, expected)
+
+
+def test_the_precision_of_other_products_is_as_before(random: Generator) -> None:
+    wide = torch.randn(256, 64, generator=random)
+    expected = wide.T @ wide
+
+    with pytest.raises(KeyError), exact_products(torch.bfloat16):
+        raise KeyError
+
+    assert torch.equal(wide.T @ wide, expected)

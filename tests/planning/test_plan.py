@@ -25,7 +25,7 @@ from tests.pico import BOS, EOS, LONGEST, VOCABULARY, make_tokenizer
 
 MiB = 2**20
 PLENTY = 2**40
-RATES = MachineRates(1e9, 1e9, 1e9, 1e9)
+RATES = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
 BASELINE = 300 * MiB  # of a process that is not this one, which runs other tests too
 
 FORKS = 16 * MiB  # by which the baselines of two forks may differ
