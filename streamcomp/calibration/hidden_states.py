@@ -1,13 +1,15 @@
 """Hidden states on disk, between two blocks.
 
 A stream is one file per block boundary: the states of all windows, (windows, seq, hidden),
-back to back. It is read and written window by window with plain file calls: where RAM is
-free the page cache makes that as fast as memory, and it does not count in RSS.
+back to back. It is read and written window by window with plain file calls, and does not count in
+RSS. Both overlap with what computes the states: the kernel is asked for the windows to come, and
+what is written goes to disk in a thread of its own.
 """
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from streamcomp.errors import SourceError
 
 __all__ = ["HiddenStates", "StreamShape"]
 
-# Written states are flushed to disk and dropped from the page cache this often.
-DIRTY_BYTES = 32 * 2**20
+# Written states are flushed to disk and dropped from the page cache this often; as much again is
+# written meanwhile, and no more.
+DIRTY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,15 @@ class HiddenStates:
         self.path, self.shape = path, shape
         self._descriptor = -1
         self._dirty = 0
+        self._flusher: ThreadPoolExecutor | None = None
+        self._flushing: Future[None] | None = None
 
     def create(self) -> None:
         """Open for writing, with the whole length reserved: a full disk shows now."""
         with output_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             os.posix_fallocate(self._descriptor, 0, self.shape.nbytes)
+        self._flusher = ThreadPoolExecutor(1)
 
     def open(self) -> None:
         """Open for reading; SourceError unless the file has the length it should have."""
@@ -70,7 +76,10 @@ class HiddenStates:
             )
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Windows ``start`` to ``stop`` (exclusive), (stop - start, seq, hidden), on the CPU."""
+        """Windows ``start`` to ``stop`` (exclusive), (stop - start, seq, hidden), on the CPU.
+
+        As many behind them are read ahead into the page cache.
+        """
         shape = self.shape
         buffer = torch.empty(stop - start, shape.seq_len, shape.hidden, dtype=shape.dtype)
         view = memoryview(buffer.view(torch.uint8).numpy().data).cast("B")
@@ -80,6 +89,7 @@ class HiddenStates:
             if count == 0:
                 raise SourceError(f"{self.path} was cut short while it was read")
             done += count
+        os.posix_fadvise(self._descriptor, offset + done, done, os.POSIX_FADV_WILLNEED)
         return buffer
 
     def write(self, start: int, states: Tensor) -> None:
@@ -102,8 +112,12 @@ class HiddenStates:
             if durable:
                 with output_errors(self.path):
                     self._flush()
+                    self._flushed()
                     sync_folder(self.path.parent)
         finally:
+            if self._flusher is not None:
+                self._flusher.shutdown()
+            self._flusher = self._flushing = None
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -112,6 +126,19 @@ class HiddenStates:
         self.path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        os.fdatasync(self._descriptor)
-        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        """Begin to bring what was written to disk, once the flush before is through."""
+        self._flushed()
+        assert self._flusher is not None
+        self._flushing = self._flusher.submit(_to_disk, self._descriptor)
         self._dirty = 0
+
+    def _flushed(self) -> None:
+        """Wait for the flush that was begun; raises what it raised."""
+        flushing, self._flushing = self._flushing, None
+        if flushing is not None:
+            flushing.result()
+
+
+def _to_disk(descriptor: int) -> None:
+    os.fdatasync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

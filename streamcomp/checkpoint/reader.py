@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from streamcomp.errors import CorruptShardError, NonFiniteError, SourceError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["COPY_BYTES", "TensorReader", "check_finite_on_disk"]
+__all__ = ["COPY_BYTES", "TensorReader", "check_finite_on_disk", "read_ahead"]
 
 # Bytes moved at a time where a tensor is copied from shard to shard.
 COPY_BYTES = 8 * 2**20
@@ -80,6 +81,11 @@ class TensorReader:
             yield view
         self._forget(info)
 
+    def ask_for(self, info: TensorInfo) -> None:
+        """Begin to read the tensor into the page cache."""
+        advice = os.POSIX_FADV_WILLNEED
+        os.posix_fadvise(self._descriptor(info), info.start, info.nbytes, advice)
+
     def digest(self) -> str:
         """One digest of all whole tensors read so far, whatever their order."""
         total = hashlib.blake2b(digest_size=16)
@@ -111,6 +117,16 @@ class TensorReader:
 
     def _forget(self, info: TensorInfo) -> None:
         os.posix_fadvise(self._descriptor(info), info.start, info.nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def read_ahead(infos: Iterable[TensorInfo]) -> None:
+    """Have the kernel read tensors into its page cache, while the process goes on.
+
+    Takes no memory of the process. A file that cannot be read is left for the reader to report.
+    """
+    with TensorReader() as reader, suppress(SourceError, OSError):
+        for info in infos:
+            reader.ask_for(info)
 
 
 def check_finite_on_disk(info: TensorInfo) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.checkpoint.index import read_header
-from streamcomp.checkpoint.reader import TensorReader
+from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.errors import JobMismatchError, NonFiniteError
 from streamcomp.job.journal import Journal
 from streamcomp.job.progress import JobProgress
@@ -107,7 +107,10 @@ class Workspace:
 
     @contextmanager
     def block(self, stage: Stage, number: int) -> Iterator[LoadedBlock]:
-        """The block with its weights; JobMismatchError where an earlier sweep read other bytes."""
+        """The block with its weights; JobMismatchError where an earlier sweep read other bytes.
+
+        Where the budget has room for it in the page cache, the next step's block is read ahead.
+        """
         stage("loading")
         with self.streamer.block(number) as loaded:
             for step in self.journal.steps:
@@ -117,7 +120,18 @@ class Workspace:
                         "model's files have changed; give another OUT",
                         field="source",
                     )
+            self._read_ahead(number)
             yield loaded
+
+    def _read_ahead(self, number: int) -> None:
+        """Ask the kernel for the block of the step to come."""
+        steps, current = self.plan.steps, len(self.journal.steps)
+        following = steps[current + 1].step.block if current + 1 < len(steps) else -1
+        if following in (-1, number):
+            return
+        infos = self.skeleton.block_tensors(following)
+        if steps[current].peak_bytes + sum(info.nbytes for info in infos) <= self.plan.budget_bytes:
+            read_ahead(infos)
 
     def calls(self, batch: int, dtype: torch.dtype | None = None) -> list[Call]:
         """Each block's call for ``batch`` windows; it depends on their shape alone.

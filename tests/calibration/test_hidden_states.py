@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -146,6 +147,53 @@ def test_a_full_disk_is_an_output_error(
     with pytest.raises(OutputError, match="no space left"):
         stream.write(0, states_of(torch.float32))
         stream.close(durable=True)
+
+
+def test_a_disk_that_fills_up_behind_the_back_is_told_at_the_next_write(
+    stream: HiddenStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hidden_states, "DIRTY_BYTES", 1)
+    monkeypatch.setattr(os, "fdatasync", full)
+    states = states_of(torch.float32)
+
+    stream.write(0, states[:1])
+    with pytest.raises(OutputError, match="no space left"):
+        stream.write(1, states[1:2])
+
+
+def test_writing_goes_on_while_the_disk_is_busy_with_what_was_written(
+    stream: HiddenStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_states, "DIRTY_BYTES", 1)
+    written, flushed = threading.Event(), []
+
+    def busy(_: int) -> None:
+        assert written.wait(60)
+        flushed.append(True)
+
+    monkeypatch.setattr(os, "fdatasync", busy)
+
+    stream.write(0, states_of(torch.float32))
+    assert not flushed
+    written.set()
+    stream.close()
+
+    assert flushed
+
+
+def test_windows_to_come_are_read_ahead(
+    stream: HiddenStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *rest: asked.append(rest))
+    window = stream.shape.window_bytes
+
+    stream.read(2, 4)
+
+    assert asked == [(4 * window, 2 * window, os.POSIX_FADV_WILLNEED)]
 
 
 def test_the_space_is_taken_before_the_first_window(

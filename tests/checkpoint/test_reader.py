@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamcomp.checkpoint import reader as reader_module
 from streamcomp.checkpoint.index import DTYPES, SINGLE_FILE, CheckpointIndex, read_index
-from streamcomp.checkpoint.reader import TensorReader
+from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.errors import CorruptShardError, SourceError
 
 
@@ -191,3 +191,26 @@ def test_shards_are_closed_at_the_end(index: CheckpointIndex) -> None:
         assert len(os.listdir("/proc/self/fd")) == open_files + 1
 
     assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_the_kernel_is_asked_for_the_bytes_of_the_tensors(
+    index: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def advise(_: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append((offset, offset + length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    infos = [index.tensors["F32"], index.tensors["vector"]]
+
+    read_ahead(infos)
+
+    assert asked == [(info.start, info.stop) for info in infos]
+
+
+def test_a_shard_that_is_gone_is_not_read_ahead(index: CheckpointIndex) -> None:
+    (index.folder / SINGLE_FILE).unlink()
+
+    read_ahead([index.tensors["BF16"]])
