@@ -17,6 +17,8 @@ from streamcomp.modeling.linears import Linear
 
 # Rows whose squares are added up at a time.
 _FEW = 128
+# How much longer an operation in fp64 takes than one of a moment.
+_WIDE = 4
 
 __all__ = ["MomentGroup", "Observer", "decomposition_order", "group_moments", "moment_dtype"]
 
@@ -47,13 +49,16 @@ def group_moments(
     *,
     gradients: bool = False,
     inputs_only: bool = False,
+    tokens: int = 0,
 ) -> tuple[MomentGroup, ...]:
     """The moments that serve all ``linears`` with the fewest bytes.
 
     ``shared`` lists names that are fed the same tensor. They can share one moment of their
     inputs (n x n), or have one each of their outputs (m x m); the latter is only an option
     where m <= n, for a linear is decomposed on its smaller side, and where the method can do with
-    it (not ``inputs_only``).
+    it (not ``inputs_only``). With ``tokens``, the rows to be observed, they also take those of
+    their outputs where that saves time: W H W^T in fp64 is spared then, at more rows to sum up. For
+    models of half precision alone, whose outputs and eigenvectors are as coarse as that.
     """
     by_name = {linear.name: linear for linear in linears}
     grouped = [[by_name.pop(name) for name in names if name in by_name] for names in shared]
@@ -63,8 +68,10 @@ def group_moments(
             continue
         inputs = members[0].columns
         outputs = [member.rows for member in members]
-        fewer = max(outputs) <= inputs and sum(m * m for m in outputs) < inputs * inputs
-        if fewer and not inputs_only:
+        more = sum(m * m for m in outputs) - inputs * inputs
+        spared = sum(2 * m * inputs**2 + m * m * inputs for m in outputs) if tokens else 0
+        better = more < 0 or tokens * more < _WIDE * spared
+        if better and max(outputs) <= inputs and not inputs_only:
             groups += [MomentGroup("outputs", m.rows, (m,), gradients) for m in members]
         else:
             groups.append(MomentGroup("inputs", inputs, tuple(members), gradients))

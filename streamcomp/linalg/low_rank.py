@@ -38,7 +38,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamcomp.linalg.symmetric import PANEL, cholesky, eigh, gram, sandwich, solve_dtype
+from streamcomp.linalg.symmetric import (
+    PANEL,
+    cholesky,
+    eigh,
+    exact_products,
+    gram,
+    mirror,
+    sandwich,
+    solve_dtype,
+)
 
 __all__ = [
     "FIRST_DAMPING",
@@ -268,9 +277,13 @@ def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
     for start in range(0, right.shape[1], PANEL):
         columns = slice(start, start + PANEL)
         wide = rounded[:, columns].to(left.dtype)
-        cross.addmm_(right[:, columns] - wide, wide.T)  # the correction alone, which is small
-        inner.addmm_(wide, wide.T)
-    correction = _ridged(inner, cross)
+        missing = right[:, columns] - wide  # small: its own rounding does not count
+        with exact_products(rounded.dtype):
+            cross.addmm_(missing, wide.T)
+            for first in range(0, rank, PANEL):
+                last = min(first + PANEL, rank)
+                inner[first:last, :last].addmm_(wide[first:last], wide[:last].T)
+    correction = _ridged(mirror(inner), cross)
     for rows in left.split(PANEL):
         rows += rows @ correction
     return left
@@ -347,13 +360,19 @@ def _transposed_times(left: Tensor, weight: Tensor) -> Tensor:
 
 
 def _transposed_product(vectors: Tensor, triangle: Tensor) -> Tensor:
-    """V^T T (k, n) in V's dtype of V (n, k) and T (n, n) fp64, ``PANEL`` columns of V at a time."""
+    """V^T T (k, n) in V's dtype of V (n, k) and an upper triangle T (n, n) in fp64.
+
+    ``PANEL`` columns of either at a time; what is zero in T is not multiplied.
+    """
     result = torch.empty(
         vectors.shape[1], triangle.shape[1], dtype=vectors.dtype, device=vectors.device
     )
     for start in range(0, len(result), PANEL):
         columns = slice(start, start + PANEL)
-        result[columns] = vectors[:, columns].T.double() @ triangle
+        wide = vectors[:, columns].T.double()
+        for first in range(0, len(triangle), PANEL):
+            last = min(first + PANEL, len(triangle))
+            result[columns, first:last] = wide[:, :last] @ triangle[:last, first:last]
     return result
 
 

@@ -349,7 +349,7 @@ def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list
             }
             traces[kind] = trace_block(skeleton.block(number), modules, hidden, calls[number])
         trace = traces[kind]
-        groups = _groups(recipe, block, trace) if number in chosen else ()
+        groups = _groups(recipe, block, trace, stream) if number in chosen else ()
         weight_bytes = sum(
             value.numel() * value.element_size()
             for value in skeleton.block(number).state_dict().values()
@@ -367,13 +367,17 @@ def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list
     return blocks
 
 
-def _groups(recipe: Recipe, block: BlockLinears, trace: BlockTrace) -> tuple[MomentGroup, ...]:
+def _groups(
+    recipe: Recipe, block: BlockLinears, trace: BlockTrace, stream: StreamShape
+) -> tuple[MomentGroup, ...]:
+    narrow = solve_dtype(stream.dtype) != torch.float64
     factored = [linear for linear in block.eligible if can_be_factored(linear, recipe.form)]
     return group_moments(
         factored,
         trace.groups,
         gradients=recipe.two_sided,
         inputs_only=recipe.method == "swsc" or recipe.statistics == "none",
+        tokens=stream.windows * stream.seq_len if narrow else 0,
     )
 
 

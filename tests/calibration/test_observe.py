@@ -175,6 +175,26 @@ def test_linears_with_one_input_share_its_moment() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("tokens", "side"),
+    [(0, "inputs"), (4 * 3 * 3 * 32 // 2 - 1, "outputs"), (4 * 3 * 3 * 32 // 2, "inputs")],
+)
+def test_outputs_are_observed_where_that_takes_less_time(tokens: int, side: str) -> None:
+    # two more moments of 32 x 32 for each token, against three W H W^T of 3 x 32^3 operations, each
+    # of which takes as long as four of a moment
+    three = [linear(name, 32, 32) for name in "qkv"]
+
+    groups = group_moments(three, ["qkv"], tokens=tokens)
+
+    assert {group.side for group in groups} == {side}
+
+
+def test_outputs_larger_than_the_inputs_are_never_observed() -> None:
+    tall = linear("up", 96, 32)
+
+    assert group_moments([tall], [], tokens=1) == (MomentGroup("inputs", 32, (tall,)),)
+
+
 def test_linears_not_said_to_share_have_a_moment_each() -> None:
     gate, up = linear("gate", 96, 32), linear("up", 96, 32)
 

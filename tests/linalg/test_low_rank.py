@@ -301,7 +301,8 @@ def test_the_left_factor_is_corrected_in_its_place(
 ) -> None:
     left, right = normal(9, 5, random=random), normal(5, 14, random=random)
     expected = fit_left(left.clone(), right, right.bfloat16())
-    monkeypatch.setattr(low_rank, "PANEL", panel)
+    for module in (low_rank, symmetric):
+        monkeypatch.setattr(module, "PANEL", panel)
 
     fitted = fit_left(left, right, right.bfloat16())
 
