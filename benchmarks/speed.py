@@ -6,7 +6,7 @@ MODEL is a folder, or one of the shapes of ``shapes.py``, of which one block wit
 made. Parts, all of them or those of ``--parts``:
 
 - textbook: against SVD-LLM as published (``textbook_svd_llm.py``), same windows, threads and ratio;
-  every linear's loss is compared too;
+  the loss of every linear as it is stored is compared too;
 - ratios: three outputs from one job against one output;
 - linear: seconds of a block from first to last, and of a job over its windows;
 - inference (shapes): tokens per second of one block, dense and factored, prompt and decoding.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,12 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from shapes import SHAPES, make_shape
+from textbook_svd_llm import Factors
 from textbook_svd_llm import compress as textbook_compress
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamcomp.calibration.corpus import load_windows
+from streamcomp.checkpoint.index import read_index
 from streamcomp.linalg.allocation import largest_rank
 from streamcomp.modeling.modules import FORMS
 from streamcomp.units import format_seconds
@@ -53,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens; of a shape, twice")
     parser.add_argument("--work", type=Path, default=Path("."), help="where folders are made")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--textbook-child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--textbook-child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.textbook_child:
         print(json.dumps(_textbook(Path(options.models[0]), options)))
@@ -97,22 +102,32 @@ def _of_model(options: argparse.Namespace, name: str, work: Path) -> dict[str, A
 def _textbook(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     windows = load_windows(model, [str(options.text)], options.samples, options.seq_len, 0)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    return dict(textbook_compress(whole, windows.tokens.long(), RATIOS[0]))
+
+    def keep(name: str, moment: torch.Tensor, found: Factors) -> None:
+        factors = {"U": found.U.to(whole.dtype), "V": found.V.to(whole.dtype)}
+        save_file({"H": moment, **factors}, options.textbook_child / f"{name}.safetensors")
+
+    return dict(textbook_compress(whole, windows.tokens.long(), RATIOS[0], keep))
 
 
 def _against_textbook(
     options: argparse.Namespace, title: str, model: Path, work: Path
 ) -> dict[str, Any]:
-    """The textbook holds what streamcomp measures against it; both in a process of their own."""
+    """Both in a process of their own; losses of the stored factors under the textbook's moments."""
     print(f"\n## {title}: SVD-LLM, form uv, ratio {RATIOS[0]}\n", flush=True)
     sizes = ("--samples", str(options.samples), "--seq-len", str(options.seq_len))
+    kept, out = work / "textbook", work / "out"
+    kept.mkdir()
     child = (__file__, str(model), "--text", str(options.text), *sizes, "--textbook-child")
-    theirs = json.loads(_python(*child))
-    ours = _job(options, model, work, "--method", "svd-llm", "--form", "uv")
+    theirs = json.loads(_python(*child, str(kept)))
+    ours = _job(options, model, work, "--method", "svd-llm", "--form", "uv", keep=True)
+    losses = {name: _losses(model, name, kept, out) for name in theirs["relative_loss"]}
+    shutil.rmtree(kept)
+    shutil.rmtree(out)
     solving = theirs["seconds"]["whiten"] + theirs["seconds"]["svd"]
     whole = sum(theirs["seconds"].values())
-    losses = {m["name"]: m["relative_loss"] for m in ours["linears"]}
-    worse = max(losses[name] / loss - 1 for name, loss in theirs["relative_loss"].items())
+    worse = max(own / loss - 1 for loss, own in losses.values())
+    mean = sum(math.log(own / loss) for loss, own in losses.values()) / len(losses)
     stages = _stages(ours)
     own_solving = sum(stages.get(stage, 0.0) for stage in SOLVING)
     own_whole = sum(stages.values())
@@ -123,8 +138,32 @@ def _against_textbook(
         ("all", whole, own_whole),
     ):
         print(f"| {what} | {one:.1f} s | {other:.1f} s | {one / other:.2f} |")
-    print(f"\nlargest loss over the textbook's, of {len(losses)} linears: {worse:+.2e}", flush=True)
+    print(
+        f"\nloss of what is stored, over the textbook's, of {len(losses)} linears: "
+        f"{math.expm1(mean):+.2%} on average, {worse:+.2%} at most",
+        flush=True,
+    )
     return {"textbook": theirs, "stages": stages, "losses": losses, "largest_excess": worse}
+
+
+def _losses(model: Path, name: str, textbook: Path, out: Path) -> tuple[float, float]:
+    """||W X - U V X||^2 over ||W X||^2 of the textbook's factors and of streamcomp's, in fp64."""
+    theirs = load_file(textbook / f"{name}.safetensors")
+    moment = theirs["H"].double()
+    weight = _tensor(model, f"{name}.weight").double()
+    whole = float((weight @ moment).mul_(weight).sum())
+
+    def lost(left: torch.Tensor, right: torch.Tensor) -> float:
+        error = weight - left.double() @ right.double()
+        return float((error @ moment).mul_(error).sum()) / whole
+
+    own = _tensor(out, f"{name}.U"), _tensor(out, f"{name}.weight")
+    return lost(theirs["U"], theirs["V"]), lost(*own)
+
+
+def _tensor(folder: Path, name: str) -> torch.Tensor:
+    with safe_open(read_index(folder).tensors[name].shard, "pt") as shard:
+        return shard.get_tensor(name)
 
 
 def _several_ratios(
@@ -228,9 +267,14 @@ def _best(work: Callable[[], Any], least: float = 3.0) -> float:
 
 
 def _job(
-    options: argparse.Namespace, model: Path, work: Path, *settings: str, samples: int = 0
+    options: argparse.Namespace,
+    model: Path,
+    work: Path,
+    *settings: str,
+    samples: int = 0,
+    keep: bool = False,
 ) -> dict[str, Any]:
-    """The report of a job of ``streamcomp compress``."""
+    """The report of a job of ``streamcomp compress``; with ``keep`` its output stays."""
     out = work / "out"
     sizes = ("--samples", str(samples or options.samples), "--seq-len", str(options.seq_len))
     text = ("--calibration", str(options.text))
@@ -239,7 +283,8 @@ def _job(
         next(iter(sorted(out.rglob("streamcomp_report.json")))).read_text("utf-8")
     )
     print(f"  ({' '.join(settings)}: {format_seconds(report['seconds'])})", file=sys.stderr)
-    shutil.rmtree(out)
+    if not keep:
+        shutil.rmtree(out)
     return report
 
 

@@ -19,6 +19,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -124,8 +125,16 @@ def rank_for(m: int, n: int, ratio: float) -> int:
     return max(1, math.floor((1 - ratio) * m * n / (m + n)))
 
 
-def compress(model: PreTrainedModel, windows: Tensor, ratio: float) -> Compression:
-    """Replace each decoder linear of ``model`` by two, in place, in the dtype it was stored in."""
+def compress(
+    model: PreTrainedModel,
+    windows: Tensor,
+    ratio: float,
+    keep: Callable[[str, Tensor, Factors], None] = lambda name, moment, factors: None,
+) -> Compression:
+    """Replace each decoder linear of ``model`` by two, in place, in the dtype it was stored in.
+
+    ``keep`` is handed each linear's name, moment and factors.
+    """
     start = time.perf_counter()
     # A copy, because casting the model down again would round its fp32 rotary buffers too.
     moments = calibrate(nn.Module.float(copy.deepcopy(model)), windows)
@@ -133,7 +142,9 @@ def compress(model: PreTrainedModel, windows: Tensor, ratio: float) -> Compressi
     done: Compression = {"relative_loss": {}, "damping": {}, "seconds": seconds}
     for name, linear in decoder_linears(model).items():
         rank = rank_for(linear.out_features, linear.in_features, ratio)
-        U, V, loss, info = factorize(linear.weight, moments[name], rank)
+        found = factorize(linear.weight, moments[name], rank)
+        keep(name, moments[name], found)
+        U, V, loss, info = found
         model.set_submodule(name, _two_linears(linear, U, V))
         seconds["whiten"] += info.whitening_seconds
         seconds["svd"] += info.svd_seconds
