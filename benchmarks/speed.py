@@ -104,8 +104,9 @@ def _textbook(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
 
     def keep(name: str, moment: torch.Tensor, found: Factors) -> None:
-        factors = {"U": found.U.to(whole.dtype), "V": found.V.to(whole.dtype)}
-        save_file({"H": moment, **factors}, options.textbook_child / f"{name}.safetensors")
+        tensors = {"H": moment, "U": found.U.to(whole.dtype), "V": found.V.to(whole.dtype)}
+        tensors = {leaf: tensor.contiguous() for leaf, tensor in tensors.items()}
+        save_file(tensors, options.textbook_child / f"{name}.safetensors")
 
     return dict(textbook_compress(whole, windows.tokens.long(), RATIOS[0], keep))
 
