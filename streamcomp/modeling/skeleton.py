@@ -195,9 +195,11 @@ class Skeleton:
             raise UnsupportedModelError(
                 f"{self.config.model_type}: hidden states are not (batch, tokens, hidden)"
             )
-        for call in self._tape.calls:
+        hidden, calls = self._tape.hidden, self._tape.calls
+        self._tape.start()  # forgets them
+        for call in calls:
             _check_call(self.config.model_type, call)
-        return self._tape.hidden, self._tape.calls
+        return hidden, calls
 
     @cached_property
     def modules_before(self) -> set[str]:
@@ -265,6 +267,7 @@ class Skeleton:
         tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
         with self._tapped():
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        self._tape.start()  # forgets them
         return logits
 
     def unwrap(self, output: Any) -> Tensor:

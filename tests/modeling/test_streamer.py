@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,23 @@ def test_only_the_block_in_use_is_in_memory(architecture: str, pico: Callable[..
             names = [f"{block.name}.{name}" for name, _ in block.module.named_parameters()]
             assert sorted(weights_in_memory(skeleton.model)) == sorted(outside + names)
         assert weights_in_memory(skeleton.model) == outside
+
+
+def test_hidden_states_are_held_by_those_who_asked_for_them_alone(
+    pico: Callable[..., Path],
+) -> None:
+    streamer = BlockStreamer(open_skeleton(pico("llama")), CPU)
+
+    hidden, _ = streamer.record(pico_tokens())
+    embedded = weakref.ref(hidden)
+    del hidden
+    assert embedded() is None
+    with torch.no_grad(), streamer.head() as head:
+        hidden = torch.zeros(1, 2, streamer.skeleton.hidden_size)
+        head(hidden)
+        last = weakref.ref(hidden)
+        del hidden
+        assert last() is None
 
 
 @pytest.mark.parametrize("tie", [False, True])
