@@ -110,7 +110,9 @@ class PivotLinear(FactoredLinear):
         if torch.is_grad_enabled() and self.coef.requires_grad:  # gathering rows of C is faster
             return nn.functional.linear(pivot, self._left(self.coef), self.bias)
         rest = nn.functional.linear(pivot, self.coef)  # (..., m - r)
-        output = torch.cat((pivot, rest), dim=-1).index_select(-1, self.pivots)  # (..., m)
+        output = torch.cat((pivot, rest), dim=-1)  # (..., m)
+        # on CPU, index_select of half-precision columns takes half as long again
+        output = output.gather(-1, self.pivots.long().expand(output.shape))
         return output if self.bias is None else output + self.bias
 
     def left_factor(self) -> Tensor:
