@@ -62,7 +62,7 @@ ROWS = (
     Row("two-sided, pivot", (*TWO, "--allocation", "uniform"), "two"),
     Row("two-sided, uv, allocated", (*TWO, "--form", "uv"), "two"),
     Row("two-sided, pivot, allocated", TWO, "two"),
-    Row("two-sided, pivot, allocated, update", (*TWO, "--update"), "two"),
+    Row("two-sided, pivot, allocated, anchored 0.5", (*TWO, "--update", "--anchor", "0.5"), "two"),
     Row("two-sided, pivot, allocated, refined", (*TWO, *REFINE), "two"),
     Row("two-sided, pivot, allocated, both domains", TWO, "mixed", mixed=True),
     Row("the same, refined", (*TWO, *REFINE), "mixed", mixed=True),
