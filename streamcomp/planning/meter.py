@@ -36,7 +36,8 @@ _DEFAULT_SHARE = 0.8  # of what is available, where no budget is given
 _SAMPLE_SECONDS = 0.01
 
 # glibc's mallopt: blocks from this size on are mapped one by one and returned when freed, their
-# pages made anew each time. Smaller ones come from a heap that keeps as much before it shrinks.
+# pages made anew each time. Smaller ones come from a heap, which keeps as much as this of what is
+# freed until ``release`` is called: within a stage the pages are used again.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 _MAPPED_FROM = 32 * 2**20
 _HEAP_KEEPS = 256 * 2**20
@@ -91,8 +92,8 @@ def resident_bytes() -> int:
 def settle() -> None:
     """Make freed memory go back to the system, so that RSS follows what is held.
 
-    Tells glibc to map large blocks one by one, to keep little of its heap and few arenas;
-    elsewhere nothing. And tells oneDNN and torch, which read it at the first product or tensor, to
+    Tells glibc to map large blocks one by one, and to keep few arenas; what its heap keeps goes
+    with :func:`release`; elsewhere nothing. And tells oneDNN and torch, which read it at the first product or tensor, to
     remember few kernels and to take large pages.
     """
     os.environ.setdefault(*_HUGE_PAGES)
