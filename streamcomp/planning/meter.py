@@ -92,9 +92,9 @@ def resident_bytes() -> int:
 def settle() -> None:
     """Make freed memory go back to the system, so that RSS follows what is held.
 
-    Tells glibc to map large blocks one by one, and to keep few arenas; what its heap keeps goes
-    with :func:`release`; elsewhere nothing. And tells oneDNN and torch, which read it at the first product or tensor, to
-    remember few kernels and to take large pages.
+    Tells glibc to map large blocks one by one, and to keep few arenas; elsewhere nothing. What its
+    heap keeps goes with :func:`release`. And tells oneDNN and torch, which read it at the first
+    product or tensor, to remember few kernels and to take large pages.
     """
     os.environ.setdefault(*_HUGE_PAGES)
     for name in _KERNEL_CACHES:
