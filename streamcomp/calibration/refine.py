@@ -7,6 +7,9 @@ token's output y counts as d^T Gamma d / y^T Gamma y with the moment Gamma of th
 there, where the reverse sweep has left one, else with Gamma = I. It is relative to each token
 because plain squared errors are ruled by a few massive activations.
 
+The factors are moved by Muon (torch.optim), which makes every direction of a factor's gradient
+count alike: few directions of the inputs are large, and they would rule it.
+
 Windows held out from the training decide: the factors that are kept are the best ones measured on
 them, the closed form among them, so that a block never gets worse than it was.
 """
@@ -30,14 +33,16 @@ from streamcomp.modeling.streamer import LoadedBlock
 
 __all__ = ["REFINE_RATE", "Refined", "TrainingData", "refine_block"]
 
-# Learning rate, relative to the root mean square of the tensor that it moves.
-REFINE_RATE = 4e-3
+# Root mean square of a step's move, relative to that of the tensor that it moves: this share of the
+# output's relative error, so that a block that has little to gain is not shaken.
+REFINE_RATE = 2.5e-2
 
 _WINDOWS_PER_STEP = 1  # run one at a time, their gradients added up
 _HELD_OUT_EVERY = 8  # one window in as many is held out
 _CHECKS = 4  # times that the held-out windows are looked at
 _WARM_UP = 0.1  # share of the steps in which the rate grows; then it falls as a cosine
-_BETAS = (0.9, 0.95)
+_MOMENTUM = 0.9
+_MUON_RMS = 0.2  # of what torch's Muon moves a tensor by at a learning rate of 1
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,14 @@ def refine_block(
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Refined:
-    """Train the factors of ``factored`` (by name in the block) for ``steps`` steps of AdamW.
+    """Train the factors of ``factored`` (by name in the block) for ``steps`` steps of Muon.
 
     Whatever their form, the two factors U sqrt(S) and sqrt(S) V of the product's SVD are trained:
     pivot rows, which span all others, would move the whole matrix with each of their numbers. The
     block runs in the dtype of its weights, on copies rounded from fp32. At the end the factors
     return to their form, and are measured as they will be stored. Holds, beside the block, both
-    factors of its linears six times in fp32 (with gradient, AdamW's two moments, the best so far
-    and the rounded copies) and the graph of one window.
+    factors of its linears five times in fp32 (with gradient, momentum, the best so far and the
+    rounded copies), the largest three times more, and the graph of one window.
     """
     closed = {name: _stored(module) for name, module in factored.items()}
     held_out = list(range(0, data.windows, _HELD_OUT_EVERY)) if data.windows > 1 else []
@@ -93,7 +98,13 @@ def refine_block(
     }
     with _as_two_factors(loaded, factored):
         best, kept = _train(
-            measure, parameters, held_out, steps, rate or REFINE_RATE, seed, progress
+            measure,
+            parameters,
+            held_out,
+            steps,
+            rate or REFINE_RATE * math.sqrt(before),
+            seed,
+            progress,
         )
     if not kept:
         return Refined(closed, before, before, 0)
@@ -125,11 +136,11 @@ def _train(
 ) -> tuple[dict[str, Tensor], int]:
     """The factors that did best on the held-out windows, and after how many steps."""
     best, kept, least = parameters, 0, measure.mean(parameters, held_out)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p], "lr": _scale(p) * rate} for p in parameters.values()],
-        betas=_BETAS,
+    optimizer = torch.optim.Muon(
+        [{"params": [p], "lr": _scale(p) * rate / _MUON_RMS} for p in parameters.values()],
+        momentum=_MOMENTUM,
         weight_decay=0.0,
-        fused=True,
+        adjust_lr_fn="match_rms_adamw",
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _shape(step, steps))
     order = _order([w for w in range(measure.windows) if w not in held_out], seed)

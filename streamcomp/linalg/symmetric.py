@@ -59,12 +59,13 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """For products in fp32 of matrices cast from ``dtype``: the units of narrower numbers do them.
 
     Numbers of half precision that were cast to fp32 lose nothing where such a unit rounds them
-    (bf16 on the CPU, TF32 on a GPU), and it adds up in fp32. Other dtypes, older releases of
-    torch and processors without such a unit multiply in fp32 as ever.
+    (bf16 on the CPU, TF32 on a GPU), and it adds up in fp32. Other dtypes, and processors
+    without such a unit, multiply in fp32 as ever.
     """
     with ExitStack() as stack:
-        if dtype == torch.bfloat16 and hasattr(torch.backends.mkldnn, "matmul"):
-            stack.enter_context(_precision(torch.backends.mkldnn.matmul, "bf16"))
+        if dtype == torch.bfloat16:
+            backend: Any = torch.backends.mkldnn  # its attributes are known at run time alone
+            stack.enter_context(_precision(backend.matmul, "bf16"))
         if solve_dtype(dtype) == torch.float32 and torch.cuda.is_available():
             stack.enter_context(_precision(torch.backends.cuda.matmul, "tf32"))
         yield
@@ -72,10 +73,7 @@ def exact_products(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _precision(products: Any, name: str) -> Iterator[None]:
-    before = getattr(products, "fp32_precision", None)
-    if before is None:  # older than torch 2.9
-        yield
-        return
+    before = products.fp32_precision
     products.fp32_precision = name
     try:
         yield

@@ -33,6 +33,7 @@ __all__ = [
     "head_bytes",
     "head_gradient_bytes",
     "moment_products",
+    "muon_flops",
     "sharing_bytes",
     "tokenize_bytes",
 ]
@@ -176,8 +177,9 @@ class BlockCost:
     def refine(self, ranks: Mapping[Linear, int], form: str, factors: int) -> list[Phase]:
         """Training both factors U and V of each linear, and bringing them back to their form.
 
-        With their gradient, AdamW's two moments, the best so far and the rounded copies, all in
-        fp32 at least; then with gradient and best, beside one product's decomposition in fp64.
+        With their gradient, momentum, the best so far and the rounded copies, all in fp32 at
+        least, and Muon's work on the largest factor; then with gradient and best, beside one
+        product's decomposition in fp64.
         """
         item = max(4, self.stream.dtype.itemsize)
         numbers = sum(rank * (linear.rows + linear.columns) for linear, rank in ranks.items())
@@ -194,7 +196,9 @@ class BlockCost:
             )
             for m, r in ranks.items()
         )
-        training = {"factors": factors + 6 * item * numbers, "activations": activations}
+        largest = max((rank * max(m.rows, m.columns) for m, rank in ranks.items()), default=0)
+        trained = item * (5 * numbers + 3 * largest)
+        training = {"factors": factors + trained, "activations": activations}
         return [
             Phase("refine", held | training),
             Phase(
@@ -351,3 +355,8 @@ def factorization_flops(rows: int, columns: int, rank: int) -> float:
     """The same of its factors at ``rank``, in the dtype that they are solved in."""
     products = 2.0 * rows * columns * rank + 6.0 * columns * rank**2
     return products + 4.0 * (rows - rank) * rank**2 + 3.0 * rank**3
+
+
+def muon_flops(rows: int, columns: int, rank: int) -> float:
+    """Of one step of Muon on both factors: five Newton-Schulz iterations each, in bf16."""
+    return 5 * (4.0 * (rows + columns) * rank**2 + 4.0 * rank**3)

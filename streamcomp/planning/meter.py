@@ -192,7 +192,7 @@ def _warm_up_gradients(start: torch.Tensor, training: bool) -> None:
         )
         loss.backward()
     if training:
-        torch.optim.AdamW([start], lr=0.0).step()
+        torch.optim.Muon([start], lr=0.0).step()
 
 
 def _status_bytes(field: str) -> int:

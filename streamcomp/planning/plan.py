@@ -614,8 +614,7 @@ class _Planner:
         if recipe.follows:
             limits["forward"] = forward
             limits["updating"] = 2 * forward if recipe.update else 0.0
-            refined = recipe.refine * 3 * _WINDOWS_PER_STEP / max(1, self.stream.windows)
-            limits["refining"] = refined * forward
+            limits["refining"] = recipe.refine * self._refining_seconds(block)
         return limits | {"writing": self._shard_bytes(step) / rates.disk_bytes}
 
     def _moment_seconds(self, block: BlockPlan) -> float:
@@ -642,6 +641,12 @@ class _Planner:
         half = {m: min(m.rows, m.columns) // 2 for m in block.targets}
         flops = sum(cost.factorization_flops(m.rows, m.columns, r) for m, r in half.items())
         return flops / self.rates.solve_flops
+
+    def _refining_seconds(self, block: BlockPlan) -> float:
+        """One step of refinement: windows forward and back, and the optimizer."""
+        half = {m: min(m.rows, m.columns) // 2 for m in block.targets}
+        flops = sum(cost.muon_flops(m.rows, m.columns, r) for m, r in half.items())
+        return (3 * _WINDOWS_PER_STEP * block.trace.flops + flops) / self.rates.model_flops
 
     def _file_bytes(self, key: str) -> int:
         """Bytes of the files that ``key`` of the schedule stands for."""
