@@ -38,7 +38,12 @@ from streamcomp.job.run import (
 )
 from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning.meter import budget_bytes, is_memory_backed, warm_up
+from streamcomp.planning.meter import (
+    budget_bytes,
+    device_budget_bytes,
+    is_memory_backed,
+    warm_up,
+)
 from streamcomp.planning.plan import Plan, can_be_analysed, make_plan
 from streamcomp.planning.rates import measure_rates
 from streamcomp.recipe import Recipe, Resources
@@ -192,6 +197,7 @@ def plan(
             analysis=resources.keep_work and can_be_analysed(recipe),
             keep_work=resources.keep_work,
             memory_backed=resources.work_dir is not None and is_memory_backed(resources.work_dir),
+            device_budget=device_budget_bytes(device, resources.max_vram),
         )
 
 

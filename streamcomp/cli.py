@@ -68,6 +68,12 @@ _device = click.option(
     show_default=True,
     help="Where blocks run and are decomposed; streams stay on the host.  Example: --device cuda:1",
 )
+_max_vram = click.option(
+    "--max-vram",
+    metavar="SIZE",
+    help="The same of the GPU, driver and libraries included: 24G, 80%.  "
+    "[default: 90% of what is free]  Example: --max-vram 12G",
+)
 _threads = click.option(
     "--threads",
     type=click.IntRange(min=0),
@@ -100,7 +106,7 @@ _keep_work = click.option(
     help="Keep decompositions and moments in the work folder: other ratios and --redo use them.",
 )
 
-_resources = _options(_max_ram, _device, _threads, _work_dir)
+_resources = _options(_max_ram, _device, _max_vram, _threads, _work_dir)
 _output = _options(_json, _quiet)
 
 
@@ -401,6 +407,17 @@ def _at_a_time(made: streamcomp.Plan) -> str:
     return ", ".join(parts)
 
 
+def _device_plan_rows(made: streamcomp.Plan) -> dict[str, str]:
+    if not made.device_budget_bytes:
+        return {}
+    peak, budget = format_bytes(made.device_peak_bytes), format_bytes(made.device_budget_bytes)
+    least = f"{format_bytes(made.device_minimum_bytes)} "
+    return {
+        "peak GPU memory": f"{peak} of {budget}",
+        "least of the GPU": least + f"(--max-vram {made.device_minimum_bytes // 2**20}M)",
+    }
+
+
 @cli.command()
 @click.argument("model")
 @_recipe
@@ -438,6 +455,7 @@ def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
             "peak RAM": f"{format_bytes(made.peak_bytes)} of {format_bytes(made.budget_bytes)}",
             "least budget": f"{format_bytes(made.minimum_bytes)} "
             f"(--max-ram {made.minimum_bytes // 2**20}M)",
+            **_device_plan_rows(made),
             "time": f"about {format_seconds(made.seconds)}",
             "disk": f"{format_bytes(made.disk_bytes)} at most, {format_bytes(made.output_bytes)} "
             "of it the result",
@@ -703,6 +721,16 @@ def _span(ends: tuple[int, int]) -> str:
     return "-".join(str(end) for end in sorted(set(ends)))
 
 
+def _device_row(memory: dict[str, int]) -> dict[str, str]:
+    """The line of the GPU's memory, where there is one."""
+    if "device_budget_bytes" not in memory:
+        return {}
+    peak, predicted, budget = (
+        format_bytes(memory[f"device_{which}_bytes"]) for which in ("peak", "predicted", "budget")
+    )
+    return {"peak GPU memory": f"{peak} measured, {predicted} predicted, {budget} allowed"}
+
+
 def _print_summary(out: Path, report: dict[str, Any]) -> None:
     model, memory = report["model"], report["memory"]
     longest = sorted(report["stages"].items(), key=lambda stage: -stage[1])[:_STAGES_SHOWN]
@@ -717,6 +745,7 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
         "peak RAM": f"{format_bytes(memory['peak_bytes'])} measured, "
         f"{format_bytes(memory['predicted_bytes'])} predicted, "
         f"{format_bytes(memory['budget_bytes'])} allowed",
+        **_device_row(memory),
         "time": format_seconds(report["seconds"]) + (f"  ({stages})" if stages else ""),
     }
     rows |= _method_rows(report)

@@ -204,6 +204,7 @@ class Resources:
 
     max_ram: str | None = None  # "32G", "75%"; None = 80% of what is available
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+    max_vram: str | None = None  # of the GPU, as max_ram; None = 90% of what is free there
     threads: int = 0  # CPU threads; 0 = one per core the process may use
     work_dir: Path | None = None  # streams and journal; None = OUT/.streamcomp
     keep_work: bool = False  # keep analysis and moments for other ratios and for redo

@@ -27,6 +27,7 @@ from streamcomp.modeling.streamer import BlockStreamer
 from streamcomp.planning.meter import (
     PeakMeter,
     budget_bytes,
+    device_budget_bytes,
     is_memory_backed,
     release,
     warm_up,
@@ -79,6 +80,7 @@ def evaluate_checkpoint(
     meter = PeakMeter()
     budget = budget_bytes(resources.max_ram)
     device = choose_device(resources.device)
+    device_budget = device_budget_bytes(device, resources.max_vram)
     skeleton = Skeleton(index)
     warm_up(device, skeleton.dtype)
     text = text or HELD_OUT
@@ -89,7 +91,11 @@ def evaluate_checkpoint(
     shape = StreamShape(len(tokens.tokens), seq_len, skeleton.hidden_size, skeleton.dtype)
     with _work_folder(resources.work_dir) as work:
         batch, head_tokens, predicted = make_evaluation_plan(
-            skeleton, shape, budget, memory_backed=is_memory_backed(work)
+            skeleton,
+            shape,
+            budget,
+            memory_backed=is_memory_backed(work),
+            device_budget=device_budget,
         )
         progress.begin("evaluate", [1.0] * (len(skeleton) + 1), 0, budget)
         try:

@@ -59,6 +59,7 @@ def job_report(
             "minimum_bytes": plan.minimum_bytes,
             "predicted_bytes": max(step["predicted_bytes"] for step in steps),
             "peak_bytes": max(step["peak_bytes"] for step in steps),
+            **_device_memory(plan, steps),
         },
         "seconds": round(sum(step["seconds"] for step in steps), 1),
         "stages": _summed(step["stages"] for step in steps),
@@ -82,6 +83,15 @@ def job_report(
         "left": plan.left,
         "steps": [{k: v for k, v in step.items() if k not in _BULKY} for step in steps],
     }
+
+
+def _device_memory(plan: Plan, steps: list[dict[str, Any]]) -> dict[str, int]:
+    """The GPU's budget and peaks; nothing of a job on the CPU."""
+    if not plan.device_budget_bytes:
+        return {}
+    peaks = ("device_predicted_bytes", "device_peak_bytes")
+    found = {key: max(step.get(key, 0) for step in steps) for key in peaks}
+    return {"device_budget_bytes": plan.device_budget_bytes, **found}
 
 
 def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

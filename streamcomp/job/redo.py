@@ -18,7 +18,12 @@ from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.job.writing import Factored, factorize
 from streamcomp.methods import Swsc, find_method
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning.meter import budget_bytes, release, warm_up
+from streamcomp.planning.meter import (
+    budget_bytes,
+    device_budget_bytes,
+    release,
+    warm_up,
+)
 from streamcomp.planning.plan import BlockPlan, Levers, make_plan
 from streamcomp.planning.rates import measure_rates
 from streamcomp.recipe import Recipe, Resources
@@ -66,6 +71,7 @@ def redo_linears(
         levers=Levers.of_journal(journal.header["levers"]),
         analysis=True,
         keep_work=True,
+        device_budget=device_budget_bytes(device, resources.max_vram),
     )
     with locked(out), locked(folder):
         work = Workspace(

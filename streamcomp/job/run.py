@@ -43,6 +43,7 @@ from streamcomp.modeling.skeleton import Skeleton, check_same_calls
 from streamcomp.planning.meter import (
     PeakMeter,
     budget_bytes,
+    device_budget_bytes,
     is_memory_backed,
     release,
     settle,
@@ -93,7 +94,7 @@ class Job:
         self.device = choose_device(resources.device)
         self.method = find_method(recipe.method)
         self.fingerprint = fingerprint(index, recipe)
-        self.meter = PeakMeter()
+        self.meter = PeakMeter(self.device)
 
     # -- before any work -----------------------------------------------------------------
 
@@ -101,6 +102,8 @@ class Job:
     def open(self) -> Iterator[None]:
         """Plan, make the folders, take the lock, and begin or continue the journal."""
         self.budget = budget_bytes(self.resources.max_ram)
+        device_budget = device_budget_bytes(self.device, self.resources.max_vram)
+        self._settings: dict[str, Any] = {"device_budget": device_budget}
         self.skeleton = Skeleton(self.index)
         gradients, training = self.recipe.two_sided, self.recipe.refine > 0
         warm_up(self.device, self.skeleton.dtype, gradients=gradients, training=training)
@@ -151,7 +154,7 @@ class Job:
 
     def _plan(self, rates: MachineRates, found: Journal | None) -> Plan:
         keep = self.resources.keep_work
-        fits: dict[str, Any] = {
+        fits = self._settings | {
             "memory_backed": is_memory_backed(self.work),
             "analysis": keep and can_be_analysed(self.recipe),
             "keep_work": keep,
@@ -267,7 +270,17 @@ class Job:
     def _step(self, number: int, step: Step) -> None:
         self.meter.restart()
         stage = Stage(self.progress, number, step.name)
-        results = self._do(stage, step)
+        try:
+            results = self._do(stage, step)
+        except torch.OutOfMemoryError as error:  # of a GPU: the host never gets that far
+            budget = self.plan.device_budget_bytes
+            raise BudgetError(
+                f"{step.name} needs more of the GPU than it has free or than the "
+                f"{format_bytes(budget)} of --max-vram; what is done is kept: free the GPU, "
+                "allow more, or go on with --device cpu",
+                budget_bytes=budget,
+                minimum_bytes=self.plan.device_minimum_bytes,
+            ) from error
         results |= {
             "seconds": round(stage.total(), 3),
             "stages": {key: round(value, 3) for key, value in stage.seconds.items()},
@@ -275,6 +288,11 @@ class Job:
             "peak_bytes": self.meter.peak(),
             "predicted_bytes": self.plan.steps[number].peak_bytes,
         }
+        if self.plan.device_budget_bytes:
+            results |= {
+                "device_peak_bytes": self.meter.device_peak(),
+                "device_predicted_bytes": self.plan.steps[number].device_bytes,
+            }
         self.journal.commit(step.name, results)
         self.space.drop(live_after([s.step for s in self.plan.steps], number + 1))
         release()

@@ -20,8 +20,10 @@ from streamcomp.errors import RecipeError
 from streamcomp.units import parse_bytes
 
 __all__ = [
+    "CONTEXT_BYTES",
     "PeakMeter",
     "budget_bytes",
+    "device_budget_bytes",
     "is_memory_backed",
     "machine_bytes",
     "release",
@@ -30,9 +32,13 @@ __all__ = [
     "warm_up",
 ]
 
+# What the driver and CUDA's libraries take of a GPU beside torch's allocator.
+CONTEXT_BYTES = 2**30
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _DEFAULT_SHARE = 0.8  # of what is available, where no budget is given
+_DEFAULT_DEVICE_SHARE = 0.9  # the same of a GPU
 _SAMPLE_SECONDS = 0.01
 
 # glibc's mallopt: blocks from this size on are mapped one by one and returned when freed, their
@@ -52,9 +58,10 @@ _MOST_KERNELS = "32"
 
 
 class PeakMeter:
-    """Peak resident bytes since :meth:`restart`, file-backed pages counted."""
+    """Peak resident bytes since :meth:`restart`, file-backed pages counted; and those of a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._gpu = device if device is not None and device.type == "cuda" else None
         self._exact = self._reset_kernel_mark()
         self._sampled = 0
         if not self._exact:
@@ -62,6 +69,9 @@ class PeakMeter:
 
     def restart(self) -> None:
         """Forget the peak so far."""
+        if self._gpu is not None:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._gpu)
         if self._exact:
             self._reset_kernel_mark()
         else:
@@ -69,6 +79,12 @@ class PeakMeter:
 
     def peak(self) -> int:
         return _status_bytes("VmHWM") if self._exact else max(self._sampled, resident_bytes())
+
+    def device_peak(self) -> int:
+        """What torch's allocator took of the GPU at most, and ``CONTEXT_BYTES``; 0 without one."""
+        if self._gpu is None:
+            return 0
+        return CONTEXT_BYTES + torch.cuda.max_memory_reserved(self._gpu)
 
     @staticmethod
     def _reset_kernel_mark() -> bool:
@@ -140,6 +156,34 @@ def budget_bytes(max_ram: str | None, *, elsewhere: bool = False) -> int:
         raise RecipeError(
             f"--max-ram {max_ram} is more than the {whole / 2**30:.1f} GiB of this machine"
         )
+    return budget
+
+
+def device_budget_bytes(device: torch.device, max_vram: str | None) -> int:
+    """Bytes of the GPU meant by ``max_vram``, 0 where the job runs on the CPU.
+
+    A size, a share of the GPU, or 90% of what is free on it. torch's allocator gives no more from
+    here on than is left of it beside ``CONTEXT_BYTES``. RecipeError where it is more than the GPU
+    has, or where there is none.
+    """
+    if device.type != "cuda":
+        if max_vram is not None:
+            raise RecipeError(
+                f"--max-vram {max_vram}: the job runs on the CPU; leave it out, "
+                "or use --device cuda"
+            )
+        return 0
+    free, whole = torch.cuda.mem_get_info(device)
+    if max_vram is None:
+        budget = int(_DEFAULT_DEVICE_SHARE * (free + torch.cuda.memory_reserved(device)))
+    else:
+        budget = parse_bytes(max_vram, whole=whole)
+        if budget > whole:
+            raise RecipeError(
+                f"--max-vram {max_vram} is more than the {whole / 2**30:.1f} GiB of {device}"
+            )
+    share = max(0.0, budget - CONTEXT_BYTES) / whole
+    torch.cuda.set_per_process_memory_fraction(share, device)
     return budget
 
 

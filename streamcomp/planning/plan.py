@@ -28,7 +28,7 @@ from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import BlockTrace, trace_block
 from streamcomp.planning import cost
-from streamcomp.planning.meter import release, resident_bytes
+from streamcomp.planning.meter import CONTEXT_BYTES, release, resident_bytes
 from streamcomp.planning.outputs import (
     OutputPlan,
     Ranks,
@@ -67,6 +67,8 @@ _DRIFT_BYTES = 2 * 2**20
 _REVERSE_PASSES = 2
 # What a step without a block takes.
 _FEW_SECONDS = 0.5
+# Kinds of steps that never use a GPU.
+_ON_HOST = ("tokenize", "ranks", "copy")
 # Windows that a step of refinement runs, one at a time.
 _WINDOWS_PER_STEP = 1
 
@@ -96,6 +98,7 @@ class StepPlan:
 
     step: Step
     peak_bytes: int  # resident at the peak, interpreter and libraries included
+    device_bytes: int  # of the GPU at the peak, its driver and libraries included; 0 without one
     peak_phase: str
     parts: dict[str, int]  # the peak by what it is for
     limits: dict[str, float]  # seconds of its stages, at the machine's measured rates
@@ -138,6 +141,8 @@ class Plan:
     analysis: bool  # decompositions are kept in the work folder before any factor is written
     budget_bytes: int
     minimum_bytes: int  # the least budget that some plan fits
+    device_budget_bytes: int  # the same two of the GPU; 0 without one
+    device_minimum_bytes: int
     baseline_bytes: int  # resident before the first step
     stream: StreamShape
     disk_bytes: int  # outputs, streams, analysis and journal together, at most
@@ -145,6 +150,10 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         return max(step.peak_bytes for step in self.steps)
+
+    @property
+    def device_peak_bytes(self) -> int:
+        return max(step.device_bytes for step in self.steps)
 
     @property
     def seconds(self) -> float:
@@ -184,6 +193,9 @@ class Plan:
             "minimum_bytes": self.minimum_bytes,
             "peak_bytes": self.peak_bytes,
             "baseline_bytes": self.baseline_bytes,
+            "device_budget_bytes": self.device_budget_bytes,
+            "device_minimum_bytes": self.device_minimum_bytes,
+            "device_peak_bytes": self.device_peak_bytes,
             "batch": self.levers.batch,
             "levers": asdict(self.levers),
             "windows": self.stream.windows,
@@ -196,6 +208,7 @@ class Plan:
                 {
                     "name": step.name,
                     "peak_bytes": step.peak_bytes,
+                    "device_bytes": step.device_bytes,
                     "peak_phase": step.peak_phase,
                     "parts": step.parts,
                     "seconds": round(step.seconds, 2),
@@ -235,8 +248,12 @@ def make_plan(
     keep_work: bool = False,
     baseline: int | None = None,
     memory_backed: bool = False,
+    device_budget: int = 0,
 ) -> Plan:
     """Plan a compression within ``budget_bytes``; BudgetError with the least that would do.
+
+    ``device_budget`` is the same of the GPU, 0 for a job on the CPU. A GPU holds weights, moments,
+    activations and decompositions; the host's budget has room for them too.
 
     ``levers`` fixes them, as a resumed job does; else the recipe's micro-batch, or where that
     is 0 the largest useful one that fits. ``ranks``, one mapping per output, are those that the
@@ -255,20 +272,26 @@ def make_plan(
     blocks = plan_blocks(skeleton, recipe, stream)
     analysis = analysis or needs_analysis(recipe)
     planner = _Planner(
-        skeleton, recipe, rates, blocks, stream, baseline, memory_backed, ranks, analysis, keep_work
+        skeleton,
+        recipe,
+        rates,
+        blocks,
+        stream,
+        baseline,
+        memory_backed,
+        ranks,
+        analysis,
+        keep_work,
+        on_device=device_budget > 0,
     )
-    least, chosen = _choose_levers(planner, levers, recipe.batch, budget_bytes)
-    steps = planner.steps(chosen)
-    minimum = _budget_for(max(step.peak_bytes for step in planner.steps(least)))
-    peak = max(steps, key=lambda step: step.peak_bytes)
-    if peak.peak_bytes > budget_bytes:
-        raise BudgetError(
-            f"{peak.name} needs {format_bytes(peak.peak_bytes)} to {peak.peak_phase}, the budget "
-            f"is {format_bytes(budget_bytes)}: --max-ram {minimum // 2**20}M fits",
-            budget_bytes=budget_bytes,
-            minimum_bytes=minimum,
-        )
-    return planner.plan(steps, chosen, budget_bytes, minimum)
+    least, chosen = _choose_levers(planner, levers, recipe.batch, budget_bytes, device_budget)
+    steps, smallest = planner.steps(chosen), planner.steps(least)
+    host = _Budget("--max-ram", budget_bytes, max(step.peak_bytes for step in smallest))
+    device = _Budget("--max-vram", device_budget, max(step.device_bytes for step in smallest))
+    for step in sorted(steps, key=lambda step: -step.peak_bytes):
+        host.check(step.peak_bytes, step.name, f" to {step.peak_phase}")
+        device.check(step.device_bytes, step.name, f" of the GPU to {step.peak_phase}")
+    return planner.plan(steps, chosen, host, device)
 
 
 def can_be_analysed(recipe: Recipe) -> bool:
@@ -283,7 +306,12 @@ def needs_analysis(recipe: Recipe) -> bool:
 
 
 def make_evaluation_plan(
-    skeleton: Skeleton, stream: StreamShape, budget_bytes: int, *, memory_backed: bool = False
+    skeleton: Skeleton,
+    stream: StreamShape,
+    budget_bytes: int,
+    *,
+    memory_backed: bool = False,
+    device_budget: int = 0,
 ) -> tuple[int, int, int]:
     """Windows per forward, tokens per call of the head, and the predicted peak, for ``eval``.
 
@@ -296,7 +324,7 @@ def make_evaluation_plan(
     vocabulary = skeleton.embedding_source.shape[0]
 
     def forward(batch: int) -> int:
-        return baseline + _with_slack(
+        return _with_slack(
             max(
                 max(
                     b.cost.weight_bytes
@@ -311,25 +339,24 @@ def make_evaluation_plan(
         )
 
     def head(tokens: int) -> int:
-        return baseline + _with_slack(
+        return _with_slack(
             cost.head_bytes(_head_bytes(skeleton), vocabulary, tokens) + stream.window_bytes
         )
 
+    least = max(forward(1), head(1))
+    budgets = [_Budget("--max-ram", budget_bytes, baseline + least)]
+    room = budget_bytes - baseline
+    if device_budget:
+        budgets.append(_Budget("--max-vram", device_budget, CONTEXT_BYTES + least))
+        room = min(room, device_budget - CONTEXT_BYTES)
+    for budget in budgets:
+        budget.check(budget.least, "evaluation")
     batch, tokens = _largest_batch(stream), stream.seq_len
-    while batch > 1 and forward(batch) > budget_bytes:
+    while batch > 1 and forward(batch) > room:
         batch //= 2
-    while tokens > 1 and head(tokens) > budget_bytes:
+    while tokens > 1 and head(tokens) > room:
         tokens = math.ceil(tokens / 2)
-    peak = max(forward(batch), head(tokens))
-    if peak > budget_bytes:
-        minimum = _budget_for(max(forward(1), head(1)))
-        raise BudgetError(
-            f"evaluation needs {format_bytes(peak)}, the budget is {format_bytes(budget_bytes)}: "
-            f"--max-ram {minimum // 2**20}M fits",
-            budget_bytes=budget_bytes,
-            minimum_bytes=minimum,
-        )
-    return batch, tokens, peak
+    return batch, tokens, baseline + max(forward(batch), head(tokens))
 
 
 def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list[BlockPlan]:
@@ -394,6 +421,30 @@ def check_seq_len(skeleton: Skeleton, seq_len: int) -> None:
         raise RecipeError(f"--seq-len {seq_len}: the model has {longest} positions")
 
 
+@dataclass(frozen=True)
+class _Budget:
+    """Bytes allowed, the option that says so, and the least that some plan needs."""
+
+    option: str
+    nbytes: int
+    least: int
+
+    @property
+    def minimum(self) -> int:
+        """Whole MiB, enough also for a process that begins a little larger."""
+        return -(-(self.least + _DRIFT_BYTES) // 2**20) * 2**20
+
+    def check(self, needed: int, what: str, purpose: str = "") -> None:
+        """BudgetError where the ``needed`` bytes of ``what`` do not fit."""
+        if needed > self.nbytes:
+            raise BudgetError(
+                f"{what} needs {format_bytes(needed)}{purpose}, the budget is "
+                f"{format_bytes(self.nbytes)}: {self.option} {self.minimum // 2**20}M fits",
+                budget_bytes=self.nbytes,
+                minimum_bytes=self.minimum,
+            )
+
+
 class _Planner:
     """Steps of one job for any levers."""
 
@@ -409,8 +460,11 @@ class _Planner:
         ranks: Sequence[Ranks] | None,
         analysis: bool,
         keep_work: bool,
+        *,
+        on_device: bool,
     ) -> None:
         self.skeleton, self.recipe, self.rates = skeleton, recipe, rates
+        self.on_device = on_device
         self.blocks, self.stream, self.baseline = blocks, stream, baseline
         self.analysis = analysis
         eligible = [linear for block in blocks for linear in block.linears.eligible]
@@ -439,11 +493,13 @@ class _Planner:
         for step in self.schedule:
             phases = list(getattr(self, f"_{step.kind}")(step, levers))
             peak = max(phases, key=lambda phase: phase.nbytes)
-            total = self.baseline + self.in_memory + _with_slack(peak.nbytes)
+            counted = _with_slack(peak.nbytes)
+            on_device = self.on_device and step.kind not in _ON_HOST
             made.append(
                 StepPlan(
                     step,
-                    total,
+                    self.baseline + self.in_memory + counted,
+                    CONTEXT_BYTES + counted if on_device else 0,
                     peak.name,
                     dict(peak.parts),
                     self._limits(step),
@@ -452,7 +508,9 @@ class _Planner:
             )
         return tuple(made)
 
-    def plan(self, steps: tuple[StepPlan, ...], levers: Levers, budget: int, minimum: int) -> Plan:
+    def plan(
+        self, steps: tuple[StepPlan, ...], levers: Levers, host: _Budget, device: _Budget
+    ) -> Plan:
         disk = sum(output.nbytes + self._text_bytes() for output in self.outputs)
         return Plan(
             tuple(self.blocks),
@@ -460,8 +518,10 @@ class _Planner:
             steps,
             levers,
             self.analysis,
-            budget,
-            minimum,
+            host.nbytes,
+            host.minimum,
+            device.nbytes,
+            device.minimum if self.on_device else 0,
             self.baseline,
             self.stream,
             disk + self.work_bytes,
@@ -708,7 +768,7 @@ class _Planner:
 
 
 def _choose_levers(
-    planner: _Planner, fixed: Levers | None, batch: int, budget: int
+    planner: _Planner, fixed: Levers | None, batch: int, budget: int, device_budget: int
 ) -> tuple[Levers, Levers]:
     """The least levers that are allowed, and the largest that fit (or the least)."""
     if fixed is not None:
@@ -718,7 +778,8 @@ def _choose_levers(
     least = Levers(batch or 1, batch or 1, 1)
     for lever in (field.name for field in fields(Levers)):
         while getattr(chosen, lever) > getattr(least, lever) and any(
-            step.peak_bytes > budget and Levers.of_step(step.step.kind) == lever
+            (step.peak_bytes > budget or step.device_bytes > device_budget)
+            and Levers.of_step(step.step.kind) == lever
             for step in planner.steps(chosen)
         ):
             chosen = replace(chosen, **{lever: math.ceil(getattr(chosen, lever) / 2)})
@@ -733,11 +794,6 @@ def _largest_batch(stream: StreamShape) -> int:
 
 def _with_slack(counted: int) -> int:
     return int(_SLACK * counted) + cost.LATE_BYTES
-
-
-def _budget_for(peak: int) -> int:
-    """Whole MiB above ``peak``, enough also for a process that begins a little larger."""
-    return -(-(peak + _DRIFT_BYTES) // 2**20) * 2**20
 
 
 def _head_bytes(skeleton: Skeleton) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import streamcomp
-from streamcomp import Recipe, Resources
+from streamcomp import BudgetError, Recipe, Resources
 from tests.jobs import Interrupt, Interrupted, products, tree, varied_text
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -104,6 +104,23 @@ def test_perplexity_is_that_of_the_cpu(
     for model in (folder, out):
         gpu, cpu = (math.log(_evaluate(model, text, device)) for device in ("cuda", "cpu"))
         assert abs(gpu - cpu) < {torch.float32: 1e-4}.get(dtype, 3e-2)
+
+
+@pytest.mark.parametrize("settings", [JOBS[0], JOBS[4], JOBS[11], TRAINED[0]], ids=_name)
+def test_the_budget_of_the_gpu_is_kept(
+    settings: dict[str, Any], pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(calibration=(str(text),), samples=8, seq_len=32, **settings)
+    model, out = pico("llama", dtype=torch.bfloat16), tmp_path / "out"
+    with pytest.raises(BudgetError, match="--max-vram") as caught:
+        streamcomp.compress(model, out, recipe, Resources(device="cuda", max_vram="64M"))
+    least = str(caught.value.minimum_bytes)
+
+    done = streamcomp.compress(model, out, recipe, Resources(device="cuda", max_vram=least))
+
+    memory = done.report["memory"]
+    assert 0 < memory["device_peak_bytes"] <= memory["device_predicted_bytes"]
+    assert memory["device_predicted_bytes"] <= memory["device_budget_bytes"] == int(least)
 
 
 @pytest.mark.parametrize("settings", [JOBS[0], JOBS[6], TRAINED[0]], ids=_name)

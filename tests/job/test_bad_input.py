@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, RwkvConfig
 
 import streamcomp
-from streamcomp import OutputError
+from streamcomp import BudgetError, OutputError
 from streamcomp.checkpoint.index import SINGLE_FILE
 from tests.jobs import (
     SMALL,
@@ -776,6 +776,7 @@ def test_a_budget_that_is_none_is_refused(
         (["--batch", -1], 2, "batch -1: at least 0"),
         (["--seed", -1], 2, "seed -1: at least 0"),
         (["--device", "gpu"], 2, "device 'gpu' unknown: auto, cpu, cuda or cuda:N"),
+        (["--device", "cpu", "--max-vram", "8G"], 2, "--max-vram 8G: the job runs on the CPU"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -803,6 +804,21 @@ def test_a_gpu_that_is_not_there_is_missed(
 
         assert_refused(done, 2, "torch finds no CUDA GPU here; use --device cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_full_ends_the_job_and_keeps_what_is_done(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with (
+        mock.patch("streamcomp.job.sweeps.loss", side_effect=full),
+        pytest.raises(BudgetError, match="gradient of the loss: .*--max-vram .*--device cpu"),
+    ):
+        compress(pico("llama"), out, text)
+    assert not (out / "config.json").exists()
+
+    assert compress(pico("llama"), out, text).report["model"]["ratio"] > 0
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,15 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from streamcomp.errors import RecipeError
 from streamcomp.planning import meter
 from streamcomp.planning.meter import (
+    CONTEXT_BYTES,
     PeakMeter,
     budget_bytes,
+    device_budget_bytes,
     is_memory_backed,
     machine_bytes,
     resident_bytes,
@@ -177,6 +180,41 @@ def test_more_than_the_machine_has_is_refused(machine: Callable[..., None]) -> N
     with pytest.raises(RecipeError, match=r"--max-ram 65G is more than the 64\.0 GiB of this"):
         budget_bytes("65G")
     assert budget_bytes("65G", elsewhere=True) == 65 * GiB
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A GPU of 16 GiB, 10 of them free and 2 this process's; the shares its allocator is given."""
+    shares: list[float] = []
+    answers = {
+        "mem_get_info": lambda device: (10 * GiB, 16 * GiB),
+        "memory_reserved": lambda device: 2 * GiB,
+        "set_per_process_memory_fraction": lambda share, device: shares.append(share),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    return shares
+
+
+def test_a_gpu_s_budget_is_kept_by_its_allocator(gpu: list[float]) -> None:
+    device = torch.device("cuda")
+
+    assert device_budget_bytes(device, "12G") == 12 * GiB
+    assert device_budget_bytes(device, "50%") == 8 * GiB
+    assert device_budget_bytes(device, None) == int(0.9 * 12 * GiB)
+    assert device_budget_bytes(device, "64M") == 64 * MiB  # for the plan to refuse
+
+    beside = CONTEXT_BYTES / (16 * GiB)
+    expected = [12 / 16 - beside, 8 / 16 - beside, 0.9 * 12 / 16 - beside, 0.0]
+    assert gpu == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(RecipeError, match=r"--max-vram 17G is more than the 16\.0 GiB of cuda"):
+        device_budget_bytes(device, "17G")
+
+
+def test_the_cpu_has_no_budget_of_its_own() -> None:
+    assert device_budget_bytes(torch.device("cpu"), None) == 0
+    with pytest.raises(RecipeError, match="--max-vram 8G: the job runs on the CPU"):
+        device_budget_bytes(torch.device("cpu"), "8G")
 
 
 V1, V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"

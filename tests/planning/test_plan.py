@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import streamcomp
 from streamcomp import BudgetError, Recipe, RecipeError, Resources
+from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import read_index
 from streamcomp.job.progress import SilentProgress
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning.plan import Plan, make_plan
+from streamcomp.planning.meter import CONTEXT_BYTES
+from streamcomp.planning.plan import Plan, make_evaluation_plan, make_plan
 from streamcomp.planning.rates import MachineRates
 from tests.jobs import REPOSITORY, SMALL, compress, run_python, stored_tensors, varied_text
 from tests.pico import BOS, EOS, LONGEST, VOCABULARY, make_tokenizer
@@ -160,6 +162,7 @@ def planned(
     *,
     memory_backed: bool = False,
     keep_work: bool = False,
+    device_budget: int = 0,
     **settings: Any,
 ) -> Plan:
     """The plan of a process of ``BASELINE`` bytes, of method svd-llm unless another is given."""
@@ -176,6 +179,7 @@ def planned(
             memory_backed=memory_backed,
             analysis=keep_work,
             keep_work=keep_work,
+            device_budget=device_budget,
         )
 
 
@@ -285,6 +289,44 @@ def test_each_sweep_has_a_lever_of_its_own(models: dict[str, Path]) -> None:
     assert tight.levers.head_tokens == ample.levers.head_tokens == LONGEST
     assert peaks(tight)["reverse"] < peaks(ample)["reverse"]
     assert peaks(tight)["forward"] == peaks(ample)["forward"]
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
+def test_the_memory_of_a_gpu_pulls_the_levers_too(models: dict[str, Path], method: str) -> None:
+    many: dict[str, Any] = {"samples": 64, "method": method}
+    on_cpu = planned(models["mid-size"], **many)
+    ample = planned(models["mid-size"], device_budget=PLENTY, **many)
+    assert on_cpu.device_peak_bytes == on_cpu.device_minimum_bytes == 0
+    assert ample.levers == on_cpu.levers
+    for step in ample.steps:  # nothing of the process, but the driver
+        on_host = step.step.kind in ("tokenize", "ranks", "copy")
+        expected = 0 if on_host else step.peak_bytes - BASELINE + CONTEXT_BYTES
+        assert step.device_bytes == expected
+
+    least = ample.device_minimum_bytes
+    tight = planned(models["mid-size"], device_budget=least, **many)
+
+    assert tight.device_peak_bytes <= least < ample.device_peak_bytes
+    assert tight.levers.batch < ample.levers.batch
+    assert tight.device_minimum_bytes == least
+    with pytest.raises(BudgetError, match=f"of the GPU to .*--max-vram {least // MiB}M fits") as no:
+        planned(models["mid-size"], device_budget=least - 4 * MiB, **many)
+    assert (no.value.budget_bytes, no.value.minimum_bytes) == (least - 4 * MiB, least)
+
+
+def test_an_evaluation_keeps_to_the_memory_of_a_gpu_too(models: dict[str, Path]) -> None:
+    skeleton = Skeleton(read_index(models["mid-size"]))
+    shape = StreamShape(64, LONGEST, skeleton.hidden_size, skeleton.dtype)
+    ample, tokens, _ = make_evaluation_plan(skeleton, shape, PLENTY, device_budget=PLENTY)
+    assert (ample, tokens) == make_evaluation_plan(skeleton, shape, PLENTY)[:2]
+    with pytest.raises(BudgetError, match="evaluation needs .*--max-vram") as caught:
+        make_evaluation_plan(skeleton, shape, PLENTY, device_budget=1)
+
+    least = caught.value.minimum_bytes
+
+    assert make_evaluation_plan(skeleton, shape, PLENTY, device_budget=least)[0] < ample
+    with pytest.raises(BudgetError):
+        make_evaluation_plan(skeleton, shape, PLENTY, device_budget=least - 4 * MiB)
 
 
 def test_a_batch_that_is_asked_for_is_kept(models: dict[str, Path]) -> None:
