@@ -9,12 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamcomp.linalg.symmetric import PANEL, exact_products, mirror
+from streamcomp.linalg.symmetric import exact_products, mirror
 
-__all__ = ["ROWS_PER_UPDATE", "SecondMoment"]
+__all__ = ["ROWS_PER_UPDATE", "SecondMoment", "panel_of"]
 
 # Rows cast and multiplied at a time, so that the cast copy stays small beside the moment.
 ROWS_PER_UPDATE = 2048
+
+
+def panel_of(size: int) -> int:
+    """Rows of a moment that one product computes: a quarter, 512 at most.
+
+    The square on the diagonal is computed whole: narrow panels multiply less, until they multiply
+    slower.
+    """
+    return min(512, -(-size // 4))
 
 
 class SecondMoment:
@@ -30,17 +39,18 @@ class SecondMoment:
     @property
     def value(self) -> Tensor:
         """The moment (n, n), whole; the same tensor each time."""
-        return mirror(self._lower)
+        return mirror(self._lower, panel_of(len(self._lower)))
 
     def update(self, rows: Tensor, shift: Tensor | None = None) -> None:
         """Add ``rows`` of shape (..., n), less ``shift`` (n,) where one is given."""
         size = len(self._lower)
+        panel = panel_of(size)
         flat = rows.detach().reshape(-1, size)  # (T, n)
         for first in range(0, flat.shape[0], ROWS_PER_UPDATE):
             part = flat[first : first + ROWS_PER_UPDATE].to(self._lower.dtype)
             if shift is not None:
                 part = part - shift.to(part.dtype)
             with exact_products(flat.dtype if shift is None else part.dtype):
-                for start in range(0, size, PANEL):
-                    stop = min(start + PANEL, size)
+                for start in range(0, size, panel):
+                    stop = min(start + panel, size)
                     self._lower[start:stop, :stop].addmm_(part[:, start:stop].T, part[:, :stop])

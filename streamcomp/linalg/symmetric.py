@@ -239,9 +239,10 @@ def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
     return matrix
 
 
-def mirror(matrix: Tensor) -> Tensor:
+def mirror(matrix: Tensor, panel: int | None = None) -> Tensor:
     """The lower half of ``matrix``, whose panels on the diagonal are whole, copied to the upper."""
-    for start in range(0, len(matrix), PANEL):
-        stop = start + PANEL
+    panel = panel or PANEL
+    for start in range(0, len(matrix), panel):
+        stop = start + panel
         matrix[:start, start:stop] = matrix[start:stop, :start].T
     return matrix

@@ -16,7 +16,7 @@ import torch
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, moment_dtype
 from streamcomp.checkpoint.reader import COPY_BYTES
-from streamcomp.linalg.moments import ROWS_PER_UPDATE
+from streamcomp.linalg.moments import ROWS_PER_UPDATE, panel_of
 from streamcomp.linalg.symmetric import PANEL, SMALL, solve_dtype
 from streamcomp.modeling.linears import Linear
 
@@ -335,7 +335,7 @@ def moment_products(group: MomentGroup) -> float:
     """Operations per token of the moments of ``group``: the lower half, in panels."""
     sizes = [group.size]
     sizes += [min(m.rows, m.columns) for m in group.linears] if group.gradients else []
-    return float(sum(size * (size + min(PANEL, size)) for size in sizes))
+    return float(sum(size * (size + panel_of(size)) for size in sizes))
 
 
 def decomposition_flops(rows: int, columns: int, side: str, gradients: bool = False) -> float:
