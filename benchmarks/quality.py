@@ -43,7 +43,7 @@ class Row:
     ratios: tuple[str, ...] = ()  # those asked for on the command line, or these alone
 
 
-REFINE = ("--refine", "200")
+REFINE = ("--refine", "300")
 SVD, TWO = ("--method", "svd-llm"), ("--method", "two-sided")
 ROWS = (
     Row("svd-llm, uv", (*SVD, "--form", "uv"), "svd"),

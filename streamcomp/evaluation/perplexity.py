@@ -29,6 +29,7 @@ from streamcomp.planning.meter import (
     budget_bytes,
     device_budget_bytes,
     is_memory_backed,
+    limit_device,
     release,
     warm_up,
 )
@@ -97,6 +98,7 @@ def evaluate_checkpoint(
             memory_backed=is_memory_backed(work),
             device_budget=device_budget,
         )
+        limit_device(device, device_budget)
         progress.begin("evaluate", [1.0] * (len(skeleton) + 1), 0, budget)
         try:
             run = _Run(skeleton, device, tokens.tokens, shape, batch, work, progress)

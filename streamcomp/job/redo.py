@@ -21,6 +21,7 @@ from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.meter import (
     budget_bytes,
     device_budget_bytes,
+    limit_device,
     release,
     warm_up,
 )
@@ -73,6 +74,7 @@ def redo_linears(
         keep_work=True,
         device_budget=device_budget_bytes(device, resources.max_vram),
     )
+    limit_device(device, plan.device_budget_bytes)
     with locked(out), locked(folder):
         work = Workspace(
             skeleton, recipe, find_method(recipe.method), device, folder, plan, journal, True

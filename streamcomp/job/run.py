@@ -45,6 +45,7 @@ from streamcomp.planning.meter import (
     budget_bytes,
     device_budget_bytes,
     is_memory_backed,
+    limit_device,
     release,
     settle,
     warm_up,
@@ -115,6 +116,7 @@ class Job:
             holder = self.out if self.work.is_relative_to(self.out) else self.work
             check_fingerprint(found.header["fingerprint"], self.fingerprint, holder)
         self.plan = self._plan(self.rates, found)
+        limit_device(self.device, device_budget)
         self._check_shards(found)
         self._check_disk()
         make_folder(self.out)

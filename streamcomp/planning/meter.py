@@ -25,6 +25,7 @@ __all__ = [
     "budget_bytes",
     "device_budget_bytes",
     "is_memory_backed",
+    "limit_device",
     "machine_bytes",
     "release",
     "resident_bytes",
@@ -162,9 +163,8 @@ def budget_bytes(max_ram: str | None, *, elsewhere: bool = False) -> int:
 def device_budget_bytes(device: torch.device, max_vram: str | None) -> int:
     """Bytes of the GPU meant by ``max_vram``, 0 where the job runs on the CPU.
 
-    A size, a share of the GPU, or 90% of what is free on it. torch's allocator gives no more from
-    here on than is left of it beside ``CONTEXT_BYTES``. RecipeError where it is more than the GPU
-    has, or where there is none.
+    A size, a share of the GPU, or 90% of what is free on it. RecipeError where it is more than the
+    GPU has, or where there is none.
     """
     if device.type != "cuda":
         if max_vram is not None:
@@ -182,9 +182,19 @@ def device_budget_bytes(device: torch.device, max_vram: str | None) -> int:
             raise RecipeError(
                 f"--max-vram {max_vram} is more than the {whole / 2**30:.1f} GiB of {device}"
             )
-    share = max(0.0, budget - CONTEXT_BYTES) / whole
-    torch.cuda.set_per_process_memory_fraction(share, device)
     return budget
+
+
+def limit_device(device: torch.device, budget: int) -> None:
+    """Have torch's allocator give no more of the GPU than ``budget`` leaves beside the driver.
+
+    Holds for the process until another budget is set. Nothing happens on the CPU.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        _, whole = torch.cuda.mem_get_info(device)
+        share = max(0, budget - CONTEXT_BYTES) / whole
+        torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 def is_memory_backed(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from streamcomp.planning.meter import (
     budget_bytes,
     device_budget_bytes,
     is_memory_backed,
+    limit_device,
     machine_bytes,
     resident_bytes,
 )
@@ -188,6 +189,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     shares: list[float] = []
     answers = {
         "mem_get_info": lambda device: (10 * GiB, 16 * GiB),
+        "empty_cache": lambda: None,
         "memory_reserved": lambda device: 2 * GiB,
         "set_per_process_memory_fraction": lambda share, device: shares.append(share),
     }
@@ -204,14 +206,18 @@ def test_a_gpu_s_budget_is_kept_by_its_allocator(gpu: list[float]) -> None:
     assert device_budget_bytes(device, None) == int(0.9 * 12 * GiB)
     assert device_budget_bytes(device, "64M") == 64 * MiB  # for the plan to refuse
 
-    beside = CONTEXT_BYTES / (16 * GiB)
-    expected = [12 / 16 - beside, 8 / 16 - beside, 0.9 * 12 / 16 - beside, 0.0]
-    assert gpu == pytest.approx(expected, abs=1e-9)
     with pytest.raises(RecipeError, match=r"--max-vram 17G is more than the 16\.0 GiB of cuda"):
         device_budget_bytes(device, "17G")
+    assert not gpu
+
+    limit_device(device, 12 * GiB)
+    limit_device(device, 64 * MiB)
+
+    assert gpu == pytest.approx([(12 * GiB - CONTEXT_BYTES) / (16 * GiB), 0.0], abs=1e-9)
 
 
 def test_the_cpu_has_no_budget_of_its_own() -> None:
+    limit_device(torch.device("cpu"), 0)
     assert device_budget_bytes(torch.device("cpu"), None) == 0
     with pytest.raises(RecipeError, match="--max-vram 8G: the job runs on the CPU"):
         device_budget_bytes(torch.device("cpu"), "8G")
