@@ -32,6 +32,7 @@ from streamcomp.planning.meter import (
     limit_device,
     release,
     warm_up,
+    within_device,
 )
 from streamcomp.planning.plan import make_evaluation_plan
 from streamcomp.recipe import Resources
@@ -102,7 +103,8 @@ def evaluate_checkpoint(
         progress.begin("evaluate", [1.0] * (len(skeleton) + 1), 0, budget)
         try:
             run = _Run(skeleton, device, tokens.tokens, shape, batch, work, progress)
-            nll = run.nll(run.through_blocks(), head_tokens)
+            with within_device("evaluation", device_budget):
+                nll = run.nll(run.through_blocks(), head_tokens)
         finally:
             progress.end()
     predicted_tokens = shape.windows * (seq_len - 1)

@@ -49,6 +49,7 @@ from streamcomp.planning.meter import (
     release,
     settle,
     warm_up,
+    within_device,
 )
 from streamcomp.planning.plan import (
     Levers,
@@ -272,17 +273,8 @@ class Job:
     def _step(self, number: int, step: Step) -> None:
         self.meter.restart()
         stage = Stage(self.progress, number, step.name)
-        try:
+        with within_device(step.name, self.plan.device_budget_bytes):
             results = self._do(stage, step)
-        except torch.OutOfMemoryError as error:  # of a GPU: the host never gets that far
-            budget = self.plan.device_budget_bytes
-            raise BudgetError(
-                f"{step.name} needs more of the GPU than it has free or than the "
-                f"{format_bytes(budget)} of --max-vram; what is done is kept: free the GPU, "
-                "allow more, or go on with --device cpu",
-                budget_bytes=budget,
-                minimum_bytes=self.plan.device_minimum_bytes,
-            ) from error
         results |= {
             "seconds": round(stage.total(), 3),
             "stages": {key: round(value, 3) for key, value in stage.seconds.items()},

@@ -10,13 +10,15 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
 
-from streamcomp.errors import RecipeError
+from streamcomp.errors import BudgetError, RecipeError
 from streamcomp.units import parse_bytes
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "resident_bytes",
     "settle",
     "warm_up",
+    "within_device",
 ]
 
 # What the driver and CUDA's libraries take of a GPU beside torch's allocator.
@@ -195,6 +198,21 @@ def limit_device(device: torch.device, budget: int) -> None:
         _, whole = torch.cuda.mem_get_info(device)
         share = max(0, budget - CONTEXT_BYTES) / whole
         torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+@contextmanager
+def within_device(what: str, budget: int) -> Iterator[None]:
+    """BudgetError in the place of torch's own where the GPU has no room for ``what``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:  # of a GPU: the host's memory never gets that far
+        raise BudgetError(
+            f"{what} needs more of the GPU than it has free, or than --max-vram allows "
+            f"({budget / 2**30:.1f} GiB); what is done is kept: free the GPU, allow more, or use "
+            "--device cpu",
+            budget_bytes=budget,
+            minimum_bytes=budget + 1,
+        ) from error
 
 
 def is_memory_backed(folder: Path) -> bool:

@@ -814,13 +814,18 @@ def test_a_gpu_that_is_full_ends_the_job_and_keeps_what_is_done(
     with (
         mock.patch("streamcomp.job.sweeps.loss", side_effect=full),
         pytest.raises(
-            BudgetError, match="the loss needs more of the GPU .*--max-vram; .*--device cpu"
+            BudgetError, match="the loss needs more of the GPU .*--max-vram .*--device cpu"
         ),
     ):
         compress(pico("llama"), out, text)
     assert not (out / "config.json").exists()
 
     assert compress(pico("llama"), out, text).report["model"]["ratio"] > 0
+    with (
+        mock.patch("streamcomp.evaluation.perplexity._Run.nll", side_effect=full),
+        pytest.raises(BudgetError, match="evaluation needs more of the GPU"),
+    ):
+        streamcomp.evaluate(out, str(text), seq_len=32)
 
 
 @pytest.mark.parametrize(
