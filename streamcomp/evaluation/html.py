@@ -176,9 +176,6 @@ def _figures(report: _Record) -> Html:
     asked = f"asked {report['asked']:.1%}; " if "asked" in report else ""
     whole = f"{model['model_ratio']:.1%} of the whole model"
     kept = f"{model['bytes_kept'] / model['bytes']:.1%} of the original"
-    peak, predicted, budget = (
-        format_bytes(memory[f"{which}_bytes"]) for which in ("peak", "predicted", "budget")
-    )
     linears = _change(model, "linear_parameters", _large)
     windows = f", {report['windows']} windows" if "windows" in report else ""
     figures = [
@@ -187,7 +184,7 @@ def _figures(report: _Record) -> Html:
         ("bytes of weights", _change(model, "bytes", format_bytes), kept),
         *_sharing(report.get("linears", [])),
         *_dense_perplexity(steps),
-        ("peak memory", peak, f"predicted {predicted}, budget {budget}"),
+        *_peaks(memory),
         ("time", format_seconds(report["seconds"]), f"{counted(len(steps), 'step')}{windows}"),
     ]
     cards = (
@@ -195,6 +192,19 @@ def _figures(report: _Record) -> Html:
         for what, value, more in figures
     )
     return tag("div", *cards, class_="cards")
+
+
+def _peaks(memory: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """Peak, prediction and budget of the host's memory, and of the GPU's where there is one."""
+    found = []
+    for what, prefix in (("peak memory", ""), ("peak GPU memory", "device_")):
+        if f"{prefix}budget_bytes" in memory:
+            peak, predicted, budget = (
+                format_bytes(memory[f"{prefix}{which}_bytes"])
+                for which in ("peak", "predicted", "budget")
+            )
+            found.append((what, peak, f"predicted {predicted}, budget {budget}"))
+    return found
 
 
 def _sharing(linears: Iterable[_Record]) -> list[tuple[str, str, str]]:

@@ -139,6 +139,19 @@ def test_the_key_figures_are_there() -> None:
         assert figure in text
 
 
+def test_the_memory_of_a_gpu_is_told_where_there_is_one() -> None:
+    of_gpu = {"device_budget_bytes": 8192 * MIB, "device_predicted_bytes": 6144 * MIB}
+    without = report()
+    on_gpu = report(memory=without["memory"] | of_gpu | {"device_peak_bytes": 5120 * MIB})
+
+    found = [
+        " ".join(Page(html_report(told)).text).replace("\xa0", " ") for told in (without, on_gpu)
+    ]
+
+    assert "GPU" not in found[0]
+    assert "peak GPU memory 5.00 GiB predicted 6.00 GiB, budget 8.00 GiB" in found[1]
+
+
 def test_names_from_a_checkpoint_stay_text() -> None:
     hostile = report(
         [linear(f"model.layers.0.{HOSTILE}", damping=0.1)],
