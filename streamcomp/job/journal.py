@@ -25,7 +25,7 @@ import transformers
 from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
+from streamcomp.errors import CalibrationError, JobLockedError, JobMismatchError, OutputError
 from streamcomp.recipe import OUTPUT_FIELDS, Recipe
 
 __all__ = [
@@ -39,7 +39,8 @@ __all__ = [
 ]
 
 JOURNAL = "journal.jsonl"
-_VERSION = 2
+_VERSION = 3
+_PIECE_BYTES = 1 << 20
 
 # field -> value; all must agree for a job to be continued
 Fingerprint = dict[str, Any]
@@ -50,7 +51,7 @@ def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
     fields: Fingerprint = {"source": _source_hash(index)}
     fields |= {name: _plain(value) for name, value in asdict(recipe).items()}
     fields["calibration_files"] = [
-        [name, *_file_marks(Path(name))] for name in recipe.calibration if Path(name).exists()
+        [name, _text_hash(Path(name))] for name in recipe.calibration if Path(name).exists()
     ]
     fields["torch"] = str(torch.__version__)
     fields["transformers"] = transformers.__version__
@@ -189,18 +190,25 @@ def _source_hash(index: CheckpointIndex) -> str:
     total = hashlib.blake2b(digest_size=16)
     total.update(json.dumps(index.config, sort_keys=True).encode())
     for shard in index.shards:
-        total.update(json.dumps([shard.name, *_file_marks(shard)]).encode())
+        stat = shard.stat()
+        total.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns]).encode())
     for name, info in sorted(index.tensors.items()):
         row = [name, info.dtype, list(info.shape), info.shard.name, info.start, info.stop]
         total.update(json.dumps(row).encode())
     return total.hexdigest()
 
 
-def _file_marks(path: Path) -> list[int]:
-    """Size and time of change of a file; of a folder, of its texts together."""
-    files = [path] if path.is_file() else text_files(path)
-    stats = [file.stat() for file in files]
-    return [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+def _text_hash(path: Path) -> str:
+    """Of all bytes of a file, or of a folder's texts: a copy of them elsewhere is the same text."""
+    total = hashlib.blake2b(digest_size=16)
+    for file in [path] if path.is_file() else text_files(path):
+        try:
+            with file.open("rb") as text:
+                while piece := text.read(_PIECE_BYTES):
+                    total.update(piece)
+        except OSError as error:
+            raise CalibrationError(f"{file} cannot be read: {error.strerror}") from error
+    return total.hexdigest()
 
 
 def _plain(value: Any) -> Any:

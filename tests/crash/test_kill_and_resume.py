@@ -257,6 +257,20 @@ def test_a_calibration_file_changed_in_between_is_refused(
     assert caught.value.field == "calibration_files"
 
 
+def test_a_calibration_file_that_was_copied_anew_is_the_same_one(
+    pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    text, out = varied_text(tmp_path / "text.txt", 4000), tmp_path / "out"
+    with pytest.raises(Interrupted):
+        compress(pico("llama"), out, text, progress=Interrupt(2))
+    content = text.read_bytes()
+    text.unlink()
+    text.write_bytes(content)
+    os.utime(text, ns=(0, 0))
+
+    assert compress(pico("llama"), out, text).report["model"]["ratio"] > 0
+
+
 def test_a_folder_of_texts_may_hold_the_output_too(
     pico: Callable[..., Path], tmp_path: Path
 ) -> None:
