@@ -193,6 +193,7 @@ class Recipe:
             (self.store_every > 1 and not self.two_sided, "store_every is for method two-sided"),
             (self.anchor != 1 and not self.update, "anchor is for update: give --update too"),
             (self.rate > 0 and not self.refine, "rate is for refine: give --refine too"),
+            (self.refine > 0 and self.samples < 2, "refine holds windows out: give --samples 2"),
         ):  # fmt: skip
             if wrong:
                 raise RecipeError(message)

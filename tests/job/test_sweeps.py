@@ -595,6 +595,7 @@ CONTRADICTIONS: list[tuple[Settings, str]] = [
     ({"method": "svd-llm", "store_every": 2}, "store_every is for method two-sided"),
     ({"anchor": 0.5}, "anchor is for update"),
     ({"rate": 0.01}, "rate is for refine"),
+    ({"refine": 5, "samples": 1}, "refine holds windows out"),
     ({"size": "1G", "module_ratio": 0.3}, "size and module_ratio exclude each other"),
     ({"ratio": RATIOS, "size": "1G"}, "several ratios need neither size nor module_ratio"),
     ({"ratio": RATIOS, "module_ratio": 0.2}, "several ratios need neither"),
