@@ -364,7 +364,7 @@ def test_plan_asks_where_the_work_folder_lies(
 
     asked.assert_called_once_with(tmp_path)
     expected = {"memory_backed": memory_backed, "analysis": False, "keep_work": False}
-    assert made.call_args.kwargs == expected
+    assert made.call_args.kwargs == expected | {"device_budget": 0}
 
 
 # -- headers --------------------------------------------------------------------------------
