@@ -404,6 +404,9 @@ def _at_a_time(made: streamcomp.Plan) -> str:
         parts.append(f"{levers.reverse_batch} in reverse")
     if "loss" in kinds:
         parts.append(f"{levers.head_tokens} tokens in the head")
+    passes = max(len(block.passes(levers.groups)) for block in made.blocks)
+    if passes > 1:
+        parts.append(f"{passes} passes (+{format_seconds(made.passes_seconds)})")
     return ", ".join(parts)
 
 

@@ -121,6 +121,11 @@ class Recipe:
         """Whether factors are changed on the compressed stream after their decomposition."""
         return self.update or self.refine > 0
 
+    @property
+    def compressed_stream(self) -> bool:
+        """Whether the windows also run through the compressed blocks."""
+        return self.follows or self.statistics == "compressed"
+
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], origin: str = "recipe") -> Recipe:
         """A recipe from plain values, as a TOML file holds them; unknown names are refused."""

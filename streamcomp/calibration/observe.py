@@ -20,7 +20,7 @@ _FEW = 128
 # How much longer an operation in fp64 takes than one of a moment.
 _WIDE = 4
 
-__all__ = ["MomentGroup", "Observer", "decomposition_order", "group_moments", "moment_dtype"]
+__all__ = ["MomentGroup", "Observer", "group_moments", "moment_dtype"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def group_moments(
     it (not ``inputs_only``). With ``tokens``, the rows to be observed, they also take those of
     their outputs where that saves time: W H W^T in fp64 is spared then, at more rows to sum up. For
     models of half precision alone, whose outputs and eigenvectors are as coarse as that.
+
+    Groups of outputs come first: theirs is the least workspace, while most moments are there.
     """
     by_name = {linear.name: linear for linear in linears}
     grouped = [[by_name.pop(name) for name in names if name in by_name] for names in shared]
@@ -75,12 +77,7 @@ def group_moments(
             groups += [MomentGroup("outputs", m.rows, (m,), gradients) for m in members]
         else:
             groups.append(MomentGroup("inputs", inputs, tuple(members), gradients))
-    return tuple(groups)
-
-
-def decomposition_order(groups: Sequence[MomentGroup]) -> list[MomentGroup]:
-    """Groups of outputs first: theirs is the least workspace, while most moments are there."""
-    return sorted(groups, key=lambda group: group.side == "inputs")
+    return tuple(sorted(groups, key=lambda group: group.side == "inputs"))
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -116,9 +116,14 @@ def _redo_block(
     """New factors for the chosen linears of one block, and its shard with them."""
     assert not isinstance(work.method, Swsc)
     found: list[Factored] = []
-    with work.block(stage, block.number) as loaded:
-        for group in block.groups:
-            for linear in (m for m in group.linears if m.disk_name in chosen):
+    for groups in block.passes(work.plan.levers.groups):
+        pairs = [(g, m) for g in groups for m in g.linears if m.disk_name in chosen]
+        if not pairs:
+            continue
+        with work.block(stage, block.number) as loaded:
+            for linear in block.others(groups):
+                loaded.drop(linear.name)
+            for group, linear in pairs:
                 stage(f"decomposing {linear.name.rpartition('.')[2]}")
                 weight = loaded.weight(linear.name)
                 moment = read_moment(work.folder, block.number, group, linear, work.device)

@@ -175,10 +175,11 @@ class Job:
             return make_plan(self.skeleton, self.recipe, self.budget, rates, levers=levers, **fits)
         except BudgetError:
             plan = make_plan(self.skeleton, self.recipe, self.budget, rates, **fits)
-            self.progress.note(
-                f"the job began with {levers.batch} windows per forward, this budget allows "
-                f"{plan.levers.batch}: the result is the same within rounding"
-            )
+            if replace(plan.levers, groups=levers.groups) != levers:
+                self.progress.note(
+                    f"the job began with {levers.batch} windows per forward, this budget allows "
+                    f"{plan.levers.batch}: the result is the same within rounding"
+                )
             return plan
 
     def _refuse_foreign_folder(self, found: Journal | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from streamcomp.calibration.observe import Observer, decomposition_order, moment_dtype
+from streamcomp.calibration.observe import MomentGroup, Observer, moment_dtype
 from streamcomp.errors import NonFiniteError
 from streamcomp.job.analysis import (
     health,
@@ -83,44 +83,40 @@ def loss(work: Workspace, stage: Stage, step: Step) -> Results:
 
 
 def reverse(work: Workspace, stage: Stage, step: Step) -> Results:
-    """Moments of one block's inputs, outputs and gradients, and what is decomposed of them."""
+    """Moments of one block's inputs, outputs and gradients, and what is decomposed of them.
+
+    In one pass over the windows, or in several, each with the moments of some groups alone.
+    """
     number, block = step.block, work.block_plan(step.block)
-    dtype, batch = work.gradient_dtype, work.plan.levers.reverse_batch
-    below = gradient_key(number)
     for key in (key for key in step.writes if key.startswith("hidden")):
         _again(work, stage, int(key.partition("-")[2]) - 1)
-    with work.block(stage, number) as loaded:
-        outgoing = SecondMoment(work.shape.hidden, dtype=moment_dtype(dtype), device=work.device)
-        with (
-            loaded.cast(dtype),
-            Observer(loaded.module, loaded.name, block.groups, work.device) as observer,
-            work.reading(hidden_key(number)) as states,
-            work.reading(gradient_key(number + 1)) as gradients,
-            work.writing(below if below in step.writes else None) as write,
-        ):
-            for start, stop in work.batches(stage, "reverse", batch):
-                hidden = states.read(start, stop).to(work.device, dtype)
-                gradient = gradients.read(start, stop).to(work.device)
-                outgoing.update(gradient)
-                call = work.calls(stop - start, dtype)[number]
-                gradient = loaded.differentiate(hidden, call, gradient)
-                check_finite(gradient, f"the gradient of {loaded.name}")
-                write(start, gradient)
-        linears = _decompose(work, stage, step, loaded, observer)
-        if linears:
-            write_output_gradient(work.folder, number, outgoing.value)
-        return {"block": number, "digest": loaded.digest, "analysis": linears}
+    below = next((key for key in step.writes if key == gradient_key(number)), None)
+    linears: list[Results] = []
+    for turn, groups in enumerate(block.passes(work.plan.levers.groups)):
+        with work.block(stage, number) as loaded:
+            observer = _differentiate(
+                work, stage, number, loaded, groups, below, outputs=bool(groups) and turn == 0
+            )
+            below = None
+            linears += _decompose(work, stage, step, loaded, observer, groups)
+    return {"block": number, "digest": loaded.digest, "analysis": linears}
 
 
 def analyse(work: Workspace, stage: Stage, step: Step) -> Results:
-    """Moments of one block's inputs or outputs, and what is decomposed of them."""
+    """Moments of one block's inputs or outputs, and what is decomposed of them.
+
+    In one pass over the windows, or in several, each with the moments of some groups alone.
+    """
     number, block = step.block, work.block_plan(step.block)
     target = next((key for key in step.writes if key.startswith("hidden")), None)
-    with work.block(stage, number) as loaded:
-        with Observer(loaded.module, loaded.name, block.groups, work.device) as observer:
-            work.propagate(stage, "observing", loaded, number, hidden_key(number), target)
-        linears = _decompose(work, stage, step, loaded, observer)
-        return {"block": number, "digest": loaded.digest, "analysis": linears}
+    linears: list[Results] = []
+    for groups in block.passes(work.plan.levers.groups):
+        with work.block(stage, number) as loaded:
+            with Observer(loaded.module, loaded.name, groups, work.device) as observer:
+                work.propagate(stage, "observing", loaded, number, hidden_key(number), target)
+            target = None
+            linears += _decompose(work, stage, step, loaded, observer, groups)
+    return {"block": number, "digest": loaded.digest, "analysis": linears}
 
 
 def ranks(work: Workspace, stage: Stage, step: Step) -> Results:
@@ -151,16 +147,62 @@ def _again(work: Workspace, stage: Stage, number: int) -> None:
         work.propagate(stage, "forward", loaded, number, source, target)
 
 
-def _decompose(
-    work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock, observer: Observer
-) -> list[Results]:
-    """Every linear of the block, one at a time; what is found goes to the work folder.
+def _differentiate(
+    work: Workspace,
+    stage: Stage,
+    number: int,
+    loaded: LoadedBlock,
+    groups: tuple[MomentGroup, ...],
+    below: str | None,
+    *,
+    outputs: bool,
+) -> Observer:
+    """All windows forward and back through the block; ``below`` keeps its inputs' gradient.
 
-    Its moments and its weight are dropped then, those that need no weight first.
+    ``outputs`` asks for the moment of its outputs' gradient too, which goes to the work folder.
+    """
+    dtype, batch = work.gradient_dtype, work.plan.levers.reverse_batch
+    outgoing = None
+    if outputs:
+        outgoing = SecondMoment(work.shape.hidden, dtype=moment_dtype(dtype), device=work.device)
+    with (
+        loaded.cast(dtype),
+        Observer(loaded.module, loaded.name, groups, work.device) as observer,
+        work.reading(hidden_key(number)) as states,
+        work.reading(gradient_key(number + 1)) as gradients,
+        work.writing(below) as write,
+    ):
+        for start, stop in work.batches(stage, "reverse", batch):
+            hidden = states.read(start, stop).to(work.device, dtype)
+            gradient = gradients.read(start, stop).to(work.device)
+            if outgoing is not None:
+                outgoing.update(gradient)
+            call = work.calls(stop - start, dtype)[number]
+            gradient = loaded.differentiate(hidden, call, gradient)
+            check_finite(gradient, f"the gradient of {loaded.name}")
+            write(start, gradient)
+    if outgoing is not None:
+        write_output_gradient(work.folder, number, outgoing.value)
+    return observer
+
+
+def _decompose(
+    work: Workspace,
+    stage: Stage,
+    step: Step,
+    loaded: LoadedBlock,
+    observer: Observer,
+    groups: tuple[MomentGroup, ...],
+) -> list[Results]:
+    """Every linear of ``groups``, one at a time; what is found goes to the work folder.
+
+    All other weights are dropped before, its moments and its own weight behind it.
     """
     assert not isinstance(work.method, Swsc)
+    for linear in work.block_plan(step.block).others(groups):
+        loaded.drop(linear.name)
     found = []
-    for group in decomposition_order(work.block_plan(step.block).groups):
+    for group in groups:
         moment = observer.take(group)
         gradients = {}
         for linear in group.linears:

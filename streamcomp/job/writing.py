@@ -28,6 +28,7 @@ from streamcomp.methods import (
 from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.modules import FactoredLinear, factored
 from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.planning.outputs import OutputPlan
 from streamcomp.planning.plan import can_be_analysed
 from streamcomp.planning.schedule import Step, hidden_key
 
@@ -64,47 +65,36 @@ class Factored:
 
 
 def block(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
-    """Factor one block for one output, on the streams that it needs, and write its shard."""
-    recipe, number = work.recipe, step.block
-    below = hidden_key(number + 1, step.output)
-    target = below if below in step.writes else None
-    with work.block(stage, number) as loaded:
-        found = list(_factorize_block(work, stage, step, loaded))
-        if found and (recipe.follows or recipe.statistics == "compressed"):
-            for item in found:
-                _install(loaded, item)
-        refined: Results = {}
-        if recipe.follows and hidden_key(number) in step.reads:
-            dense_target = hidden_key(number + 1)
-            if dense_target in step.writes:
-                with loaded.dense():
-                    work.propagate(
-                        stage, "forward", loaded, number, hidden_key(number), dense_target
-                    )
-            if found and recipe.update:
-                found = _update(work, stage, step, loaded, found)
-            if found and recipe.refine:
-                found, refined = _refine(work, stage, step, loaded, found)
-        if target and (recipe.follows or recipe.statistics == "compressed"):
-            source = hidden_key(number, step.output)
-            work.propagate(stage, "propagating", loaded, number, source, target)
-        stage("writing")
-        write_shard(shard, block_entries(work, number, found))
-        linears = [item.result for item in found]
-        notes = [f"{m['name']}: {m['fallback']}" for m in linears if m["fallback"]]
-        loss = sum(linear["relative_loss"] for linear in linears) / max(1, len(linears))
-        detail = f"loss {loss:.2%}" if linears else ""
-        if refined:
-            detail += f", refined {refined['before']:.3g} -> {refined['after']:.3g}"
-        return {
-            "block": number,
-            "output": step.output,
-            "digest": loaded.digest,
-            "linears": linears,
-            "detail": detail,
-            "notes": notes,
-            **({"refined": refined} if refined else {}),
-        }
+    """Factor one block for one output, on the streams that it needs, and write its shard.
+
+    In one pass, or in several, each with the moments and weights of some groups alone; on the
+    compressed stream, where all factors run together, in one.
+    """
+    plan, again = work.block_plan(step.block), work.recipe.compressed_stream
+    found: list[Factored] = []
+    refined: Results = {}
+    for groups in [plan.groups] if again else plan.passes(work.plan.levers.groups):
+        with work.block(stage, step.block) as loaded:
+            found = [*found, *_factorize_groups(work, stage, step, loaded, groups, found)]
+            if again:
+                found, refined = _on_compressed_stream(work, stage, step, loaded, found)
+    stage("writing")
+    write_shard(shard, block_entries(work, step.block, found))
+    linears = [item.result for item in found]
+    notes = [f"{m['name']}: {m['fallback']}" for m in linears if m["fallback"]]
+    loss = sum(linear["relative_loss"] for linear in linears) / max(1, len(linears))
+    detail = f"loss {loss:.2%}" if linears else ""
+    if refined:
+        detail += f", refined {refined['before']:.3g} -> {refined['after']:.3g}"
+    return {
+        "block": step.block,
+        "output": step.output,
+        "digest": loaded.digest,
+        "linears": linears,
+        "detail": detail,
+        "notes": notes,
+        **({"refined": refined} if refined else {}),
+    }
 
 
 def copy(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
@@ -154,15 +144,27 @@ def factorize(
     return Factored(linear, tensors, spec, result)
 
 
-def _factorize_block(
-    work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock
+def _factorize_groups(
+    work: Workspace,
+    stage: Stage,
+    step: Step,
+    loaded: LoadedBlock,
+    groups: tuple[MomentGroup, ...],
+    before: list[Factored],
 ) -> Iterator[Factored]:
-    """Every linear that this output factors, from kept decompositions or from moments taken now."""
-    output, plan = work.plan.outputs[step.output], work.block_plan(step.block)
-    runs_again = work.recipe.follows or work.recipe.statistics == "compressed"
-    observer = None if work.plan.analysis else _observe(work, stage, step, loaded)
-    spare = 0  # numbers that sharing left over in one linear go to the next
-    for group in plan.groups:
+    """The linears of ``groups`` that this output factors; ``before`` are those of earlier passes.
+
+    From kept decompositions, or from moments taken now.
+    """
+    output, runs_again = work.plan.outputs[step.output], work.recipe.compressed_stream
+    observer = None
+    if not work.plan.analysis:
+        observer = _observe(work, stage, step, loaded, groups, keeps=not before)
+    if not runs_again:
+        for linear in work.block_plan(step.block).others(groups):
+            loaded.drop(linear.name)
+    spare = _spare(output, before)  # goes from one linear to the next
+    for group in groups:
         moment = observer.take(group) if observer else None
         for linear in group.linears:
             rank, numbers = output.ranks[linear.full_name], output.numbers[linear.full_name]
@@ -186,15 +188,58 @@ def _factorize_block(
             yield item
 
 
-def _observe(work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock) -> Observer | None:
-    """Run the stream whose statistics the recipe wants; None where it wants none."""
+def _spare(output: OutputPlan, found: list[Factored]) -> int:
+    """Numbers that sharing has left over in the linears ``found``."""
+    left = 0
+    for item in found:
+        if "numbers" in item.result:
+            left += (output.numbers[item.linear.full_name] or 0) - item.result["numbers"]
+    return left
+
+
+def _on_compressed_stream(
+    work: Workspace, stage: Stage, step: Step, loaded: LoadedBlock, found: list[Factored]
+) -> tuple[list[Factored], Results]:
+    """The factors after update and refinement, and the windows through them."""
+    recipe, number = work.recipe, step.block
+    for item in found:
+        _install(loaded, item)
+    refined: Results = {}
+    if recipe.follows and hidden_key(number) in step.reads:
+        target = hidden_key(number + 1)
+        if target in step.writes:
+            with loaded.dense():
+                work.propagate(stage, "forward", loaded, number, hidden_key(number), target)
+        if found and recipe.update:
+            found = _update(work, stage, step, loaded, found)
+        if found and recipe.refine:
+            found, refined = _refine(work, stage, step, loaded, found)
+    target = hidden_key(number + 1, step.output)
+    if target in step.writes:
+        source = hidden_key(number, step.output)
+        work.propagate(stage, "propagating", loaded, number, source, target)
+    return found, refined
+
+
+def _observe(
+    work: Workspace,
+    stage: Stage,
+    step: Step,
+    loaded: LoadedBlock,
+    groups: tuple[MomentGroup, ...],
+    *,
+    keeps: bool,
+) -> Observer | None:
+    """Run the stream whose statistics the recipe wants; None where it wants none.
+
+    What comes out is kept if a step to come reads it and ``keeps`` says so.
+    """
     if work.recipe.statistics == "none" or not step.reads:
         return None
     compressed = work.recipe.statistics == "compressed"
     source = hidden_key(step.block, step.output if compressed else None)
     target = hidden_key(step.block + 1)
-    keep = not compressed and not work.recipe.follows and target in step.writes
-    groups = work.block_plan(step.block).groups
+    keep = keeps and not compressed and not work.recipe.follows and target in step.writes
     with Observer(
         loaded.module, loaded.name, groups, work.device, totals=work.recipe.centred
     ) as observer:

@@ -269,7 +269,7 @@ def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
     is stored in; the left factor makes up for the rounding where it can. Solved for the
     small correction to ``left`` alone, in its dtype, with as much of a ridge on it as that takes,
     which never makes it worse than none. ``left`` is overwritten, and the product (k, n) never
-    formed. Holds five r x r matrices and ``PANEL`` columns of ``right``.
+    formed. Holds three r x r matrices and ``PANEL`` columns of ``right``.
     """
     rank = len(right)
     cross = torch.zeros(rank, rank, dtype=left.dtype, device=left.device)
@@ -290,7 +290,7 @@ def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
 
 
 def _ridged(inner: Tensor, cross: Tensor) -> Tensor:
-    """cross (inner + eps I)^-1 with the least eps that works; 0 where none does."""
+    """cross (inner + eps I)^-1 with the least eps that works, in place; 0 where none does."""
     mean = float(inner.diagonal().mean()) if len(inner) else 0.0
     info = torch.empty((), dtype=torch.int32, device=inner.device)
     ridge = torch.finfo(inner.dtype).eps
@@ -300,9 +300,11 @@ def _ridged(inner: Tensor, cross: Tensor) -> Tensor:
         columns = factor.mT
         torch.linalg.cholesky_ex(columns, out=(columns, info))
         if not int(info):
-            return torch.cholesky_solve(cross.mT, columns).mT
+            for rows in cross.split(PANEL):
+                rows.copy_(torch.cholesky_solve(rows.mT, columns).mT)
+            return cross
         ridge *= 10
-    return torch.zeros_like(cross)
+    return cross.zero_()
 
 
 def _decomposition(

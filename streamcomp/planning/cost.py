@@ -71,8 +71,12 @@ class BlockCost:
 
     # -- phases, in the order of a step's own --------------------------------------------
 
-    def load(self) -> Phase:
-        return Phase("load", {"weights": self.weight_bytes, "merging": self.merge_bytes})
+    def load(self, factors: int = 0) -> Phase:
+        """Reading the block, beside ``factors`` bytes of those that an earlier pass has made."""
+        return Phase(
+            "load",
+            {"weights": self.weight_bytes, "merging": self.merge_bytes, "factors": factors},
+        )
 
     def forward(self, batch: int, extra_weights: int = 0) -> Phase:
         """All windows through the block, ``batch`` at a time.
@@ -89,18 +93,20 @@ class BlockCost:
             },
         )
 
-    def observe(self, batch: int) -> Phase:
+    def observe(self, batch: int, moments: int, factors: int = 0) -> Phase:
+        """All windows through the block, ``batch`` at a time, into ``moments`` bytes of moments."""
         return Phase(
             "observe",
             {
                 "weights": self.weight_bytes,
-                "moments": self.moment_bytes,
+                "moments": moments,
+                "factors": factors,
                 "activations": self._activations(batch) + self._cast_bytes(batch),
             },
         )
 
-    def reverse(self, batch: int, run_dtype: torch.dtype) -> Phase:
-        """Forward and backward of ``batch`` windows, in ``run_dtype``, with every moment.
+    def reverse(self, batch: int, run_dtype: torch.dtype, moments: int) -> Phase:
+        """Forward and backward of ``batch`` windows, in ``run_dtype``, into ``moments`` bytes.
 
         The incoming gradient, the input, its gradient and the products with W^T are held too.
         """
@@ -111,7 +117,7 @@ class BlockCost:
             "reverse",
             {
                 "weights": weights,
-                "moments": self.moment_bytes + self.output_gradient_bytes,
+                "moments": moments,
                 "activations": int(wider * batch * (self.autograd_bytes + states))
                 + 2 * self._cast_bytes(batch),
             },
@@ -212,9 +218,7 @@ class BlockCost:
         ]
 
     def write(self, factors: int) -> Phase:
-        return Phase(
-            "write", {"weights": self.weight_bytes, "factors": factors, "buffers": COPY_BYTES}
-        )
+        return Phase("write", {"factors": factors, "buffers": COPY_BYTES})
 
     # -- what they are made of -----------------------------------------------------------
 
@@ -293,12 +297,13 @@ def sharing_bytes(rows: int, columns: int) -> int:
 def factorization_bytes(rows: int, columns: int, rank: int, form: str, dtype: torch.dtype) -> int:
     """Peak of ``Decomposition.factors`` and ``methods.factors.factor_tensors`` beside the bases.
 
-    Both factors, five r x r matrices in LU or in the fit, and panels; then what is stored, twice.
+    Both factors and the rounded right one; beside them three r x r matrices in LU or in the fit,
+    and panels, or the rounded left one twice.
     """
-    longest = max(rows, columns)
-    held = rank * (rows + columns) + 5 * rank * rank + 2 * min(PANEL, longest) * longest
-    stored = 2 * rows * rank + rank * columns
-    return solve_dtype(dtype).itemsize * held + dtype.itemsize * stored
+    longest, wide = max(rows, columns), solve_dtype(dtype).itemsize
+    working = wide * (3 * rank * rank + 2 * min(PANEL, longest) * longest)
+    held = rank * (wide * (rows + columns) + dtype.itemsize * columns)
+    return held + max(working, dtype.itemsize * 2 * rows * rank)
 
 
 def embed_bytes(stream: StreamShape, batch: int, vocabulary: int) -> int:

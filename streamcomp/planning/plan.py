@@ -1,8 +1,9 @@
 """What a job will do: its steps, their bytes and seconds, and the levers that make it fit.
 
 A plan is made from headers. The levers that it pulls are sizes of what runs at a time: windows per
-forward (*micro-batch*), windows per forward and backward, tokens per call of the head. Each is
-large enough for fast products, and halved until every step fits.
+forward (*micro-batch*), windows per forward and backward, tokens per call of the head, and groups
+of linears per pass over the windows. Each is as large as is of use, and halved while that makes a
+step smaller that does not fit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import (
     MomentGroup,
-    decomposition_order,
     group_moments,
     moment_dtype,
 )
@@ -75,21 +75,20 @@ _WINDOWS_PER_STEP = 1
 
 @dataclass(frozen=True)
 class Levers:
-    """What runs at a time; these change rounding, so a job keeps those that it began with."""
+    """What runs at a time; a job keeps those that it began with, for they change rounding.
+
+    All but ``groups``, which costs time alone: a block is read and run once for every pass.
+    """
 
     batch: int  # windows per forward
     reverse_batch: int  # windows per forward and backward
     head_tokens: int  # tokens per call of the head
+    groups: int  # moment groups of a block per pass over the windows
 
     @classmethod
     def of_journal(cls, held: Mapping[str, Any]) -> Levers:
         """Those that a job began with, among what its journal's header holds."""
         return cls(**{field.name: held[field.name] for field in fields(cls)})
-
-    @classmethod
-    def of_step(cls, kind: str) -> str:
-        """The lever that the memory of such a step depends on."""
-        return {"reverse": "reverse_batch", "loss": "head_tokens"}.get(kind, "batch")
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,16 @@ class BlockPlan:
         """The linears to factor, in the order in which they are decomposed."""
         return [linear for group in self.groups for linear in group.linears]
 
+    def passes(self, groups: int) -> list[tuple[MomentGroup, ...]]:
+        """The groups of each pass over the windows, ``groups`` at a time; one pass at least."""
+        starts = range(0, max(1, len(self.groups)), groups)
+        return [self.groups[start : start + groups] for start in starts]
+
+    def others(self, groups: Sequence[MomentGroup]) -> list[Linear]:
+        """The linears that are in none of ``groups``: their weights are not needed with them."""
+        needed = {linear.name for group in groups for linear in group.linears}
+        return [linear for linear in self.linears.eligible if linear.name not in needed]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -146,6 +155,7 @@ class Plan:
     baseline_bytes: int  # resident before the first step
     stream: StreamShape
     disk_bytes: int  # outputs, streams, analysis and journal together, at most
+    passes_seconds: float  # what more than one pass over the windows costs
 
     @property
     def peak_bytes(self) -> int:
@@ -198,6 +208,7 @@ class Plan:
             "device_peak_bytes": self.device_peak_bytes,
             "batch": self.levers.batch,
             "levers": asdict(self.levers),
+            "passes_seconds": round(self.passes_seconds, 1),
             "windows": self.stream.windows,
             "seq_len": self.stream.seq_len,
             "seconds": round(self.seconds, 1),
@@ -486,6 +497,7 @@ class _Planner:
         self.kept = self._moment_files() if keep_work else 0
         self.work_bytes = self._work_bytes(keep_work)
         self.in_memory = self.work_bytes if memory_backed else 0
+        self.most_groups = max(1, *(len(block.groups) for block in blocks))
 
     def steps(self, levers: Levers) -> tuple[StepPlan, ...]:
         """Every step with its phases; the names of kinds are methods here and in the job."""
@@ -502,7 +514,7 @@ class _Planner:
                     CONTEXT_BYTES + counted if on_device else 0,
                     peak.name,
                     dict(peak.parts),
-                    self._limits(step),
+                    self._limits(step, levers),
                     sum(map(self._file_bytes, step.writes)) + self._shard_bytes(step),
                 )
             )
@@ -512,6 +524,7 @@ class _Planner:
         self, steps: tuple[StepPlan, ...], levers: Levers, host: _Budget, device: _Budget
     ) -> Plan:
         disk = sum(output.nbytes + self._text_bytes() for output in self.outputs)
+        at_once = self.steps(replace(levers, groups=self.most_groups))
         return Plan(
             tuple(self.blocks),
             tuple(self.outputs),
@@ -525,6 +538,7 @@ class _Planner:
             self.baseline,
             self.stream,
             disk + self.work_bytes,
+            sum(step.seconds for step in steps) - sum(step.seconds for step in at_once),
         )
 
     # -- phases of each kind of step -----------------------------------------------------
@@ -563,23 +577,29 @@ class _Planner:
                 if k >= 0
             )
         dtype = gradient_dtype(self.stream.dtype)
-        yield block.cost.reverse(levers.reverse_batch, dtype)
-        yield from self._decompositions(block)
+        outgoing = block.cost.output_gradient_bytes
+        for groups in block.passes(levers.groups):
+            moments = outgoing + self._moment_bytes(groups)
+            yield block.cost.reverse(levers.reverse_batch, dtype, moments)
+            yield from self._decompositions(block, groups)
+            outgoing = 0
 
     def _analyse(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         block = self.blocks[step.block]
         yield block.cost.load()
-        yield block.cost.observe(levers.batch)
-        yield from self._decompositions(block)
+        for groups in block.passes(levers.groups):
+            yield block.cost.observe(levers.batch, self._moment_bytes(groups))
+            yield from self._decompositions(block, groups)
 
-    def _decompositions(self, block: BlockPlan) -> Iterator[cost.Phase]:
+    def _decompositions(
+        self, block: BlockPlan, groups: tuple[MomentGroup, ...]
+    ) -> Iterator[cost.Phase]:
         """Those of an analysis, each of which drops the weight and the moments that it needed."""
-        known, dtype = block.cost, self.stream.dtype
-        moments = known.moment_bytes + (known.output_gradient_bytes if self.recipe.two_sided else 0)
-        dropped = 0
-        for group in decomposition_order(block.groups):
+        dtype = self.stream.dtype
+        moments, dropped = self._moment_bytes(groups), self._other_bytes(block, groups)
+        for group in groups:
             for linear in group.linears:
-                yield known.decompose(linear, group, moments, dropped)
+                yield block.cost.decompose(linear, group, moments, dropped)
                 dropped += linear.numel * dtype.itemsize
             moments -= group.nbytes(dtype)
 
@@ -589,15 +609,44 @@ class _Planner:
 
     def _block(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         block, recipe = self.blocks[step.block], self.recipe
-        known = block.cost
-        yield known.load()
+        known, again = block.cost, recipe.compressed_stream
+        ranks, factors = self._most_ranks(step), 0
+        for groups in [block.groups] if again else block.passes(levers.groups):
+            yield known.load(factors)
+            yield from self._factorizations(block, groups, ranks, factors, levers)
+            factors += sum(
+                self._factor_bytes(linear, ranks[linear])
+                for group in groups
+                for linear in group.linears
+                if linear in ranks
+            )
+        if recipe.follows:
+            yield known.forward(levers.batch, factors)
+        if recipe.update:
+            yield known.update(levers.batch, ranks, factors)
+        if recipe.refine:
+            yield from known.refine(ranks, recipe.form, factors)
+        if again:
+            yield known.forward(levers.batch, factors)
+        yield known.write(factors)
+
+    def _factorizations(
+        self,
+        block: BlockPlan,
+        groups: tuple[MomentGroup, ...],
+        ranks: Mapping[Linear, int],
+        factors: int,
+        levers: Levers,
+    ) -> Iterator[cost.Phase]:
+        """One pass of a writing sweep, beside the ``factors`` bytes of the passes before it."""
+        known, recipe = block.cost, self.recipe
         observes = not self.analysis and recipe.statistics != "none"
+        moments = self._moment_bytes(groups) if observes else 0
         if observes:
-            yield known.observe(levers.batch)
-        ranks = self._most_ranks(step)
-        factors, moments = 0, known.moment_bytes if observes else 0
-        dropped, drops = 0, not (recipe.follows or recipe.statistics == "compressed")
-        for group in block.groups:
+            yield known.observe(levers.batch, moments, factors)
+        drops = not recipe.compressed_stream
+        dropped = self._other_bytes(block, groups) if drops else 0
+        for group in groups:
             for linear in (linear for linear in group.linears if linear in ranks):
                 if not self.analysis:
                     swsc = recipe.method == "swsc"
@@ -611,15 +660,6 @@ class _Planner:
                 factors += self._factor_bytes(linear, ranks[linear])
                 dropped += drops * linear.numel * self.stream.dtype.itemsize
             moments -= group.nbytes(self.stream.dtype) if observes else 0
-        if recipe.follows:
-            yield known.forward(levers.batch, factors)
-        if recipe.update:
-            yield known.update(levers.batch, ranks, factors)
-        if recipe.refine:
-            yield from known.refine(ranks, recipe.form, factors)
-        if recipe.statistics == "compressed" or recipe.follows:
-            yield known.forward(levers.batch, factors)
-        yield known.write(factors)
 
     def _copy(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         yield cost.Phase("copy", {"buffers": 2 * COPY_BYTES})
@@ -631,13 +671,20 @@ class _Planner:
         found = {m: output.most_rank(m, form) for m in self.blocks[step.block].targets}
         return {linear: rank for linear, rank in found.items() if rank is not None}
 
+    def _moment_bytes(self, groups: Sequence[MomentGroup]) -> int:
+        return sum(group.nbytes(self.stream.dtype) for group in groups)
+
+    def _other_bytes(self, block: BlockPlan, groups: Sequence[MomentGroup]) -> int:
+        """The weights that a pass over ``groups`` drops before it decomposes anything."""
+        return sum(m.numel for m in block.others(groups)) * self.stream.dtype.itemsize
+
     def _factor_bytes(self, linear: Linear, rank: int) -> int:
         """What a factored linear holds at most while its block is at work."""
         side = linear.rows + linear.columns
         less = rank if self.recipe.form == "pivot" else 0
         return self.stream.dtype.itemsize * rank * (side - less) + 8 * side
 
-    def _limits(self, step: Step) -> dict[str, float]:
+    def _limits(self, step: Step, levers: Levers) -> dict[str, float]:
         """Seconds that the stages of a step take at the machine's rates, by the stages' names."""
         rates = self.rates
         if step.kind == "copy":
@@ -654,18 +701,21 @@ class _Planner:
         limits = {"loading": read / rates.disk_bytes}
         if step.kind == "forward":
             return limits | {"forward": forward}
+        together = step.kind == "block" and recipe.compressed_stream
+        passes = 1 if together else len(block.passes(levers.groups))
+        limits["loading"] *= passes
         if step.kind in ("reverse", "analyse"):
             limits["decomposing"] = self._solve_seconds(block)
             moments = self._moment_seconds(block)
             if step.kind == "analyse":
-                return limits | {"observing": forward + moments}
+                return limits | {"observing": passes * forward + moments}
             again = len([key for key in step.writes if key.startswith("hidden")])
-            reverse = (1 + _REVERSE_PASSES) * forward + moments
+            reverse = passes * (1 + _REVERSE_PASSES) * forward + moments
             return limits | {"forward": again * forward, "reverse": reverse}
         if not self.analysis:
             limits["observing"] = self._moment_seconds(block)
             if step.reads:
-                limits["observing"] += forward
+                limits["observing"] += passes * forward
         limits["factorizing"] = self._factor_seconds(block)
         if not self.analysis:
             limits["factorizing"] += self._solve_seconds(block)
@@ -770,19 +820,33 @@ class _Planner:
 def _choose_levers(
     planner: _Planner, fixed: Levers | None, batch: int, budget: int, device_budget: int
 ) -> tuple[Levers, Levers]:
-    """The least levers that are allowed, and the largest that fit (or the least)."""
+    """The least levers that are allowed, and the largest that fit (or the least).
+
+    Halved one at a time, in their order, where that takes bytes off the steps that do not fit.
+    """
     if fixed is not None:
         return fixed, fixed
     largest = batch or _largest_batch(planner.stream)
-    chosen = Levers(largest, largest, planner.stream.seq_len)
-    least = Levers(batch or 1, batch or 1, 1)
-    for lever in (field.name for field in fields(Levers)):
-        while getattr(chosen, lever) > getattr(least, lever) and any(
-            (step.peak_bytes > budget or step.device_bytes > device_budget)
-            and Levers.of_step(step.step.kind) == lever
-            for step in planner.steps(chosen)
-        ):
-            chosen = replace(chosen, **{lever: math.ceil(getattr(chosen, lever) / 2)})
+    chosen = Levers(largest, largest, planner.stream.seq_len, planner.most_groups)
+    least = Levers(batch or 1, batch or 1, 1, 1)
+
+    def too_much(levers: Levers) -> int:
+        over = (
+            (s.peak_bytes - budget, s.device_bytes - device_budget) for s in planner.steps(levers)
+        )
+        return sum(max(0, host) + max(0, device) for host, device in over)
+
+    def halved(levers: Levers) -> Iterator[Levers]:
+        for lever, value in asdict(levers).items():
+            if value > getattr(least, lever):
+                yield replace(levers, **{lever: math.ceil(value / 2)})
+
+    now = too_much(chosen)
+    while now:
+        chosen = next((fewer for fewer in halved(chosen) if too_much(fewer) < now), least)
+        if chosen == least:
+            break
+        now = too_much(chosen)
     return least, chosen
 
 

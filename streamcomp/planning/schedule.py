@@ -124,13 +124,12 @@ def _write(
     if analysis and k in chosen:
         reads.append(analysis_key(k))
     dense = recipe.follows or (recipe.statistics == "dense" and not analysis)
-    compressed = recipe.follows or recipe.statistics == "compressed"
     if k in range(chosen.stop):
         last = k + 1 == chosen.stop
         if dense:
             reads.append(hidden_key(k))
             writes += [hidden_key(k + 1)] if recipe.refine or not last else []
-        if compressed:
+        if recipe.compressed_stream:
             reads.append(hidden_key(k, output))
             writes += [hidden_key(k + 1, output)] if not last else []
     return Step(f"{prefix}block {k}", "block", k, output, tuple(reads), tuple(writes))

@@ -211,6 +211,8 @@ def test_they_are_where_experts_are_no_linears(
         {"batch": 4, "reverse_batch": 3, "head_tokens": 7},
         {"batch": 3, "reverse_batch": 4, "head_tokens": 15},
         {"head_tokens": 16},
+        {"groups": 1},
+        {"groups": 4, "batch": 3},
     ],
     ids=str,
 )

@@ -6,8 +6,10 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 import streamcomp
 from streamcomp import JobMismatchError, OutputError, Recipe, RecipeError, Resources
 from streamcomp.job.progress import SilentProgress
+from streamcomp.planning import plan
+from streamcomp.planning.plan import Levers
 from tests.jobs import (
     Interrupt,
     Interrupted,
@@ -127,6 +131,33 @@ def test_interrupted_after_any_step_it_goes_on_to_the_same_bytes(
         assert model_files(out) == expected, name
         assert not (out / ".streamcomp").exists()
         shutil.rmtree(out)
+
+
+# -- in several passes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*JOBS, "two-sided, kept work"])
+def test_passes_over_the_windows_change_no_byte(
+    kind: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    blocks, settings = JOBS.get(kind, (2, {"keep_work": True}))
+    dense = pico("llama", blocks=blocks)
+    compress(dense, tmp_path / "one", text, **settings)
+    choose = plan._choose_levers
+
+    def fewer(*given: Any) -> tuple[Levers, Levers]:
+        least, most = choose(*given)
+        assert most.groups > 1 or given[1] is not None  # chosen before
+        return least, replace(most, groups=1)
+
+    with mock.patch.object(plan, "_choose_levers", fewer):
+        report = compress(dense, tmp_path / "several", text, **settings).report
+
+    assert report["levers"]["groups"] == 1
+    assert model_files(tmp_path / "several") == model_files(tmp_path / "one")
+    for path in (tmp_path / "one").rglob("moments-*"):  # where its work was kept
+        other = tmp_path / "several" / path.relative_to(tmp_path / "one")
+        assert other.read_bytes() == path.read_bytes()
 
 
 # -- the ratio ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from streamcomp.checkpoint.index import read_index
 from streamcomp.job.progress import SilentProgress
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.meter import CONTEXT_BYTES
-from streamcomp.planning.plan import Plan, make_evaluation_plan, make_plan
+from streamcomp.planning.plan import Levers, Plan, make_evaluation_plan, make_plan
 from streamcomp.planning.rates import MachineRates
 from tests.jobs import REPOSITORY, SMALL, compress, run_python, stored_tensors, varied_text
 from tests.pico import BOS, EOS, LONGEST, VOCABULARY, make_tokenizer
@@ -55,14 +55,20 @@ JOBS_OF: dict[str, dict[str, Any]] = {
     "swsc": {"method": "swsc", "ratio": 0.3, "clusters": 4, "axis": "rows"},
     "swsc, no text": {"method": "swsc", "ratio": 0.3, "statistics": "none"},
 }
-KINDS = [("pico", "two-sided"), *(("mid-size", kind) for kind in JOBS_OF)]
+MEASURED = JOBS_OF | {
+    "two-sided, in passes": {"groups": 1},
+    "svd-llm, in passes": {"method": "svd-llm", "groups": 2},
+}
+KINDS = [("pico", "two-sided"), *(("mid-size", kind) for kind in MEASURED)]
 
 # Runs each job of a list in a fork of its own, so that none finds memory that another one left
-# behind, and prints the list of what came of them.
+# behind, and prints the list of what came of them. With "groups" they are that lever's.
 JOBS = """
 import json, os, sys, warnings
+from dataclasses import replace
 from pathlib import Path
 import streamcomp.api
+from streamcomp.planning import plan
 from streamcomp import BudgetError
 from tests.jobs import compress
 
@@ -73,6 +79,9 @@ def high_water():
 def run(model, out, text, max_ram, **settings):
     if isinstance(settings.get("ratio"), list):
         settings["ratio"] = tuple(settings["ratio"])
+    if "groups" in settings:
+        choose, groups = plan._choose_levers, settings.pop("groups")
+        plan._choose_levers = lambda *given: (2 * (replace(choose(*given)[1], groups=groups),))
     try:
         report = compress(Path(model), Path(out), text, max_ram=max_ram, **settings).report
     except BudgetError as error:
@@ -139,7 +148,7 @@ def finished(
         return {**files, "max_ram": max_ram, **SETTINGS, **settings}
 
     jobs: dict[tuple[str, ...], dict[str, Any]] = {
-        (model, kind): job(model, None, **JOBS_OF[kind]) for model, kind in KINDS
+        (model, kind): job(model, None, **MEASURED[kind]) for model, kind in KINDS
     }
     for model in MODELS:
         jobs[model, "refused"] = job(model, "1M")
@@ -163,6 +172,7 @@ def planned(
     memory_backed: bool = False,
     keep_work: bool = False,
     device_budget: int = 0,
+    levers: Levers | None = None,
     **settings: Any,
 ) -> Plan:
     """The plan of a process of ``BASELINE`` bytes, of method svd-llm unless another is given."""
@@ -180,6 +190,7 @@ def planned(
             analysis=keep_work,
             keep_work=keep_work,
             device_budget=device_budget,
+            levers=levers,
         )
 
 
@@ -209,7 +220,7 @@ def test_what_is_predicted_for_a_block_is_not_far_from_what_it_takes(
     finished: dict[tuple[str, ...], dict[str, Any]],
 ) -> None:
     """Else a budget that would do is refused."""
-    for kind in JOBS_OF:
+    for kind in MEASURED:
         for step in finished["mid-size", kind]["report"]["steps"][2:-1]:
             assert step["predicted_bytes"] < step["peak_bytes"] + 200 * MiB, (kind, step["step"])
 
@@ -233,7 +244,7 @@ def test_a_job_finishes_within_the_least_budget_it_was_told(
 def test_the_least_budget_fits_and_what_is_below_the_least_peak_does_not(
     models: dict[str, Path], model: str
 ) -> None:
-    peak = planned(models[model], batch=1).peak_bytes
+    peak = planned(models[model], levers=Levers(1, 1, 1, 1)).peak_bytes
     minimum = planned(models[model]).minimum_bytes
 
     assert minimum % MiB == 0
@@ -399,11 +410,11 @@ print(next(line.split()[1] for line in lines if line.startswith("VmHWM")), file=
 """
 
 
-def large_tensors() -> dict[str, list[int]]:
-    """Names and shapes of Llama-3-70B."""
+def large_tensors(blocks: int = 80) -> dict[str, list[int]]:
+    """Names and shapes of Llama-3-70B, or of one with fewer blocks."""
     hidden, inner, grouped = 8192, 28672, 1024
     shapes = {"model.embed_tokens.weight": [128256, hidden]}
-    for number in range(80):
+    for number in range(blocks):
         block = {
             "self_attn.q_proj": [hidden, hidden],
             "self_attn.k_proj": [grouped, hidden],
@@ -441,6 +452,42 @@ def write_headers(folder: Path, shapes: dict[str, list[int]], shards: int) -> in
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def test_groups_share_a_pass_unless_only_several_passes_fit(tmp_path: Path) -> None:
+    # A ratio that leaves factors too small to need the most.
+    settings: dict[str, Any] = {"ratio": 0.8, "method": "two-sided", "allocation": "uniform"}
+    write_headers(tmp_path, large_tensors(2), 1)
+    (tmp_path / "config.json").write_text(json.dumps(LARGE | {"num_hidden_layers": 2}))
+    make_tokenizer().save_pretrained(tmp_path)
+    ample = planned(tmp_path, samples=64, seq_len=512, **settings)
+    most = ample.levers.groups
+    assert most == len(ample.blocks[0].groups) > 2
+    assert ample.passes_seconds == 0
+    together = [
+        planned(tmp_path, samples=64, seq_len=512, levers=Levers(1, 1, 1, n), **settings)
+        for n in (most, 2, 1)
+    ]
+
+    seconds = [made.seconds for made in together]
+    peaks = [
+        max(step.peak_bytes for step in made.steps if step.step.kind == "reverse")
+        for made in together
+    ]
+    assert [len(made.blocks[0].passes(made.levers.groups)) for made in together] == [
+        1,
+        -(-most // 2),
+        most,
+    ]
+    assert peaks[0] > peaks[1] > peaks[2]
+    assert seconds[0] < seconds[1] < seconds[2]
+    for made in together:
+        assert made.passes_seconds == pytest.approx(made.seconds - seconds[0])
+    for made in together:
+        tight = planned(tmp_path, made.peak_bytes, samples=64, seq_len=512, **settings)
+        assert tight.levers.groups >= made.levers.groups
+        assert tight.peak_bytes <= made.peak_bytes
+    assert planned(tmp_path, max(peaks) - 1, samples=64, seq_len=512, **settings).levers.groups < 6
 
 
 @pytest.mark.parametrize("method", ["two-sided", "svd-llm"])
