@@ -160,6 +160,23 @@ def test_passes_over_the_windows_change_no_byte(
         assert other.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("after", [4, 6, 8])
+def test_a_job_goes_on_in_more_passes_than_it_began_with(
+    after: int, finished: Callable[..., Path], pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        compress(pico("llama"), tmp_path / "out", text, progress=Interrupt(after))
+    held = Levers.of_journal
+
+    def fewer(cls: type[Levers], header: Any) -> Levers:
+        return replace(held(header), groups=1)
+
+    with mock.patch.object(Levers, "of_journal", classmethod(fewer)):
+        compress(pico("llama"), tmp_path / "out", text)
+
+    assert model_files(tmp_path / "out") == model_files(finished())
+
+
 # -- the ratio ---------------------------------------------------------------------------
 
 REACHED: list[Settings] = [
