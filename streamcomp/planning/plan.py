@@ -503,15 +503,11 @@ class _Planner:
         """Every step with its phases; the names of kinds are methods here and in the job."""
         made = []
         for step in self.schedule:
-            phases = list(getattr(self, f"_{step.kind}")(step, levers))
-            peak = max(phases, key=lambda phase: phase.nbytes)
-            counted = _with_slack(peak.nbytes)
-            on_device = self.on_device and step.kind not in _ON_HOST
+            peak = self._peak(step, levers)
             made.append(
                 StepPlan(
                     step,
-                    self.baseline + self.in_memory + counted,
-                    CONTEXT_BYTES + counted if on_device else 0,
+                    *self._bytes(step, peak),
                     peak.name,
                     dict(peak.parts),
                     self._limits(step, levers),
@@ -519,6 +515,32 @@ class _Planner:
                 )
             )
         return tuple(made)
+
+    def excess(
+        self, steps: Sequence[Step], levers: Levers, budget: int, device_budget: int
+    ) -> dict[Step, int]:
+        """Those of ``steps`` that do not fit, and by how many bytes, of host and GPU together."""
+        found = {}
+        for step in steps:
+            host, device = self._bytes(step, self._peak(step, levers))
+            found[step] = max(0, host - budget) + max(0, device - device_budget)
+        return {step: nbytes for step, nbytes in found.items() if nbytes}
+
+    def most_bytes(self, levers: Levers) -> int:
+        """What the largest step takes, of host and GPU together."""
+        return max(sum(self._bytes(step, self._peak(step, levers))) for step in self.schedule)
+
+    def _peak(self, step: Step, levers: Levers) -> cost.Phase:
+        phases = getattr(self, f"_{step.kind}")(step, levers)
+        peak: cost.Phase = max(phases, key=lambda phase: phase.nbytes)
+        return peak
+
+    def _bytes(self, step: Step, peak: cost.Phase) -> tuple[int, int]:
+        """What is resident at ``peak``, and what the GPU holds."""
+        counted = _with_slack(peak.nbytes)
+        on_device = self.on_device and step.kind not in _ON_HOST
+        host = self.baseline + self.in_memory + counted
+        return host, CONTEXT_BYTES + counted if on_device else 0
 
     def plan(
         self, steps: tuple[StepPlan, ...], levers: Levers, host: _Budget, device: _Budget
@@ -823,30 +845,32 @@ def _choose_levers(
     """The least levers that are allowed, and the largest that fit (or the least).
 
     Halved one at a time, in their order, where that takes bytes off the steps that do not fit.
+    What a pass has made lies beside the next: fewest groups need not be the least.
     """
     if fixed is not None:
         return fixed, fixed
     largest = batch or _largest_batch(planner.stream)
     chosen = Levers(largest, largest, planner.stream.seq_len, planner.most_groups)
-    least = Levers(batch or 1, batch or 1, 1, 1)
-
-    def too_much(levers: Levers) -> int:
-        over = (
-            (s.peak_bytes - budget, s.device_bytes - device_budget) for s in planner.steps(levers)
-        )
-        return sum(max(0, host) + max(0, device) for host, device in over)
+    single = [Levers(batch or 1, batch or 1, 1, n) for n in range(planner.most_groups, 0, -1)]
+    least = min(single, key=planner.most_bytes)
 
     def halved(levers: Levers) -> Iterator[Levers]:
         for lever, value in asdict(levers).items():
-            if value > getattr(least, lever):
-                yield replace(levers, **{lever: math.ceil(value / 2)})
+            while value > getattr(single[-1], lever):
+                value = math.ceil(value / 2)
+                yield replace(levers, **{lever: value})
 
-    now = too_much(chosen)
-    while now:
-        chosen = next((fewer for fewer in halved(chosen) if too_much(fewer) < now), least)
-        if chosen == least:
-            break
-        now = too_much(chosen)
+    over = planner.excess(planner.schedule, chosen, budget, device_budget)
+    while over:
+        for fewer in halved(chosen):
+            # other levers only take bytes away: steps that fit need no second look
+            again = planner.schedule if fewer.groups < chosen.groups else list(over)
+            now = planner.excess(again, fewer, budget, device_budget)
+            if sum(now.values()) < sum(over.values()):
+                chosen, over = fewer, now
+                break
+        else:
+            return least, least
     return least, chosen
 
 
