@@ -64,8 +64,10 @@ ROWS = (
     Row("two-sided, pivot, allocated", TWO, "two"),
     Row("two-sided, pivot, allocated, anchored 0.5", (*TWO, "--update", "--anchor", "0.5"), "two"),
     Row("two-sided, pivot, allocated, refined", (*TWO, *REFINE), "two"),
+    Row("the same, 400 steps on 256 windows", (*TWO, "--refine", "400", "--samples", "256"),
+        ratios=("0.6",)),
     Row("two-sided, pivot, allocated, both domains", TWO, "mixed", mixed=True),
-    Row("the same, refined", (*TWO, *REFINE), "mixed", mixed=True),
+    Row("both domains, refined", (*TWO, *REFINE), "mixed", mixed=True),
 )  # fmt: skip
 
 
