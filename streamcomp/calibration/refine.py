@@ -31,11 +31,11 @@ from streamcomp.modeling.modules import FactoredLinear, LowRankLinear
 from streamcomp.modeling.skeleton import Call
 from streamcomp.modeling.streamer import LoadedBlock
 
-__all__ = ["REFINE_RATE", "Refined", "TrainingData", "refine_block"]
+__all__ = ["Refined", "TrainingData", "refine_block"]
 
 # Root mean square of a step's move, relative to that of the tensor that it moves, is this times the
 # block's loss to this power: a block that has little to gain is not shaken.
-REFINE_RATE, REFINE_POWER = 4.5e-2, 0.75
+_RATE, _POWER = 4.5e-2, 0.75
 
 _WINDOWS_PER_STEP = 1  # run one at a time, their gradients added up
 _HELD_OUT_EVERY = 8  # one window in as many is held out
@@ -102,7 +102,7 @@ def refine_block(
             parameters,
             held_out,
             steps,
-            rate or REFINE_RATE * before**REFINE_POWER,
+            rate or _RATE * before**_POWER,
             seed,
             progress,
         )

@@ -497,7 +497,7 @@ class _Planner:
         self.kept = self._moment_files() if keep_work else 0
         self.work_bytes = self._work_bytes(keep_work)
         self.in_memory = self.work_bytes if memory_backed else 0
-        self.most_groups = max(1, *(len(block.groups) for block in blocks))
+        self.most_groups = max([1, *(len(block.groups) for block in blocks)])
 
     def steps(self, levers: Levers) -> tuple[StepPlan, ...]:
         """Every step with its phases; the names of kinds are methods here and in the job."""
