@@ -404,9 +404,11 @@ def _at_a_time(made: streamcomp.Plan) -> str:
         parts.append(f"{levers.reverse_batch} in reverse")
     if "loss" in kinds:
         parts.append(f"{levers.head_tokens} tokens in the head")
-    passes = max(len(block.passes(levers.groups)) for block in made.blocks)
-    if passes > 1:
-        parts.append(f"{passes} passes (+{format_seconds(made.passes_seconds)})")
+    passes = max(len(block.passes(levers)) for block in made.blocks)
+    readings = max(len(block.passes(levers, observed=False)) for block in made.blocks)
+    if passes > 1 or (made.analysis and readings > 1):
+        times = f"{passes} passes, {readings} readings" if made.analysis else f"{passes} passes"
+        parts.append(f"{times} of a block (+{format_seconds(made.passes_seconds)})")
     return ", ".join(parts)
 
 

@@ -116,7 +116,7 @@ def _redo_block(
     """New factors for the chosen linears of one block, and its shard with them."""
     assert not isinstance(work.method, Swsc)
     found: list[Factored] = []
-    for groups in block.passes(work.plan.levers.groups):
+    for groups in block.passes(work.plan.levers):
         pairs = [(g, m) for g in groups for m in g.linears if m.disk_name in chosen]
         if not pairs:
             continue

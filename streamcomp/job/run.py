@@ -175,7 +175,7 @@ class Job:
             return make_plan(self.skeleton, self.recipe, self.budget, rates, levers=levers, **fits)
         except BudgetError:
             plan = make_plan(self.skeleton, self.recipe, self.budget, rates, **fits)
-            if replace(plan.levers, groups=levers.groups) != levers:
+            if replace(plan.levers, linears=levers.linears, groups=levers.groups) != levers:
                 self.progress.note(
                     f"the job began with {levers.batch} windows per forward, this budget allows "
                     f"{plan.levers.batch}: the result is the same within rounding"

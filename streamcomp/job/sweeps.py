@@ -87,12 +87,12 @@ def reverse(work: Workspace, stage: Stage, step: Step) -> Results:
 
     In one pass over the windows, or in several, each with the moments of some groups alone.
     """
-    number, block = step.block, work.block_plan(step.block)
+    number = step.block
     for key in (key for key in step.writes if key.startswith("hidden")):
         _again(work, stage, int(key.partition("-")[2]) - 1)
     below = next((key for key in step.writes if key == gradient_key(number)), None)
     linears: list[Results] = []
-    for turn, groups in enumerate(block.passes(work.plan.levers.groups)):
+    for turn, groups in enumerate(work.passes(step)):
         with work.block(stage, number) as loaded:
             observer = _differentiate(
                 work, stage, number, loaded, groups, below, outputs=bool(groups) and turn == 0
@@ -107,10 +107,10 @@ def analyse(work: Workspace, stage: Stage, step: Step) -> Results:
 
     In one pass over the windows, or in several, each with the moments of some groups alone.
     """
-    number, block = step.block, work.block_plan(step.block)
+    number = step.block
     target = next((key for key in step.writes if key.startswith("hidden")), None)
     linears: list[Results] = []
-    for groups in block.passes(work.plan.levers.groups):
+    for groups in work.passes(step):
         with work.block(stage, number) as loaded:
             with Observer(loaded.module, loaded.name, groups, work.device) as observer:
                 work.propagate(stage, "observing", loaded, number, hidden_key(number), target)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
+from streamcomp.calibration.observe import MomentGroup
 from streamcomp.checkpoint.index import read_header
 from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.errors import JobMismatchError, NonFiniteError
@@ -23,8 +24,8 @@ from streamcomp.methods import Method, Swsc
 from streamcomp.modeling.skeleton import Call, Skeleton
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
 from streamcomp.planning.meter import release
-from streamcomp.planning.plan import BlockPlan, Plan, gradient_dtype
-from streamcomp.planning.schedule import hidden_key
+from streamcomp.planning.plan import BlockPlan, Plan, gradient_dtype, passes_of_step
+from streamcomp.planning.schedule import Step, hidden_key
 from streamcomp.recipe import Recipe
 
 __all__ = ["Stage", "Workspace", "check_finite"]
@@ -104,6 +105,11 @@ class Workspace:
 
     def block_plan(self, number: int) -> BlockPlan:
         return self.plan.blocks[number]
+
+    def passes(self, step: Step) -> list[tuple[MomentGroup, ...]]:
+        """The groups that ``step`` works on each time that it reads its block."""
+        block, plan = self.block_plan(step.block), self.plan
+        return passes_of_step(step, block, self.recipe, plan.analysis, plan.levers)
 
     @contextmanager
     def block(self, stage: Stage, number: int) -> Iterator[LoadedBlock]:

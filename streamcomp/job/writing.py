@@ -67,13 +67,13 @@ class Factored:
 def block(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
     """Factor one block for one output, on the streams that it needs, and write its shard.
 
-    In one pass, or in several, each with the moments and weights of some groups alone; on the
+    In one pass, or in several, each with the moments and weights of some linears alone; on the
     compressed stream, where all factors run together, in one.
     """
-    plan, again = work.block_plan(step.block), work.recipe.compressed_stream
+    again = work.recipe.compressed_stream
     found: list[Factored] = []
     refined: Results = {}
-    for groups in [plan.groups] if again else plan.passes(work.plan.levers.groups):
+    for groups in work.passes(step):
         with work.block(stage, step.block) as loaded:
             found = [*found, *_factorize_groups(work, stage, step, loaded, groups, found)]
             if again:

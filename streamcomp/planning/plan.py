@@ -1,9 +1,9 @@
 """What a job will do: its steps, their bytes and seconds, and the levers that make it fit.
 
 A plan is made from headers. The levers that it pulls are sizes of what runs at a time: windows per
-forward (*micro-batch*), windows per forward and backward, tokens per call of the head, and groups
-of linears per pass over the windows. Each is as large as is of use, and halved while that makes a
-step smaller that does not fit.
+forward (*micro-batch*), windows per forward and backward, tokens per call of the head, linears per
+reading of a block, and groups of linears per pass over the windows. Each is as large as is of use,
+and halved while that makes a step smaller that does not fit.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ __all__ = [
     "gradient_dtype",
     "make_evaluation_plan",
     "make_plan",
+    "passes_of_step",
 ]
 
 # Rows per forward above which products get no faster.
@@ -77,12 +78,15 @@ _WINDOWS_PER_STEP = 1
 class Levers:
     """What runs at a time; a job keeps those that it began with, for they change rounding.
 
-    All but ``groups``, which costs time alone: a block is read and run once for every pass.
+    All but ``linears`` and ``groups``, which cost time alone: a block is read once for every so
+    many of its linears where they are factored from kept decompositions, and read and run once
+    for every so many of its groups where their moments are taken.
     """
 
     batch: int  # windows per forward
     reverse_batch: int  # windows per forward and backward
     head_tokens: int  # tokens per call of the head
+    linears: int  # linears per reading of a block, where no window runs
     groups: int  # moment groups of a block per pass over the windows
 
     @classmethod
@@ -128,10 +132,18 @@ class BlockPlan:
         """The linears to factor, in the order in which they are decomposed."""
         return [linear for group in self.groups for linear in group.linears]
 
-    def passes(self, groups: int) -> list[tuple[MomentGroup, ...]]:
-        """The groups of each pass over the windows, ``groups`` at a time; one pass at least."""
-        starts = range(0, max(1, len(self.groups)), groups)
-        return [self.groups[start : start + groups] for start in starts]
+    def passes(self, levers: Levers, *, observed: bool = True) -> list[tuple[MomentGroup, ...]]:
+        """What a step works on each time that it reads the block: some groups, one time at least.
+
+        ``levers.groups`` at a time where they are ``observed``; else ``levers.linears``, each in a
+        group of its own.
+        """
+        if observed:
+            groups, size = self.groups, levers.groups
+        else:
+            groups = tuple(replace(g, linears=(m,)) for g in self.groups for m in g.linears)
+            size = levers.linears
+        return [groups[start : start + size] for start in range(0, max(1, len(groups)), size)]
 
     def others(self, groups: Sequence[MomentGroup]) -> list[Linear]:
         """The linears that are in none of ``groups``: their weights are not needed with them."""
@@ -155,7 +167,7 @@ class Plan:
     baseline_bytes: int  # resident before the first step
     stream: StreamShape
     disk_bytes: int  # outputs, streams, analysis and journal together, at most
-    passes_seconds: float  # what more than one pass over the windows costs
+    passes_seconds: float  # what more than one pass and reading of each block costs
 
     @property
     def peak_bytes(self) -> int:
@@ -308,6 +320,18 @@ def make_plan(
 def can_be_analysed(recipe: Recipe) -> bool:
     """Whether decompositions depend on the dense model alone, and one serves every output."""
     return recipe.statistics == "dense" and recipe.method != "swsc" and not recipe.centred
+
+
+def passes_of_step(
+    step: Step, block: BlockPlan, recipe: Recipe, analysis: bool, levers: Levers
+) -> list[tuple[MomentGroup, ...]]:
+    """The groups that ``step`` works on each time that it reads its ``block``.
+
+    All at once where its factors run together on the compressed stream.
+    """
+    if step.kind == "block" and recipe.compressed_stream:
+        return [block.groups]
+    return block.passes(levers, observed=step.kind != "block" or not analysis)
 
 
 def needs_analysis(recipe: Recipe) -> bool:
@@ -498,6 +522,7 @@ class _Planner:
         self.work_bytes = self._work_bytes(keep_work)
         self.in_memory = self.work_bytes if memory_backed else 0
         self.most_groups = max([1, *(len(block.groups) for block in blocks)])
+        self.most_linears = max([1, *(len(block.targets) for block in blocks)])
 
     def steps(self, levers: Levers) -> tuple[StepPlan, ...]:
         """Every step with its phases; the names of kinds are methods here and in the job."""
@@ -516,6 +541,13 @@ class _Planner:
             )
         return tuple(made)
 
+    def seconds(self, levers: Levers) -> float:
+        return sum(sum(self._limits(step, levers).values()) for step in self.schedule)
+
+    def passes(self, step: Step, levers: Levers) -> list[tuple[MomentGroup, ...]]:
+        """The groups of each time that a step reads its block."""
+        return passes_of_step(step, self.blocks[step.block], self.recipe, self.analysis, levers)
+
     def excess(
         self, steps: Sequence[Step], levers: Levers, budget: int, device_budget: int
     ) -> dict[Step, int]:
@@ -526,9 +558,9 @@ class _Planner:
             found[step] = max(0, host - budget) + max(0, device - device_budget)
         return {step: nbytes for step, nbytes in found.items() if nbytes}
 
-    def most_bytes(self, levers: Levers) -> int:
-        """What the largest step takes, of host and GPU together."""
-        return max(sum(self._bytes(step, self._peak(step, levers))) for step in self.schedule)
+    def all_bytes(self, levers: Levers) -> int:
+        """What all steps take, of host and GPU together."""
+        return sum(sum(self._bytes(step, self._peak(step, levers))) for step in self.schedule)
 
     def _peak(self, step: Step, levers: Levers) -> cost.Phase:
         phases = getattr(self, f"_{step.kind}")(step, levers)
@@ -546,7 +578,8 @@ class _Planner:
         self, steps: tuple[StepPlan, ...], levers: Levers, host: _Budget, device: _Budget
     ) -> Plan:
         disk = sum(output.nbytes + self._text_bytes() for output in self.outputs)
-        at_once = self.steps(replace(levers, groups=self.most_groups))
+        at_once = replace(levers, linears=self.most_linears, groups=self.most_groups)
+        more = sum(step.seconds for step in steps) - self.seconds(at_once)
         return Plan(
             tuple(self.blocks),
             tuple(self.outputs),
@@ -560,7 +593,7 @@ class _Planner:
             self.baseline,
             self.stream,
             disk + self.work_bytes,
-            sum(step.seconds for step in steps) - sum(step.seconds for step in at_once),
+            more,
         )
 
     # -- phases of each kind of step -----------------------------------------------------
@@ -600,7 +633,7 @@ class _Planner:
             )
         dtype = gradient_dtype(self.stream.dtype)
         outgoing = block.cost.output_gradient_bytes
-        for groups in block.passes(levers.groups):
+        for groups in self.passes(step, levers):
             moments = outgoing + self._moment_bytes(groups)
             yield block.cost.reverse(levers.reverse_batch, dtype, moments)
             yield from self._decompositions(block, groups)
@@ -609,7 +642,7 @@ class _Planner:
     def _analyse(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         block = self.blocks[step.block]
         yield block.cost.load()
-        for groups in block.passes(levers.groups):
+        for groups in self.passes(step, levers):
             yield block.cost.observe(levers.batch, self._moment_bytes(groups))
             yield from self._decompositions(block, groups)
 
@@ -633,7 +666,7 @@ class _Planner:
         block, recipe = self.blocks[step.block], self.recipe
         known, again = block.cost, recipe.compressed_stream
         ranks, factors = self._most_ranks(step), 0
-        for groups in [block.groups] if again else block.passes(levers.groups):
+        for groups in self.passes(step, levers):
             yield known.load(factors)
             yield from self._factorizations(block, groups, ranks, factors, levers)
             factors += sum(
@@ -723,8 +756,7 @@ class _Planner:
         limits = {"loading": read / rates.disk_bytes}
         if step.kind == "forward":
             return limits | {"forward": forward}
-        together = step.kind == "block" and recipe.compressed_stream
-        passes = 1 if together else len(block.passes(levers.groups))
+        passes = len(self.passes(step, levers))
         limits["loading"] *= passes
         if step.kind in ("reverse", "analyse"):
             limits["decomposing"] = self._solve_seconds(block)
@@ -845,18 +877,21 @@ def _choose_levers(
     """The least levers that are allowed, and the largest that fit (or the least).
 
     Halved one at a time, in their order, where that takes bytes off the steps that do not fit.
-    What a pass has made lies beside the next: fewest groups need not be the least.
+    What a pass has made lies beside the next: the most passes need not be the least bytes.
     """
     if fixed is not None:
         return fixed, fixed
     largest = batch or _largest_batch(planner.stream)
-    chosen = Levers(largest, largest, planner.stream.seq_len, planner.most_groups)
-    single = [Levers(batch or 1, batch or 1, 1, n) for n in range(planner.most_groups, 0, -1)]
-    least = min(single, key=planner.most_bytes)
+    linears, groups = planner.most_linears, planner.most_groups
+    chosen = Levers(largest, largest, planner.stream.seq_len, linears, groups)
+    smallest = least = Levers(batch or 1, batch or 1, 1, 1, 1)
+    for lever, most in (("linears", linears), ("groups", groups)):
+        tries = [replace(least, **{lever: number}) for number in range(most, 0, -1)]
+        least = min(tries, key=planner.all_bytes)
 
     def halved(levers: Levers) -> Iterator[Levers]:
         for lever, value in asdict(levers).items():
-            while value > getattr(single[-1], lever):
+            while value > getattr(smallest, lever):
                 value = math.ceil(value / 2)
                 yield replace(levers, **{lever: value})
 
@@ -864,7 +899,8 @@ def _choose_levers(
     while over:
         for fewer in halved(chosen):
             # other levers only take bytes away: steps that fit need no second look
-            again = planner.schedule if fewer.groups < chosen.groups else list(over)
+            passes = (fewer.linears, fewer.groups) != (chosen.linears, chosen.groups)
+            again = planner.schedule if passes else list(over)
             now = planner.excess(again, fewer, budget, device_budget)
             if sum(now.values()) < sum(over.values()):
                 chosen, over = fewer, now

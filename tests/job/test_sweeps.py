@@ -148,7 +148,7 @@ def test_passes_over_the_windows_change_no_byte(
     def fewer(*given: Any) -> tuple[Levers, Levers]:
         least, most = choose(*given)
         assert most.groups > 1 or given[1] is not None  # chosen before
-        return least, replace(most, groups=1)
+        return least, replace(most, linears=1, groups=1)
 
     with mock.patch.object(plan, "_choose_levers", fewer):
         report = compress(dense, tmp_path / "several", text, **settings).report
@@ -169,7 +169,7 @@ def test_a_job_goes_on_in_more_passes_than_it_began_with(
     held = Levers.of_journal
 
     def fewer(cls: type[Levers], header: Any) -> Levers:
-        return replace(held(header), groups=1)
+        return replace(held(header), linears=1, groups=1)
 
     with mock.patch.object(Levers, "of_journal", classmethod(fewer)):
         compress(pico("llama"), tmp_path / "out", text)

@@ -81,7 +81,8 @@ def run(model, out, text, max_ram, **settings):
         settings["ratio"] = tuple(settings["ratio"])
     if "groups" in settings:
         choose, groups = plan._choose_levers, settings.pop("groups")
-        plan._choose_levers = lambda *given: (2 * (replace(choose(*given)[1], groups=groups),))
+        fewer = {"groups": groups, "linears": groups}
+        plan._choose_levers = lambda *given: (2 * (replace(choose(*given)[1], **fewer),))
     try:
         report = compress(Path(model), Path(out), text, max_ram=max_ram, **settings).report
     except BudgetError as error:
@@ -244,7 +245,7 @@ def test_a_job_finishes_within_the_least_budget_it_was_told(
 def test_the_least_budget_fits_and_what_is_below_the_least_peak_does_not(
     models: dict[str, Path], model: str
 ) -> None:
-    peak = planned(models[model], levers=Levers(1, 1, 1, 1)).peak_bytes
+    peak = planned(models[model], levers=Levers(1, 1, 1, 1, 1)).peak_bytes
     minimum = planned(models[model]).minimum_bytes
 
     assert minimum % MiB == 0
@@ -465,7 +466,7 @@ def test_groups_share_a_pass_unless_only_several_passes_fit(tmp_path: Path) -> N
     assert most == len(ample.blocks[0].groups) > 2
     assert ample.passes_seconds == 0
     together = [
-        planned(tmp_path, samples=64, seq_len=512, levers=Levers(1, 1, 1, n), **settings)
+        planned(tmp_path, samples=64, seq_len=512, levers=Levers(1, 1, 1, 7, n), **settings)
         for n in (most, 2, 1)
     ]
 
@@ -474,7 +475,7 @@ def test_groups_share_a_pass_unless_only_several_passes_fit(tmp_path: Path) -> N
         max(step.peak_bytes for step in made.steps if step.step.kind == "reverse")
         for made in together
     ]
-    assert [len(made.blocks[0].passes(made.levers.groups)) for made in together] == [
+    assert [len(made.blocks[0].passes(made.levers)) for made in together] == [
         1,
         -(-most // 2),
         most,
