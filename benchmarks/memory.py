@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--form", default="pivot", choices=("pivot", "uv"))
     parser.add_argument("--methods", nargs="+", default=["svd-llm", "two-sided"], choices=METHODS)
     parser.add_argument("--refine", default="0", metavar="STEPS")
-    parser.add_argument("--include", default="", help="regular expression: these linears alone")
     parser.add_argument("--eval", action="store_true", help="evaluate what came out as well")
     parser.add_argument("--work", type=Path, default=Path("."), help="where folders are made")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
@@ -109,7 +108,6 @@ def _compress(
             *(sys.executable, "-m", "streamcomp", "compress", str(model), str(work / "out")),
             *("--max-ram", str(limit), "--samples", samples, "--seq-len", options.seq_len),
             *("--form", options.form, "--method", method, "--refine", options.refine),
-            *("--include", options.include),
             *("--json", *text),
         ],
         limit,

@@ -76,7 +76,7 @@ def test_reported_losses_are_the_measured_ones(
     measured = measured_losses(dense, tmp_path / "out", tokens, statistics)
     assert min(measured.values()) > 1e-5 and max(measured.values()) < 0.5
     assert reported.keys() == measured.keys()
-    known = torch.finfo(dtype).eps  # of the energy, to which sums in that dtype tell it
+    known = torch.finfo(dtype).eps / 2  # of the energy: what one rounding in that dtype hides
     for name, loss in measured.items():
         assert reported[name] == pytest.approx(loss, rel=tolerance, abs=known), name
 
