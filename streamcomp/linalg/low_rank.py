@@ -271,22 +271,28 @@ def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
     which never makes it worse than none. ``left`` is overwritten, and the product (k, n) never
     formed. Holds three r x r matrices and ``PANEL`` columns of ``right``.
     """
+    correction = _ridged(*_products_of_rounded(right, rounded))
+    with exact_products(rounded.dtype):  # a correction of the size of that rounding
+        for rows in left.split(PANEL):
+            rows += rows @ correction
+    return left
+
+
+def _products_of_rounded(right: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
+    """V~ V~^T and (V - V~) V~^T, (r, r) both, of V (r, n) and V~ as it is rounded."""
     rank = len(right)
-    cross = torch.zeros(rank, rank, dtype=left.dtype, device=left.device)
-    inner = torch.zeros_like(cross)
+    inner = torch.zeros(rank, rank, dtype=right.dtype, device=right.device)
+    cross = torch.zeros_like(inner)
     for start in range(0, right.shape[1], PANEL):
         columns = slice(start, start + PANEL)
-        wide = rounded[:, columns].to(left.dtype)
+        wide = rounded[:, columns].to(right.dtype)
         missing = right[:, columns] - wide  # small: its own rounding does not count
         with exact_products(rounded.dtype):
             cross.addmm_(missing, wide.T)
             for first in range(0, rank, PANEL):
                 last = min(first + PANEL, rank)
                 inner[first:last, :last].addmm_(wide[first:last], wide[:last].T)
-    correction = _ridged(mirror(inner), cross)
-    for rows in left.split(PANEL):
-        rows += rows @ correction
-    return left
+    return mirror(inner), cross
 
 
 def _ridged(inner: Tensor, cross: Tensor) -> Tensor:
@@ -369,12 +375,12 @@ def _transposed_product(vectors: Tensor, triangle: Tensor) -> Tensor:
     result = torch.empty(
         vectors.shape[1], triangle.shape[1], dtype=vectors.dtype, device=vectors.device
     )
-    for start in range(0, len(result), PANEL):
-        columns = slice(start, start + PANEL)
-        wide = vectors[:, columns].T.double()
-        for first in range(0, len(triangle), PANEL):
-            last = min(first + PANEL, len(triangle))
-            result[columns, first:last] = wide[:, :last] @ triangle[:last, first:last]
+    for first in range(0, len(triangle), PANEL):
+        last = min(first + PANEL, len(triangle))
+        columns = triangle[:last, first:last].to(vectors.dtype)
+        for start in range(0, len(result), PANEL):
+            rows = slice(start, start + PANEL)
+            result[rows, first:last] = vectors[:last, rows].T @ columns
     return result
 
 

@@ -343,23 +343,37 @@ def moment_products(group: MomentGroup) -> float:
     return float(sum(size * (size + panel_of(size)) for size in sizes))
 
 
-def decomposition_flops(rows: int, columns: int, side: str, gradients: bool = False) -> float:
-    """Floating-point operations in fp64 of one linear, beside those of its eigenvectors.
+def decomposition_flops(
+    rows: int, columns: int, side: str, gradients: bool = False
+) -> dict[str, float]:
+    """Floating-point operations of one linear, beside those of its eigenvectors, by their rate.
 
-    Products of symmetric matrices count their lower half, those of triangles what is not zero.
+    Rates are fields of ``MachineRates``. Products of symmetric matrices count their lower half,
+    those of triangles what is not zero.
     """
     small = min(rows, columns)
-    both_sides = (1 / 3 + 5 / 3 + 2 + 1) * small**3  # Cholesky, L^T M L, both bases
+    flops = {"moment_flops": 0.0, "wide_flops": 0.0, "solve_flops": 0.0}
     if rows > columns:
-        return rows * columns**2 + both_sides
-    outputs = 3.0 * rows * columns**2 if side == "inputs" else 0.0
-    return outputs + (both_sides if gradients else 0.0)
+        flops["moment_flops"] += rows * columns**2  # W^T W
+    elif side == "inputs":
+        flops["wide_flops"] += 2.0 * rows * columns**2 + rows**2 * columns  # W H W^T
+    if rows > columns or gradients:
+        flops["wide_flops"] += (1 / 3 + 1 + 1) * small**3  # Cholesky, L^T M L, one basis
+        flops["solve_flops"] += small**3  # the other one
+    return flops
 
 
-def factorization_flops(rows: int, columns: int, rank: int) -> float:
-    """The same of its factors at ``rank``, in the dtype that they are solved in."""
-    products = 2.0 * rows * columns * rank + 6.0 * columns * rank**2
-    return products + 4.0 * (rows - rank) * rank**2 + 3.0 * rank**3
+def factorization_flops(rows: int, columns: int, rank: int, form: str) -> dict[str, float]:
+    """The same of its factors at ``rank``, as ``form`` stores them."""
+    solving = 2.0 * rows * columns * rank + 7 / 3 * rank**3  # the product, and the fit's solution
+    fitted = rows
+    if form == "pivot":  # LU, coefficients, pivot rows
+        fitted = rows - rank
+        solving += (rows + fitted + 2 * columns) * rank**2 + 5 / 3 * rank**3
+    return {
+        "moment_flops": (3.0 * columns + 2.0 * fitted) * rank**2,  # the fit's products
+        "solve_flops": solving,
+    }
 
 
 def muon_flops(rows: int, columns: int, rank: int) -> float:

@@ -792,19 +792,20 @@ class _Planner:
         return moments / self.rates.moment_flops + products / self.rates.model_flops
 
     def _solve_seconds(self, block: BlockPlan) -> float:
-        """Eigenvectors, and the products in fp64 around them."""
+        """Eigenvectors, and the products around them."""
         seconds = 0.0
         for group in block.groups:
             for m in group.linears:
-                wide = cost.decomposition_flops(m.rows, m.columns, group.side, group.gradients)
+                flops = cost.decomposition_flops(m.rows, m.columns, group.side, group.gradients)
                 seconds += self.rates.eigh_seconds(min(m.rows, m.columns))
-                seconds += wide / self.rates.wide_flops
+                seconds += self.rates.seconds(flops)
         return seconds
 
     def _factor_seconds(self, block: BlockPlan) -> float:
         half = {m: min(m.rows, m.columns) // 2 for m in block.targets}
-        flops = sum(cost.factorization_flops(m.rows, m.columns, r) for m, r in half.items())
-        return flops / self.rates.solve_flops
+        form = self.recipe.form
+        flops = (cost.factorization_flops(m.rows, m.columns, r, form) for m, r in half.items())
+        return sum(map(self.rates.seconds, flops))
 
     def _refining_seconds(self, block: BlockPlan) -> float:
         """One step of refinement: windows forward and back, and the optimizer."""

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ class MachineRates:
     small_eigh_flops: float  # eigh in fp64, counted as 9 n^3
     eigh_flops: float  # eigh of a large matrix, in the dtype that those take
     disk_bytes: float = _DISK
+
+    def seconds(self, operations: Mapping[str, float]) -> float:
+        """Of so many operations, by the names of the rates they run at."""
+        return sum(count / float(getattr(self, name)) for name, count in operations.items())
 
     def eigh_seconds(self, size: int) -> float:
         """Of one decomposition (n, n)."""
