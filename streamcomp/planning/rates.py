@@ -18,7 +18,7 @@ from streamcomp.linalg.symmetric import SMALL, exact_products, solve_dtype
 
 __all__ = ["MachineRates", "measure_disk", "measure_rates"]
 
-_PRODUCT, _EIGH = 1024, 512  # sizes that are timed
+_PRODUCT, _SMALL_EIGH, _EIGH = 1024, 512, 1024  # sizes that are timed
 _FILE_BYTES = 16 * 2**20
 _DISK = 500e6  # bytes per second, where no folder is known
 
@@ -45,7 +45,7 @@ class MachineRates:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
-    """Time small products and one eigh; takes about a second."""
+    """Time small products and two eigh; takes about a second."""
 
     def product(kind: torch.dtype, cast_from: torch.dtype = torch.float32) -> float:
         # as a linear does it: a plain product in fp16 takes the CPU twenty times as long
@@ -54,17 +54,19 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
         with exact_products(cast_from):
             return 2.0 * _PRODUCT**3 / _best_seconds(lambda: run(left, left), device)
 
-    def eigenvectors(kind: torch.dtype) -> float:
-        matrix = torch.eye(_EIGH, dtype=kind, device=device)
-        return 9.0 * _EIGH**3 / _best_seconds(lambda: torch.linalg.eigh(matrix), device)
+    def eigenvectors(kind: torch.dtype, size: int) -> float:
+        random = torch.Generator().manual_seed(0)
+        rows = torch.randn(size, size, generator=random, dtype=kind).to(device)
+        matrix = rows @ rows.T  # an easier one is solved several times as fast
+        return 9.0 * size**3 / _best_seconds(lambda: torch.linalg.eigh(matrix), device)
 
     return MachineRates(
         product(dtype),
         product(moment_dtype(dtype), dtype),
         product(solve_dtype(dtype)),
         product(torch.float64),
-        eigenvectors(torch.float64),
-        eigenvectors(solve_dtype(dtype)),
+        eigenvectors(torch.float64, _SMALL_EIGH),
+        eigenvectors(solve_dtype(dtype), _EIGH),
     )
 
 
