@@ -23,8 +23,8 @@ def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Returns
     -------
-    pivots : int64 Tensor of shape (r,)
-    rest : int64 Tensor of shape (m - r,)
+    pivots : int64 Tensor of shape (r,), ascending
+    rest : int64 Tensor of shape (m - r,), ascending
     coefficients : Tensor of shape (m - r, r), with basis[rest] = coefficients @ basis[pivots]
     square : Tensor of shape (r, r), basis[pivots]
 
@@ -54,9 +54,10 @@ def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lower = triangle.tril(-1)
     lower.diagonal().fill_(1)
     square = lower @ triangle.triu_()
+    del triangle, lower
     if coefficients.numel():
         _exchange(coefficients, pivots, others, square)
-    return pivots, others, coefficients, square
+    return _sort(pivots, others, coefficients, square)
 
 
 def _order(swaps: Tensor, rows: int) -> Tensor:
@@ -85,6 +86,19 @@ def _exchange(coefficients: Tensor, pivots: Tensor, rest: Tensor, square: Tensor
         held = pivots[column].clone()
         pivots[column] = rest[row]
         rest[row] = held
+
+
+def _sort(
+    pivots: Tensor, rest: Tensor, coefficients: Tensor, square: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows in ascending order, so that outputs are gathered from memory in order at run time."""
+    pivots, columns = pivots.sort()
+    rest, rows = rest.sort()
+    for part in coefficients.split(PANEL):
+        part.copy_(part[:, columns])
+    for part in coefficients.split(PANEL, dim=1):
+        part.copy_(part[rows])
+    return pivots, rest, coefficients, square[columns]
 
 
 def _largest(matrix: Tensor) -> tuple[int, int]:

@@ -54,6 +54,8 @@ def test_pivots_span_the_other_rows(name: str, random: Generator) -> None:
     pivots, rest, coefficients, square = interpolate(basis.clone())
 
     assert sorted([*pivots.tolist(), *rest.tolist()]) == list(range(rows))
+    assert pivots.tolist() == sorted(pivots.tolist())
+    assert rest.tolist() == sorted(rest.tolist())
     assert coefficients.shape == (rows - rank, rank)
     assert coefficients.abs().max() <= MOST_COEFFICIENT
     assert torch.allclose(coefficients @ basis[pivots], basis[rest], atol=1e-9)

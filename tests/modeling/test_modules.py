@@ -105,6 +105,21 @@ def test_pivots_are_no_parameter_and_stay_whole_numbers(random: Generator) -> No
     assert module.pivots.dtype == torch.int32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_outputs_are_put_in_order_alike_with_and_without_gradients(
+    dtype: torch.dtype, random: Generator
+) -> None:
+    module = filled("pivot", random, dtype=dtype)
+    inputs = torch.randn(2, 5, 20, generator=random).to(dtype)
+    with torch.no_grad():
+        plain = module(inputs)
+
+    recorded = module(inputs.clone().requires_grad_())
+    recorded.sum().backward()
+
+    assert torch.equal(plain, recorded)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_factored_linear_passes_for_a_linear(form: str, random: Generator) -> None:
     module = filled(form, random)
