@@ -259,7 +259,9 @@ def _factored(linear: nn.Linear, form: str, ratio: float) -> nn.Module:
     for value in module.parameters():
         nn.init.normal_(value, std=0.02)
     if form == "pivot":
-        module.pivots.copy_(torch.randperm(rows))
+        pivots, rest = torch.randperm(rows).split((rank, rows - rank))
+        order = torch.cat((pivots.sort().values, rest.sort().values))  # as factors are written
+        module.pivots[order] = torch.arange(rows, dtype=module.pivots.dtype)
     return module.requires_grad_(False)
 
 
