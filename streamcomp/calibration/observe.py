@@ -117,7 +117,7 @@ class Observer:
             if self._totals:
                 watched.total = torch.zeros(group.size, dtype=torch.float64, device=self._device)
             self._watched[group] = watched
-            self._hooks.append(_watch(module, group.side, watched))
+            self._hooks.append(_watch(module, group.side, watched, recorded=group.gradients))
             for linear in group.linears if group.gradients else ():
                 size = min(linear.rows, linear.columns)
                 summed = _GradientSum(SecondMoment(size, dtype=dtype, device=self._device))
@@ -187,15 +187,23 @@ class _GradientSum:
             self.moment.update(rows @ weight if weight.shape[0] > weight.shape[1] else rows)
 
 
-def _watch(module: nn.Linear, side: Side, watched: _Watched) -> Any:
+def _watch(module: nn.Linear, side: Side, watched: _Watched, *, recorded: bool) -> Any:
+    """With ``recorded``, forwards that autograd does not record are not seen: they come twice."""
+
+    def counts() -> bool:
+        return torch.is_grad_enabled() or not recorded
+
     if side == "inputs":
 
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            watched.update(args[0])
+            if counts():
+                watched.update(args[0])
 
         return module.register_forward_pre_hook(before)
 
     def after(linear: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        if not counts():
+            return
         bias = linear.bias
         watched.update(output, shift=bias if isinstance(bias, Tensor) else None)
 

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 JOURNAL = "journal.jsonl"
-_VERSION = 4
+_VERSION = 5
 _PIECE_BYTES = 1 << 20
 
 # field -> value; all must agree for a job to be continued

@@ -82,7 +82,8 @@ class Workspace:
 
     @cached_property
     def streamer(self) -> BlockStreamer:
-        return BlockStreamer(self.skeleton, self.device)
+        tokens = self.plan.levers.feed_forward_tokens
+        return BlockStreamer(self.skeleton, self.device, tokens)
 
     @property
     def windows_path(self) -> Path:

@@ -316,6 +316,7 @@ def _update(
     modules = {item.linear.name: loaded.factored(item.linear.name) for item in found}
     refit = Refit(loaded, modules, work.recipe.anchor)
     with (
+        loaded.whole(),  # a linear is watched once in a forward
         work.reading(hidden_key(number)) as dense,
         work.reading(hidden_key(number, step.output)) as compressed,
     ):
@@ -342,6 +343,7 @@ def _refine(
     number, recipe = step.block, work.recipe
     run_dtype = work.gradient_dtype
     with (
+        loaded.whole(),  # its weights take gradients
         loaded.cast(run_dtype),
         work.reading(hidden_key(number, step.output)) as inputs,
         work.reading(hidden_key(number + 1)) as targets,

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.modeling.feed_forward import in_chunks, whole
 from streamcomp.modeling.modules import FactoredLinear
 from streamcomp.modeling.skeleton import Call, Skeleton
 
@@ -89,6 +90,12 @@ class LoadedBlock:
             for parameter, before in own.items():
                 parameter.data = parameter.data.to(before)
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Its feed-forward on all positions at once, for as long as the ``with`` lasts."""
+        with whole(self.module):
+            yield
+
     def dense_linear(self, name: str) -> nn.Linear:
         """The original linear ``name``, whether it is replaced or not."""
         linear = self._replaced.get(name) or self.module.get_submodule(name)
@@ -140,10 +147,16 @@ class LoadedBlock:
 
 
 class BlockStreamer:
-    """Loads parts of ``skeleton``'s model onto ``device`` and runs them."""
+    """Loads parts of ``skeleton``'s model onto ``device`` and runs them.
 
-    def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
+    ``feed_forward_tokens`` is how many positions a block's feed-forward runs at a time; 0: all.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, device: torch.device, feed_forward_tokens: int = 0
+    ) -> None:
         self.skeleton, self.device = skeleton, device
+        self._feed_forward_tokens = feed_forward_tokens
         wanted = skeleton.modules_before - {skeleton.embedding_name}
         _move_buffers(skeleton.model, device)
         self._load_outer(wanted)
@@ -166,7 +179,8 @@ class BlockStreamer:
             loaded.digest = self._load(lambda parameter: parameter.startswith(name + "."))
             _check_loaded(name, module)
             module.requires_grad_(False)
-            yield loaded
+            with in_chunks(module, self._feed_forward_tokens):
+                yield loaded
         finally:
             loaded.restore()
             _free(module)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
+from streamcomp.modeling.feed_forward import in_chunks
 from streamcomp.modeling.skeleton import Call
 
 __all__ = ["BlockTrace", "trace_block"]
@@ -45,9 +46,11 @@ class BlockTrace:
 
 
 def trace_block(
-    block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: Call
+    block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: Call, tokens: int = 0
 ) -> BlockTrace:
     """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
+
+    With ``tokens`` its feed-forward runs as many positions at a time.
 
     A block whose code depends on the data (a mixture's routing) cannot be traced: then no
     sharing is assumed, and bytes and operations are estimated from its linears.
@@ -56,7 +59,8 @@ def trace_block(
     level = log.level
     log.setLevel(logging.CRITICAL)  # it tells of every kernel that knows no fake tensors
     try:
-        return _trace(block, linears, hidden, call)
+        with in_chunks(block, tokens):
+            return _trace(block, linears, hidden, call)
     except Exception:  # whatever the model's own code raises on fake tensors
         return _estimate(block, linears, hidden)
     finally:
@@ -93,7 +97,9 @@ def _trace(
             for hook in hooks:
                 hook.remove()
             with torch.enable_grad(), _LiveBytes([start]) as both:
-                _backward(block, state, start.requires_grad_(), copied)
+                named = {f"block.{name}": value for name, value in state.items()}
+                start.requires_grad_()
+                torch.func.functional_call(_Backward(block), named, (start, *copied[0]), copied[1])
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,11 +112,18 @@ def _trace(
     )
 
 
-def _backward(block: nn.Module, state: Any, start: Tensor, copied: Any) -> None:
-    """A forward, and a backward to ``start`` from a gradient of ones."""
-    output = torch.func.functional_call(block, state, (start, *copied[0]), copied[1])
-    output = output[0] if isinstance(output, tuple | list) else output
-    torch.autograd.grad(output, start, torch.ones_like(output))
+class _Backward(nn.Module):
+    """A forward, and a backward to its input from a gradient of ones."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, start: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.block(start, *args, **kwargs)
+        output = output[0] if isinstance(output, tuple | list) else output
+        found: Tensor = torch.autograd.grad(output, start, torch.ones_like(output))[0]
+        return found
 
 
 def _estimate(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor) -> BlockTrace:

@@ -1,16 +1,17 @@
 """What a job will do: its steps, their bytes and seconds, and the levers that make it fit.
 
 A plan is made from headers. The levers that it pulls are sizes of what runs at a time: windows per
-forward (*micro-batch*), windows per forward and backward, tokens per call of the head, linears per
-reading of a block, and groups of linears per pass over the windows. Each is as large as is of use,
-and halved while that makes a step smaller that does not fit.
+forward (*micro-batch*), windows per forward and backward, tokens per call of the head and of a
+feed-forward, linears per reading of a block, and groups of linears per pass over the windows. Each
+is as large as is of use, and halved while that makes a step smaller that does not fit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import BlockTrace, trace_block
 from streamcomp.planning import cost
+from streamcomp.planning.cost import BlockCost
 from streamcomp.planning.meter import CONTEXT_BYTES, release, resident_bytes
 from streamcomp.planning.outputs import (
     OutputPlan,
@@ -54,8 +56,8 @@ __all__ = [
     "passes_of_step",
 ]
 
-# Rows per forward above which products get no faster.
-_ENOUGH_TOKENS = 8192
+# Rows per forward above which products get no faster, and below which they are slow.
+_ENOUGH_TOKENS, _FEW_TOKENS = 8192, 256
 # Share added to what the formulas count, for what the allocator rounds up.
 _SLACK = 1.05
 _NOTHING = "(?!)"  # a regular expression that matches no name
@@ -86,6 +88,7 @@ class Levers:
     batch: int  # windows per forward
     reverse_batch: int  # windows per forward and backward
     head_tokens: int  # tokens per call of the head
+    feed_forward_tokens: int  # tokens of each window per call of a block's feed-forward
     linears: int  # linears per reading of a block, where no window runs
     groups: int  # moment groups of a block per pass over the windows
 
@@ -125,7 +128,19 @@ class BlockPlan:
     linears: BlockLinears
     groups: tuple[MomentGroup, ...]
     trace: BlockTrace
-    cost: cost.BlockCost
+    cost: BlockCost
+    retrace: Callable[[int], BlockTrace]  # with so many tokens per call of the feed-forward
+
+    def cost_with(self, levers: Levers) -> BlockCost:
+        """``cost`` where the feed-forward runs as many tokens at a time as ``levers`` say."""
+        if levers.feed_forward_tokens >= self.cost.stream.seq_len:
+            return self.cost
+        trace = self.retrace(levers.feed_forward_tokens)
+        return replace(
+            self.cost,
+            activation_bytes=trace.activation_bytes,
+            autograd_bytes=trace.autograd_bytes,
+        )
 
     @property
     def targets(self) -> list[Linear]:
@@ -167,7 +182,7 @@ class Plan:
     baseline_bytes: int  # resident before the first step
     stream: StreamShape
     disk_bytes: int  # outputs, streams, analysis and journal together, at most
-    passes_seconds: float  # what more than one pass and reading of each block costs
+    levers_seconds: float  # what levers cost that compute or read anything again
 
     @property
     def peak_bytes(self) -> int:
@@ -220,7 +235,7 @@ class Plan:
             "device_peak_bytes": self.device_peak_bytes,
             "batch": self.levers.batch,
             "levers": asdict(self.levers),
-            "passes_seconds": round(self.passes_seconds, 1),
+            "levers_seconds": round(self.levers_seconds, 1),
             "windows": self.stream.windows,
             "seq_len": self.stream.seq_len,
             "seconds": round(self.seconds, 1),
@@ -398,7 +413,7 @@ def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list
     """Linears and groups of every block; one trace per kind of block."""
     _, calls = skeleton.dry_record(1, stream.seq_len)
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
-    traces: dict[tuple[Any, ...], BlockTrace] = {}
+    traces: dict[tuple[Any, ...], Callable[[int], BlockTrace]] = {}
     chosen = chosen_blocks(recipe.blocks, len(skeleton))
     blocks = []
     for number in range(len(skeleton)):
@@ -409,14 +424,16 @@ def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list
                 linear.name: skeleton.block(number).get_submodule(linear.name)
                 for linear in block.eligible
             }
-            traces[kind] = trace_block(skeleton.block(number), modules, hidden, calls[number])
-        trace = traces[kind]
+            traces[kind] = cache(
+                partial(trace_block, skeleton.block(number), modules, hidden, calls[number])
+            )
+        trace = traces[kind](0)
         groups = _groups(recipe, block, trace, stream) if number in chosen else ()
         weight_bytes = sum(
             value.numel() * value.element_size()
             for value in skeleton.block(number).state_dict().values()
         )
-        known = cost.BlockCost(
+        known = BlockCost(
             weight_bytes,
             _merge_bytes(skeleton, number),
             trace.activation_bytes,
@@ -425,7 +442,7 @@ def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list
             groups,
         )
         name = skeleton.block_name(number)
-        blocks.append(BlockPlan(number, name, block, groups, trace, known))
+        blocks.append(BlockPlan(number, name, block, groups, trace, known, traces[kind]))
     return blocks
 
 
@@ -578,7 +595,12 @@ class _Planner:
         self, steps: tuple[StepPlan, ...], levers: Levers, host: _Budget, device: _Budget
     ) -> Plan:
         disk = sum(output.nbytes + self._text_bytes() for output in self.outputs)
-        at_once = replace(levers, linears=self.most_linears, groups=self.most_groups)
+        at_once = replace(
+            levers,
+            feed_forward_tokens=self.stream.seq_len,
+            linears=self.most_linears,
+            groups=self.most_groups,
+        )
         more = sum(step.seconds for step in steps) - self.seconds(at_once)
         return Plan(
             tuple(self.blocks),
@@ -610,7 +632,7 @@ class _Planner:
         yield cost.Phase("embed", {"embeddings": held})
 
     def _forward(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
-        block = self.blocks[step.block].cost
+        block = self.blocks[step.block].cost_with(levers)
         yield block.load()
         yield block.forward(levers.batch)
 
@@ -627,15 +649,15 @@ class _Planner:
         yield block.cost.load()
         if any(key.startswith("hidden") for key in step.writes):
             yield from (
-                self.blocks[k].cost.forward(levers.reverse_batch)
+                self.blocks[k].cost_with(levers).forward(levers.reverse_batch)
                 for k in range(step.block - len(step.writes), step.block)
                 if k >= 0
             )
         dtype = gradient_dtype(self.stream.dtype)
-        outgoing = block.cost.output_gradient_bytes
+        outgoing, known = block.cost.output_gradient_bytes, block.cost_with(levers)
         for groups in self.passes(step, levers):
             moments = outgoing + self._moment_bytes(groups)
-            yield block.cost.reverse(levers.reverse_batch, dtype, moments)
+            yield known.reverse(levers.reverse_batch, dtype, moments)
             yield from self._decompositions(block, groups)
             outgoing = 0
 
@@ -643,7 +665,8 @@ class _Planner:
         block = self.blocks[step.block]
         yield block.cost.load()
         for groups in self.passes(step, levers):
-            yield block.cost.observe(levers.batch, self._moment_bytes(groups))
+            known = block.cost_with(levers)
+            yield known.observe(levers.batch, self._moment_bytes(groups))
             yield from self._decompositions(block, groups)
 
     def _decompositions(
@@ -664,7 +687,7 @@ class _Planner:
 
     def _block(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         block, recipe = self.blocks[step.block], self.recipe
-        known, again = block.cost, recipe.compressed_stream
+        known, again = block.cost_with(levers), recipe.compressed_stream
         ranks, factors = self._most_ranks(step), 0
         for groups in self.passes(step, levers):
             yield known.load(factors)
@@ -678,9 +701,9 @@ class _Planner:
         if recipe.follows:
             yield known.forward(levers.batch, factors)
         if recipe.update:
-            yield known.update(levers.batch, ranks, factors)
+            yield block.cost.update(levers.batch, ranks, factors)
         if recipe.refine:
-            yield from known.refine(ranks, recipe.form, factors)
+            yield from block.cost.refine(ranks, recipe.form, factors)
         if again:
             yield known.forward(levers.batch, factors)
         yield known.write(factors)
@@ -694,7 +717,7 @@ class _Planner:
         levers: Levers,
     ) -> Iterator[cost.Phase]:
         """One pass of a writing sweep, beside the ``factors`` bytes of the passes before it."""
-        known, recipe = block.cost, self.recipe
+        known, recipe = block.cost_with(levers), self.recipe
         observes = not self.analysis and recipe.statistics != "none"
         moments = self._moment_bytes(groups) if observes else 0
         if observes:
@@ -764,7 +787,8 @@ class _Planner:
             if step.kind == "analyse":
                 return limits | {"observing": passes * forward + moments}
             again = len([key for key in step.writes if key.startswith("hidden")])
-            reverse = passes * (1 + _REVERSE_PASSES) * forward + moments
+            twice = levers.feed_forward_tokens < self.stream.seq_len  # most of a forward
+            reverse = passes * (1 + twice + _REVERSE_PASSES) * forward + moments
             return limits | {"forward": again * forward, "reverse": reverse}
         if not self.analysis:
             limits["observing"] = self._moment_seconds(block)
@@ -884,8 +908,9 @@ def _choose_levers(
         return fixed, fixed
     largest = batch or _largest_batch(planner.stream)
     linears, groups = planner.most_linears, planner.most_groups
-    chosen = Levers(largest, largest, planner.stream.seq_len, linears, groups)
-    smallest = least = Levers(batch or 1, batch or 1, 1, 1, 1)
+    seq_len = planner.stream.seq_len
+    chosen = Levers(largest, largest, seq_len, seq_len, linears, groups)
+    smallest = least = Levers(batch or 1, batch or 1, 1, min(seq_len, _FEW_TOKENS), 1, 1)
     for lever, most in (("linears", linears), ("groups", groups)):
         tries = [replace(least, **{lever: number}) for number in range(most, 0, -1)]
         least = min(tries, key=planner.all_bytes)

@@ -213,6 +213,8 @@ def test_they_are_where_experts_are_no_linears(
         {"head_tokens": 16},
         {"groups": 1},
         {"groups": 4, "batch": 3},
+        {"feed_forward_tokens": 5},
+        {"feed_forward_tokens": 1, "batch": 3, "reverse_batch": 4, "groups": 2},
     ],
     ids=str,
 )

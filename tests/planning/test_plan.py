@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,11 +59,13 @@ JOBS_OF: dict[str, dict[str, Any]] = {
 MEASURED = JOBS_OF | {
     "two-sided, in passes": {"groups": 1},
     "svd-llm, in passes": {"method": "svd-llm", "groups": 2},
+    "two-sided, in chunks": {"seq_len": 128, "feed_forward_tokens": 16},
+    "svd-llm, in chunks": {"method": "svd-llm", "seq_len": 128, "feed_forward_tokens": 16},
 }
 KINDS = [("pico", "two-sided"), *(("mid-size", kind) for kind in MEASURED)]
 
 # Runs each job of a list in a fork of its own, so that none finds memory that another one left
-# behind, and prints the list of what came of them. With "groups" they are that lever's.
+# behind, and prints the list of what came of them. Levers among the settings are set to that.
 JOBS = """
 import json, os, sys, warnings
 from dataclasses import replace
@@ -79,9 +82,12 @@ def high_water():
 def run(model, out, text, max_ram, **settings):
     if isinstance(settings.get("ratio"), list):
         settings["ratio"] = tuple(settings["ratio"])
-    if "groups" in settings:
-        choose, groups = plan._choose_levers, settings.pop("groups")
-        fewer = {"groups": groups, "linears": groups}
+    levers = ("feed_forward_tokens", "groups")
+    fewer = {lever: settings.pop(lever) for lever in levers if lever in settings}
+    if "groups" in fewer:
+        fewer["linears"] = fewer["groups"]
+    if fewer:
+        choose = plan._choose_levers
         plan._choose_levers = lambda *given: (2 * (replace(choose(*given)[1], **fewer),))
     try:
         report = compress(Path(model), Path(out), text, max_ram=max_ram, **settings).report
@@ -245,7 +251,7 @@ def test_a_job_finishes_within_the_least_budget_it_was_told(
 def test_the_least_budget_fits_and_what_is_below_the_least_peak_does_not(
     models: dict[str, Path], model: str
 ) -> None:
-    peak = planned(models[model], levers=Levers(1, 1, 1, 1, 1)).peak_bytes
+    peak = planned(models[model], levers=Levers(1, 1, 1, 1, 1, 1)).peak_bytes
     minimum = planned(models[model]).minimum_bytes
 
     assert minimum % MiB == 0
@@ -464,9 +470,9 @@ def test_groups_share_a_pass_unless_only_several_passes_fit(tmp_path: Path) -> N
     ample = planned(tmp_path, samples=64, seq_len=512, **settings)
     most = ample.levers.groups
     assert most == len(ample.blocks[0].groups) > 2
-    assert ample.passes_seconds == 0
+    assert ample.levers_seconds == 0
     together = [
-        planned(tmp_path, samples=64, seq_len=512, levers=Levers(1, 1, 1, 7, n), **settings)
+        planned(tmp_path, samples=64, seq_len=512, levers=Levers(1, 1, 1, 512, 7, n), **settings)
         for n in (most, 2, 1)
     ]
 
@@ -483,12 +489,35 @@ def test_groups_share_a_pass_unless_only_several_passes_fit(tmp_path: Path) -> N
     assert peaks[0] > peaks[1] > peaks[2]
     assert seconds[0] < seconds[1] < seconds[2]
     for made in together:
-        assert made.passes_seconds == pytest.approx(made.seconds - seconds[0])
+        assert made.levers_seconds == pytest.approx(made.seconds - seconds[0])
     for made in together:
         tight = planned(tmp_path, made.peak_bytes, samples=64, seq_len=512, **settings)
         assert tight.levers.groups >= made.levers.groups
         assert tight.peak_bytes <= made.peak_bytes
     assert planned(tmp_path, max(peaks) - 1, samples=64, seq_len=512, **settings).levers.groups < 6
+
+
+@pytest.mark.parametrize("method", ["two-sided", "svd-llm"])
+def test_a_long_window_goes_through_feed_forwards_in_chunks(tmp_path: Path, method: str) -> None:
+    write_headers(tmp_path, large_tensors(2), 1)
+    (tmp_path / "config.json").write_text(json.dumps(LARGE | {"num_hidden_layers": 2}))
+    make_tokenizer().save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"samples": 4, "seq_len": 8192, "method": method, "batch": 1}
+    ample = planned(tmp_path, **settings)
+    assert ample.levers.feed_forward_tokens == 8192
+
+    chunked = planned(tmp_path, levers=replace(ample.levers, feed_forward_tokens=1024), **settings)
+
+    kind = "reverse" if method == "two-sided" else "block"
+    peaks = [
+        max(step.peak_bytes for step in made.steps if step.step.kind == kind)
+        for made in (ample, chunked)
+    ]
+    assert peaks[1] < peaks[0]
+    assert (chunked.levers_seconds > 0) == (method == "two-sided")  # a backward runs them again
+    tight = planned(tmp_path, peaks[0] - 1, **settings)
+    assert tight.levers.feed_forward_tokens < 8192
+    assert tight.levers.groups == ample.levers.groups
 
 
 @pytest.mark.parametrize("method", ["two-sided", "svd-llm"])

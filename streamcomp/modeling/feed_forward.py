@@ -1,0 +1,97 @@
+"""A block's feed-forward, a chunk of positions at a time.
+
+What it widens the hidden states to is several times as large as they are, and it treats each
+position by itself: so only a chunk of them has to be there at a time. For a backward, a chunk's
+activations are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["in_chunks", "whole"]
+
+# What transformers' blocks call it.
+_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+
+
+@contextmanager
+def in_chunks(block: nn.Module, tokens: int) -> Iterator[None]:
+    """Run the feed-forward of ``block`` on ``tokens`` positions at a time, all with 0.
+
+    A block without one, or whose feed-forward takes or gives more than hidden states (batch, seq,
+    hidden), runs as ever. Where gradients are wanted, its weights take none.
+    """
+    module = _feed_forward(block)
+    if module is None or not tokens:
+        yield
+        return
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or args[0].dim() != 3 or args[0].shape[1] <= tokens:
+            return own(*args, **kwargs)
+        try:
+            return _Chunks.apply(args[0], own, tokens)  # type: ignore[no-untyped-call]
+        except _MoreThanStates:
+            return own(*args)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def whole(block: nn.Module) -> Iterator[None]:
+    """All positions at once again, for as long as the ``with`` lasts."""
+    module = _feed_forward(block)
+    held = module.__dict__.pop("forward", None) if module is not None else None
+    try:
+        yield
+    finally:
+        if module is not None and held is not None:
+            module.forward = held
+
+
+def _feed_forward(block: nn.Module) -> nn.Module | None:
+    children = dict(block.named_children())
+    return next((children[name] for name in _NAMES if name in children), None)
+
+
+class _MoreThanStates(Exception):
+    """What came out is no tensor."""
+
+
+class _Chunks(torch.autograd.Function):
+    """Chunk after chunk, forward without a graph; the graph of each is built in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, run: Callable[[Tensor], Any], tokens: int) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.run, ctx.tokens = run, tokens
+        result = torch.empty_like(hidden)
+        for start in range(0, hidden.shape[1], tokens):
+            part = run(hidden[:, start : start + tokens].contiguous())
+            if not isinstance(part, Tensor):
+                raise _MoreThanStates
+            result[:, start : start + tokens] = part
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (hidden,) = ctx.saved_tensors
+        result = torch.empty_like(hidden)
+        for start in range(0, hidden.shape[1], ctx.tokens):
+            part = slice(start, start + ctx.tokens)
+            with torch.enable_grad():
+                inputs = hidden[:, part].detach().contiguous().requires_grad_()
+                output = ctx.run(inputs)
+            result[:, part] = torch.autograd.grad(output, inputs, gradients[0][:, part])[0]
+        return result, None, None
