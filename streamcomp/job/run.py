@@ -175,10 +175,16 @@ class Job:
             return make_plan(self.skeleton, self.recipe, self.budget, rates, levers=levers, **fits)
         except BudgetError:
             plan = make_plan(self.skeleton, self.recipe, self.budget, rates, **fits)
-            if replace(plan.levers, linears=levers.linears, groups=levers.groups) != levers:
+            before, now = asdict(levers), asdict(plan.levers)
+            changed = [
+                f"{lever} {before[lever]} -> {now[lever]}"
+                for lever in before
+                if lever not in ("linears", "groups") and before[lever] != now[lever]
+            ]
+            if changed:
                 self.progress.note(
-                    f"the job began with {levers.batch} windows per forward, this budget allows "
-                    f"{plan.levers.batch}: the result is the same within rounding"
+                    f"this budget asks for other levers than the job began with "
+                    f"({', '.join(changed)}): the result is the same within rounding"
                 )
             return plan
 

@@ -333,7 +333,7 @@ def test_a_smaller_budget_that_forces_another_batch_says_so_and_goes_on(
 
     assert notes.done == 3
     assert notes.texts == [
-        "the job began with 8 windows per forward, this budget allows 1: "
+        "this budget asks for other levers than the job began with (batch 8 -> 1): "
         "the result is the same within rounding"
     ]
     expected = products(tmp_path / "whole")
