@@ -3,9 +3,10 @@
 The closed form looks at each linear by itself. Here all factors of a block are trained together
 on the compressed stream's inputs against what the dense block put out on the dense stream, so that
 they also make up for the blocks before (as AA-SVD, arXiv 2604.02119, does). An error d of a
-token's output y counts as d^T Gamma d / y^T Gamma y with the moment Gamma of the loss's gradient
-there, where the reverse sweep has left one, else with Gamma = I. It is relative to each token
-because plain squared errors are ruled by a few massive activations.
+token's output y counts as d^T d / y^T y, and where the reverse sweep has left the moment Gamma of
+the loss's gradient there, as the mean of that and d^T Gamma d / y^T Gamma y: Gamma knows what a
+small error does to the loss, and says nothing of where a large one leads. Both are relative to
+each token because plain squared errors are ruled by a few massive activations.
 
 The factors are moved by Muon (torch.optim), which makes every direction of a factor's gradient
 count alike: few directions of the inputs are large, and they would rule it.
@@ -205,16 +206,23 @@ class _Measure:
         output = self._loaded.run_with(parameters, self._data.inputs(window), self._data.call)
         target = self._data.targets(window).to(output.device).float()
         error = output.float() - target  # (1, seq, hidden)
+        relative = _relative(error, target)
         if self._root is not None:
-            error, target = error @ self._root, target @ self._root
-        lengths = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        relative: Tensor = error.square().sum(-1) / lengths
-        return relative.mean()
+            weighted = _relative(error @ self._root, target @ self._root)
+            relative = (relative + weighted) / 2
+        return relative
 
     @torch.no_grad()
     def mean(self, parameters: Mapping[str, Tensor], windows: list[int]) -> float:
         losses = [float(self.loss(parameters, window).detach()) for window in windows]
         return math.fsum(losses) / max(1, len(losses))
+
+
+def _relative(error: Tensor, target: Tensor) -> Tensor:
+    """|d|^2 / |y|^2 of each token, on average; both (1, seq, hidden)."""
+    lengths = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    found: Tensor = (error.square().sum(-1) / lengths).mean()
+    return found
 
 
 def _root(gradient: Tensor) -> Tensor:

@@ -66,14 +66,15 @@ class Problem:
         for window in (0, 8):
             output = self.loaded.run(self.data.inputs(window), self.data.call).double()[0]
             target = self.data.targets(window).double()[0]
-            metric = torch.eye(HIDDEN, dtype=torch.float64)
+            metrics = [torch.eye(HIDDEN, dtype=torch.float64)]
             if self.data.gradient is not None:
                 wide = self.data.gradient.double()
-                metric = wide / wide.diagonal().mean() + GRADIENT_DAMPING * metric
-            error, lengths = (
-                ((rows @ metric) * rows).sum(1) for rows in (output - target, target)
-            )  # (seq,) each
-            losses.append(float((error / lengths).mean()))
+                metrics.append(wide / wide.diagonal().mean() + GRADIENT_DAMPING * metrics[0])
+            for metric in metrics:
+                error, lengths = (
+                    ((rows @ metric) * rows).sum(1) for rows in (output - target, target)
+                )  # (seq,) each
+                losses.append(float((error / lengths).mean()))
         return sum(losses) / len(losses)
 
 
