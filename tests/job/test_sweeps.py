@@ -27,6 +27,7 @@ from tests.jobs import (
     compress,
     config_of,
     factored_modules,
+    products,
     quick_plan,
     small_recipe,
     stored_tensors,
@@ -131,6 +132,39 @@ def test_interrupted_after_any_step_it_goes_on_to_the_same_bytes(
         assert model_files(out) == expected, name
         assert not (out / ".streamcomp").exists()
         shutil.rmtree(out)
+
+
+# -- in chunks of tokens -----------------------------------------------------------------
+
+CHUNKED: dict[str, Settings] = {
+    "two-sided": {},
+    "svd-llm": {"method": "svd-llm"},
+    "sequential": {"method": "svd-llm", "statistics": "compressed"},
+    "centred": {"method": "rom", "centred": True},
+    "updated": {"method": "svd-llm", "update": True},
+    "refined": {"refine": 4},
+}
+
+
+@pytest.mark.parametrize("kind", CHUNKED)
+def test_feed_forwards_in_chunks_change_rounding_alone(
+    kind: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense = pico("llama", dtype=torch.float64)
+    compress(dense, tmp_path / "whole", text, **CHUNKED[kind])
+    choose = plan._choose_levers
+
+    def fewer(*given: Any) -> tuple[Levers, Levers]:
+        least, most = choose(*given)
+        return least, replace(most, feed_forward_tokens=5)
+
+    with mock.patch.object(plan, "_choose_levers", fewer):
+        report = compress(dense, tmp_path / "chunked", text, **CHUNKED[kind]).report
+
+    assert report["levers"]["feed_forward_tokens"] == 5
+    expected = products(tmp_path / "whole")
+    for name, weight in products(tmp_path / "chunked").items():
+        assert (weight - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 
 # -- in several passes -------------------------------------------------------------------
