@@ -64,7 +64,7 @@ ROWS = (
     Row("two-sided, pivot, allocated", TWO, "two"),
     Row("two-sided, pivot, allocated, anchored 0.5", (*TWO, "--update", "--anchor", "0.5"), "two"),
     Row("two-sided, pivot, allocated, refined", (*TWO, *REFINE), "two"),
-    Row("the same, 400 steps on 256 windows", (*TWO, "--refine", "400", "--samples", "256"),
+    Row("the same, 800 steps on 512 windows", (*TWO, "--refine", "800", "--samples", "512"),
         ratios=("0.6",)),
     Row("two-sided, pivot, allocated, both domains", TWO, "mixed", mixed=True),
     Row("both domains, refined", (*TWO, *REFINE), "mixed", mixed=True),
