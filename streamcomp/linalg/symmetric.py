@@ -6,7 +6,7 @@ panels, factors overwrite their input, and of what is symmetric one half is comp
 **Eigenvectors in fp32.** A moment of a language model is graded: a few directions (massive
 activations) hold 10^4 to 10^8 times the energy of the median one. A solver in fp32 is wrong by
 about 10^-7 of the largest energy in every direction, which drowns the small ones. Here the
-dominant directions are found first, by subspace iteration in fp64, and taken out by a
+dominant directions are found first, by subspace iteration that ends in fp64, and taken out by a
 similarity transform (a block Householder reflection); what is left has energies of like size, and
 fp32 serves it well, in half the time and memory of fp64. The measured loss over the best one is in
 ``benchmarks/decompositions.md``.
