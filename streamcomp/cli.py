@@ -406,11 +406,10 @@ def _at_a_time(made: streamcomp.Plan) -> str:
         parts.append(f"{levers.head_tokens} tokens in the head")
     if levers.feed_forward_tokens < made.stream.seq_len:
         parts.append(f"{levers.feed_forward_tokens} in a feed-forward")
-    passes = max(len(block.passes(levers)) for block in made.blocks)
-    readings = max(len(block.passes(levers, observed=False)) for block in made.blocks)
-    if passes > 1 or (made.analysis and readings > 1):
-        times = f"{passes} passes, {readings} readings" if made.analysis else f"{passes} passes"
-        parts.append(f"{times} of a block")
+    times = {"passes": max(len(block.passes(levers)) for block in made.blocks)}
+    if made.analysis:
+        times["readings"] = max(len(block.passes(levers, observed=False)) for block in made.blocks)
+    parts += [f"{count} {what} of a block" for what, count in times.items() if count > 1]
     more = f" (+{format_seconds(made.levers_seconds)})" if made.levers_seconds else ""
     return ", ".join(parts) + more
 
