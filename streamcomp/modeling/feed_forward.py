@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamcomp.errors import UnsupportedModelError
+
 __all__ = ["in_chunks", "whole"]
 
 # What transformers' blocks call it.
@@ -39,6 +41,11 @@ def in_chunks(block: nn.Module, tokens: int) -> Iterator[None]:
         try:
             return _Chunks.apply(args[0], own, tokens)  # type: ignore[no-untyped-call]
         except _MoreThanStates:
+            if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+                raise UnsupportedModelError(  # its first chunk would be seen twice
+                    f"{type(module).__name__} gives more than hidden states and cannot run in "
+                    "chunks: allow more memory"
+                ) from None
             return own(*args)
 
     module.forward = forward

@@ -136,6 +136,8 @@ class BlockPlan:
         if levers.feed_forward_tokens >= self.cost.stream.seq_len:
             return self.cost
         trace = self.retrace(levers.feed_forward_tokens)
+        if not trace.exact:  # an estimate knows of no chunks
+            return self.cost
         return replace(
             self.cost,
             activation_bytes=trace.activation_bytes,

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from streamcomp.errors import UnsupportedModelError
 from streamcomp.modeling.feed_forward import in_chunks, whole
 from streamcomp.modeling.skeleton import Call
 from streamcomp.modeling.streamer import BlockStreamer
@@ -119,6 +120,14 @@ def test_what_is_more_than_hidden_states_runs_at_once(
 
     assert torch.equal(output, hidden + hidden.sin())
     assert block.mlp.shapes[-1] == hidden.shape
+
+
+def test_what_is_watched_is_never_seen_twice(random: Generator) -> None:
+    block, hidden = Block(lambda x: (x.sin(), None)), torch.randn(2, 12, 4, generator=random)
+    block.mlp.register_forward_pre_hook(lambda module, args: None)
+
+    with in_chunks(block, 6), pytest.raises(UnsupportedModelError, match="allow more memory"):
+        block(hidden)
 
 
 def test_a_block_without_a_feed_forward_runs_as_ever(random: Generator) -> None:
