@@ -127,9 +127,9 @@ def _redo_block(
                 stage(f"decomposing {linear.name.rpartition('.')[2]}")
                 weight = loaded.weight(linear.name)
                 moment = read_moment(work.folder, block.number, group, linear, work.device)
-                decomposition = work.method.decompose(weight, moment, work.recipe.damping)
-                decomposition = as_kept(linear, decomposition)
                 rank = chosen[linear.disk_name]["rank"]
+                decomposition = work.method.decompose(weight, moment, work.recipe.damping, rank)
+                decomposition = as_kept(linear, decomposition)
                 found.append(
                     factorize(work, linear, rank, loaded.dense_linear(linear.name), decomposition)
                 )

@@ -214,6 +214,7 @@ def _decompose(
             decomposition = work.method.decompose(weight, own, work.recipe.damping)
             write_decomposition(work.folder, step.block, linear, decomposition)
             found.append(health(linear, decomposition))
+            moment = moment.knowing(decomposition)
             del weight, decomposition
             loaded.drop(linear.name)
             if not work.keeps_work:

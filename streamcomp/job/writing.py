@@ -176,7 +176,8 @@ def _factorize_groups(
                 item = _share(work, work.method, linear, weight, moment, numbers + spare)
                 spare += numbers - item.result["numbers"]
             else:
-                found = _decomposition(work, step, group, linear, weight, moment)
+                found = _decomposition(work, step, group, linear, weight, moment, rank)
+                moment = None if moment is None else moment.knowing(found)
                 dense = loaded.dense_linear(linear.name)
                 item = factorize(work, linear, rank, dense, found, moment)
                 del found
@@ -251,7 +252,7 @@ def _observe(
 
 def _decomposition(
     work: Workspace, step: Step, group: MomentGroup, linear: Linear, weight: Tensor,
-    moment: Moment | None,
+    moment: Moment | None, rank: int,
 ) -> Decomposition:  # fmt: skip
     if work.plan.analysis:
         kind = "reverse" if work.recipe.two_sided else "analyse"
@@ -262,7 +263,7 @@ def _decomposition(
     assert not isinstance(work.method, Swsc)
     if moment is None:  # no data: all inputs count alike
         moment = Moment("inputs", torch.eye(linear.columns, device=work.device))
-    found = work.method.decompose(weight, moment, work.recipe.damping)
+    found = work.method.decompose(weight, moment, work.recipe.damping, rank)
     # the same bytes as where one analysis serves several outputs
     return as_kept(linear, found) if can_be_analysed(work.recipe) else found
 

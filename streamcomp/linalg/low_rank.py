@@ -69,6 +69,9 @@ __all__ = [
 FIRST_DAMPING = 1e-6
 MOST_DAMPING = 1.0
 
+# Directions that are taken out of the metric at a time.
+_WIDTH = PANEL // 2
+
 # What is told where even that does not make a moment positive definite.
 _NO_METRIC = "its moment has no Cholesky factor even when damped: all directions count alike"
 
@@ -84,15 +87,17 @@ class Decomposition:
     ----------
     spectrum : Tensor of shape (k,), fp64, descending, k = min(m, n)
         Energy of each direction: the squared singular values of the whitened weight.
-    left : Tensor of shape (m, k) or (n, k)
+    left : Tensor of shape (m, k) or (n, k); of fewer columns where only a rank was asked for
         Columns of the left factor, or where ``mixes`` is set, the matrix A with columns W A.
-    right : Tensor of shape (k, m) or (k, n), or None
+    right : Tensor of shape (k, m) or (k, n), or None; of as many rows as ``left`` has columns
         The matrix B with rows B W of the right factor, or where ``mixes`` is set, those rows
         themselves. None: the left columns are orthonormal, and the rows are left^T W.
     mixes : bool
         Which of the two sides was decomposed.
     damping : float
         What was added to a moment's diagonal, relative to its mean; 0 if nothing.
+    least : float
+        Damping that the moment of the inputs took to have a Cholesky factor, where it was factored.
     condition : float
         Largest over smallest eigenvalue of the moment that was decomposed, its damping included;
         infinite where the moment is singular.
@@ -107,6 +112,7 @@ class Decomposition:
     damping: float
     condition: float = math.nan
     fallback: str = ""
+    least: float = 0.0
 
     def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Left (m, r) and right (r, n) factor of the best approximation of ``rank``.
@@ -158,16 +164,24 @@ def decompose_outputs(
     return _decomposition(values, vectors, None, mixes=False, damping=damping)
 
 
-def decompose_inputs(weight: Tensor, inputs: Tensor, damping: float = 0.0) -> Decomposition:
+def decompose_inputs(
+    weight: Tensor,
+    inputs: Tensor,
+    damping: float = 0.0,
+    *,
+    least: float = 0.0,
+    rank: int | None = None,
+) -> Decomposition:
     """Decompose from the moment H (n, n) of the inputs, on the smaller side of W (m, n).
 
-    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes. Holds the
-    fp64 factor of H beside what :func:`eigh` does, for m > n.
+    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes, of which
+    ``least`` is known. Without ``rank``, for every rank. Holds the fp64 factor of H beside what
+    :func:`eigh` does, for m > n.
     """
     if weight.shape[0] <= weight.shape[1]:
         return decompose_outputs(weight, output_moment(weight, inputs), damping, spend=True)
-    lower, damping = _cholesky(inputs, damping)  # (n, n)
-    return _mixing(weight, inputs, lower, gram(weight), damping)
+    lower, least = _cholesky(inputs, max(damping, least))  # (n, n)
+    return _mixing(weight, inputs, lower, gram(weight), least, least, rank)
 
 
 def decompose_two_sided_outputs(
@@ -205,31 +219,47 @@ def decompose_two_sided_inputs(
     gradients: Tensor,
     gradient_energy: float,
     damping: float = GRADIENT_DAMPING,
+    *,
+    least: float = 0.0,
+    rank: int | None = None,
 ) -> Decomposition:
     """Two-sided, from the moments H of the inputs and K' of W^T g, (n, n) both.
 
     Meant for m > n. ``gradient_energy`` is tr(Gamma), the sum of ||g||^2, by which Gamma is
-    damped: K' + eps tr(Gamma)/m W^T W. Holds the fp64 factor of H beside what :func:`eigh` does.
+    damped: K' + eps tr(Gamma)/m W^T W. ``least`` and ``rank`` as in :func:`decompose_inputs`.
+    Holds the fp64 factor of H beside what :func:`eigh` does.
     """
     if not gradient_energy > 0:
-        return _without_gradients(decompose_inputs(weight, inputs))
-    lower, least = _cholesky(inputs)  # S
+        return _without_gradients(decompose_inputs(weight, inputs, least=least, rank=rank))
+    lower, least = _cholesky(inputs, least)  # S
     outer = gram(weight).mul_(damping * gradient_energy / weight.shape[0]).add_(gradients)
-    return _mixing(weight, inputs, lower, outer, max(damping, least))
+    return _mixing(weight, inputs, lower, outer, max(damping, least), least, rank)
 
 
 def _mixing(
-    weight: Tensor, inputs: Tensor, lower: Tensor, outer: Tensor, damping: float
+    weight: Tensor,
+    inputs: Tensor,
+    lower: Tensor,
+    outer: Tensor,
+    damping: float,
+    least: float,
+    rank: int | None,
 ) -> Decomposition:
-    """From the eigenvectors V of S^T C S with S = ``lower`` and C = ``outer``: S V and V^T S^-1."""
+    """From the eigenvectors V of S^T C S with S = ``lower`` and C = ``outer``: S V and V^T S^-1.
+
+    Of V as many panels as hold ``rank`` columns: those come out as they do among all.
+    """
     small = sandwich(lower, outer, lower=True)
     outer.set_()  # type: ignore[call-overload]  # makes room for the solver
     values, vectors = eigh(small, solve_dtype(weight.dtype))
     if not bool(inputs.diagonal().any()):  # an input that is always zero: nothing is lost
         values = torch.zeros_like(values)
+    if rank is not None:
+        vectors = vectors[:, : -(-rank // _WIDTH) * _WIDTH]
     left = _transposed_product(vectors, lower.T).T
     _solve_transposed(lower, vectors)  # S^-T V
-    return _decomposition(values, left, vectors.T, mixes=True, damping=damping)
+    found = _decomposition(values, left, vectors.T, mixes=True, damping=damping)
+    return replace(found, least=least if least < MOST_DAMPING else 0.0)
 
 
 def centred(moment: Tensor, total: Tensor, rows: int) -> Tensor:
@@ -370,7 +400,7 @@ def _transposed_times(left: Tensor, weight: Tensor) -> Tensor:
 def _transposed_product(vectors: Tensor, triangle: Tensor) -> Tensor:
     """V^T T (k, n) in V's dtype of V (n, k) and an upper triangle T (n, n) in fp64.
 
-    ``PANEL`` columns of either at a time; what is zero in T is not multiplied.
+    ``PANEL`` columns of T and ``_WIDTH`` of V at a time; what is zero in T is not multiplied.
     """
     result = torch.empty(
         vectors.shape[1], triangle.shape[1], dtype=vectors.dtype, device=vectors.device
@@ -378,16 +408,16 @@ def _transposed_product(vectors: Tensor, triangle: Tensor) -> Tensor:
     for first in range(0, len(triangle), PANEL):
         last = min(first + PANEL, len(triangle))
         columns = triangle[:last, first:last].to(vectors.dtype)
-        for start in range(0, len(result), PANEL):
-            rows = slice(start, start + PANEL)
+        for start in range(0, len(result), _WIDTH):
+            rows = slice(start, start + _WIDTH)
             result[rows, first:last] = vectors[:last, rows].T @ columns
     return result
 
 
 def _solve_transposed(lower: Tensor, vectors: Tensor) -> None:
-    """Replace V (n, k) by L^-T V, computed in fp64, ``PANEL`` columns at a time."""
-    for start in range(0, vectors.shape[1], PANEL):
-        columns = slice(start, start + PANEL)
+    """Replace V (n, k) by L^-T V, computed in fp64, ``_WIDTH`` columns at a time."""
+    for start in range(0, vectors.shape[1], _WIDTH):
+        columns = slice(start, start + _WIDTH)
         vectors[:, columns] = torch.linalg.solve_triangular(
             lower.T, vectors[:, columns].double(), upper=True
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -31,6 +31,8 @@ class Moment:
     """Second moment of a linear's inputs, H (n, n), or of its outputs, K (m, m).
 
     ``total`` is the sum of the ``rows`` that it was taken over, where a centred method needs it.
+    ``least`` is the damping from which on it has a Cholesky factor, as far as an earlier linear of
+    its group has shown (:attr:`~streamcomp.linalg.low_rank.Decomposition.least`).
     """
 
     side: Side
@@ -38,10 +40,15 @@ class Moment:
     rows: int = 0
     total: Tensor | None = None
     gradient: GradientMoment | None = None
+    least: float = 0.0
 
     def leaves_open(self, directions: int) -> bool:
         """Whether it has fewer rows than there are ``directions``, and so says nothing of some."""
         return 0 < self.rows < directions
+
+    def knowing(self, found: Decomposition) -> Moment:
+        """The same moment, with what the decomposition ``found`` has shown of it."""
+        return replace(self, least=max(self.least, found.least))
 
 
 class Method(Protocol):
@@ -51,8 +58,10 @@ class Method(Protocol):
     def name(self) -> str:
         """As ``--method`` spells it."""
 
-    def decompose(self, weight: Tensor, moment: Moment, damping: float) -> Decomposition:
-        """Directions and energies of ``weight`` (m, n), for every rank at once.
+    def decompose(
+        self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None
+    ) -> Decomposition:
+        """Directions and energies of ``weight`` (m, n), for every rank at once, or up to ``rank``.
 
         ``damping`` is relative to the mean of a moment's diagonal; 0 is the method's own choice.
         """

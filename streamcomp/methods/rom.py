@@ -23,10 +23,12 @@ class Rom:
 
     name = "rom"
 
-    def decompose(self, weight: Tensor, moment: Moment, damping: float) -> Decomposition:
+    def decompose(
+        self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None
+    ) -> Decomposition:
         if moment.total is not None:
             moment = replace(moment, value=centred(moment.value, moment.total, moment.rows))
-        return SvdLlm().decompose(weight, moment, damping)
+        return SvdLlm().decompose(weight, moment, damping, rank)
 
 
 def mean_bias(weight: Tensor, left: Tensor, right: Tensor, moment: Moment) -> Tensor:

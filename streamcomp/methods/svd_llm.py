@@ -20,10 +20,12 @@ class SvdLlm:
 
     name = "svd-llm"
 
-    def decompose(self, weight: Tensor, moment: Moment, damping: float) -> Decomposition:
+    def decompose(
+        self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None
+    ) -> Decomposition:
         rows, columns = weight.shape
         if rows <= columns and moment.leaves_open(rows):
             damping = damping or FIRST_DAMPING
         if moment.side == "inputs":
-            return decompose_inputs(weight, moment.value, damping)
+            return decompose_inputs(weight, moment.value, damping, least=moment.least, rank=rank)
         return decompose_outputs(weight, moment.value, damping)

@@ -27,12 +27,20 @@ class TwoSided:
 
     name = "two-sided"
 
-    def decompose(self, weight: Tensor, moment: Moment, damping: float) -> Decomposition:
+    def decompose(
+        self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None
+    ) -> Decomposition:
         damping, gradient = damping or GRADIENT_DAMPING, moment.gradient
         assert gradient is not None
         if weight.shape[0] > weight.shape[1]:
             return decompose_two_sided_inputs(
-                weight, moment.value, gradient.value, gradient.energy, damping
+                weight,
+                moment.value,
+                gradient.value,
+                gradient.energy,
+                damping,
+                least=moment.least,
+                rank=rank,
             )
         outputs = moment.value
         if moment.side == "inputs":

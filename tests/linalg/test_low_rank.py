@@ -10,6 +10,7 @@ from streamcomp.linalg.low_rank import (
     damped_outputs,
     decompose_inputs,
     decompose_outputs,
+    decompose_two_sided_inputs,
     fit_left,
     output_moment,
 )
@@ -166,6 +167,62 @@ def test_the_basis_of_a_lower_rank_is_a_part_of_that_of_a_higher(
     assert torch.allclose(
         basis_of(weight, result, 3), basis_of(weight, result, 9)[:, :3], atol=1e-10
     )
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("rank", [1, 1000, 1024, 1025])
+def test_up_to_a_rank_the_factors_are_those_of_every_rank(
+    rank: int, two_sided: bool, random: Generator
+) -> None:
+    """Bit for bit, so that one ratio alone gives what it gives among several."""
+    weight = normal(1300, 1200, random=random).bfloat16()
+    rows = normal(2000, 1200, random=random)
+    moment = rows.T @ rows
+
+    def decompose(rank: int | None) -> Decomposition:
+        if two_sided:
+            return decompose_two_sided_inputs(weight, moment, moment.flip(0, 1), 1e3, rank=rank)
+        return decompose_inputs(weight, moment, rank=rank)
+
+    whole, part = decompose(None), decompose(rank)
+
+    assert part.left.shape[1] == min(1200, -(-rank // 512) * 512)
+    assert torch.equal(part.spectrum, whole.spectrum)
+    for found, expected in zip(
+        part.factors(weight, rank), whole.factors(weight, rank), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_a_damping_that_is_known_is_not_looked_for(
+    two_sided: bool, random: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, rows = normal(*TALL, random=random), normal(4, TALL[1], random=random)
+    moment, tried = rows.T @ rows, []
+    factor = low_rank.cholesky
+
+    def counted(moment: Tensor, added: float) -> Tensor | None:
+        tried.append(added)
+        return factor(moment, added)
+
+    def decompose(least: float) -> Decomposition:
+        tried.clear()
+        if two_sided:
+            whole = torch.eye(TALL[1], dtype=torch.float64)
+            return decompose_two_sided_inputs(weight, moment, whole, 1.0, least=least)
+        return decompose_inputs(weight, moment, least=least)
+
+    monkeypatch.setattr(low_rank, "cholesky", counted)
+    first = decompose(0.0)
+    assert len(tried) > 1
+    assert first.least > 0
+    again = decompose(first.least)
+
+    assert len(tried) == 1
+    assert again.damping == first.damping
+    for found, expected in zip(again.factors(weight, 5), first.factors(weight, 5), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("panel", [1, 7])
