@@ -7,6 +7,7 @@ made. Parts, all of them or those of ``--parts``:
 
 - textbook: against SVD-LLM as published (``textbook_svd_llm.py``), same windows, threads and ratio;
   the loss of every linear as it is stored is compared too;
+- roofline: seconds of each stage against what the planner counts at the machine's measured rates;
 - ratios: three outputs from one job against one output;
 - linear: seconds of a block from first to last, and of a job over its windows;
 - inference (shapes): tokens per second of one block, dense and factored, prompt and decoding.
@@ -44,7 +45,7 @@ from streamcomp.linalg.allocation import largest_rank
 from streamcomp.modeling.modules import FORMS
 from streamcomp.units import format_seconds
 
-PARTS = ("textbook", "ratios", "linear", "inference")
+PARTS = ("textbook", "roofline", "ratios", "linear", "inference")
 RATIOS = (0.2, 0.4, 0.6)
 SOLVING = ("decomposing", "factorizing")
 _ROUNDS = 4
@@ -85,6 +86,9 @@ def _of_model(options: argparse.Namespace, name: str, work: Path) -> dict[str, A
     parts = options.parts.split(",")
     if "textbook" in parts:
         found["textbook"] = _against_textbook(options, title, model, work)
+    if "roofline" in parts:
+        methods = ("svd-llm", "two-sided")
+        found["roofline"] = {m: _roofline(options, title, model, work, m) for m in methods}
     if "ratios" in parts:
         found["ratios"] = _several_ratios(options, title, model, work)
     if "linear" in parts and not shaped:
@@ -168,6 +172,24 @@ def _losses(model: Path, name: str, textbook: Path, out: Path) -> tuple[float, f
 def _tensor(folder: Path, name: str) -> torch.Tensor:
     with safe_open(read_index(folder).tensors[name].shard, "pt") as shard:
         return shard.get_tensor(name)
+
+
+def _roofline(
+    options: argparse.Namespace, title: str, model: Path, work: Path, method: str
+) -> dict[str, Any]:
+    """Stages of a job beside their limits; the whole job, whatever it did, over their sum."""
+    print(f"\n## {title}: stages and their limits, {method}\n", flush=True)
+    report = _job(options, model, work, "--method", method)
+    limits = report["limits"]
+    print("| stage | time | limit | share |\n|---|---|---|---|")
+    for stage, seconds in sorted(report["stages"].items(), key=lambda item: -item[1]):
+        limit = limits.get(stage, 0.0)
+        share = f"{limit:.1f} s | {limit / seconds:.0%}" if limit and seconds else " | "
+        print(f"| {stage} | {seconds:.1f} s | {share} |")
+    whole, least = sum(report["stages"].values()), sum(limits.values())
+    print(f"| all | {whole:.1f} s | {least:.1f} s | {least / whole:.0%} |")
+    print(f"\nthe whole takes {whole / least:.2f} times the sum of the limits", flush=True)
+    return {key: report[key] for key in ("stages", "limits", "rates")}
 
 
 def _several_ratios(

@@ -44,8 +44,9 @@ from streamcomp.planning.meter import (
     is_memory_backed,
     warm_up,
 )
-from streamcomp.planning.plan import Plan, can_be_analysed, make_plan
+from streamcomp.planning.plan import Plan, make_plan
 from streamcomp.planning.rates import measure_rates
+from streamcomp.planning.schedule import can_be_analysed
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = [

@@ -18,6 +18,8 @@ from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.job.writing import Factored, factorize
 from streamcomp.methods import Swsc, find_method
 from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.planning.blocks import BlockPlan
+from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import (
     budget_bytes,
     device_budget_bytes,
@@ -25,7 +27,7 @@ from streamcomp.planning.meter import (
     release,
     warm_up,
 )
-from streamcomp.planning.plan import BlockPlan, Levers, make_plan
+from streamcomp.planning.plan import make_plan
 from streamcomp.planning.rates import measure_rates
 from streamcomp.recipe import Recipe, Resources
 

@@ -40,6 +40,7 @@ from streamcomp.job.progress import JobProgress
 from streamcomp.job.workspace import Stage, Workspace, check_finite
 from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton, check_same_calls
+from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import (
     PeakMeter,
     budget_bytes,
@@ -51,14 +52,9 @@ from streamcomp.planning.meter import (
     warm_up,
     within_device,
 )
-from streamcomp.planning.plan import (
-    Levers,
-    Plan,
-    can_be_analysed,
-    make_plan,
-)
+from streamcomp.planning.plan import Plan, make_plan
 from streamcomp.planning.rates import MachineRates, measure_disk, measure_rates
-from streamcomp.planning.schedule import Step, live_after
+from streamcomp.planning.schedule import Step, can_be_analysed, live_after
 from streamcomp.recipe import Recipe, Resources
 from streamcomp.units import format_bytes
 

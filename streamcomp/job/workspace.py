@@ -23,8 +23,10 @@ from streamcomp.job.progress import JobProgress
 from streamcomp.methods import Method, Swsc
 from streamcomp.modeling.skeleton import Call, Skeleton
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
+from streamcomp.planning.blocks import BlockPlan, passes_of_step
+from streamcomp.planning.cost import gradient_dtype
 from streamcomp.planning.meter import release
-from streamcomp.planning.plan import BlockPlan, Plan, gradient_dtype, passes_of_step
+from streamcomp.planning.plan import Plan
 from streamcomp.planning.schedule import Step, hidden_key
 from streamcomp.recipe import Recipe
 

@@ -29,8 +29,7 @@ from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.modules import FactoredLinear, factored
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning.outputs import OutputPlan
-from streamcomp.planning.plan import can_be_analysed
-from streamcomp.planning.schedule import Step, hidden_key
+from streamcomp.planning.schedule import Step, can_be_analysed, hidden_key
 
 __all__ = ["Factored", "block", "block_entries", "copy", "factorize"]
 

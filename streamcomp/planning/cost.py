@@ -30,6 +30,7 @@ __all__ = [
     "embed_bytes",
     "factorization_bytes",
     "factorization_flops",
+    "gradient_dtype",
     "head_bytes",
     "head_gradient_bytes",
     "moment_products",
@@ -40,7 +41,7 @@ __all__ = [
 
 _F64 = 8
 # Libraries that come after the baseline was measured, and gaps in the allocator's heap.
-LATE_BYTES = 72 * 2**20
+LATE_BYTES = 80 * 2**20
 # A tokenizer in memory, per byte of its file, and the records of one piece of text.
 _TOKENIZER_FACTOR = 20
 _PIECE_BYTES = 48 * 2**20
@@ -379,3 +380,8 @@ def factorization_flops(rows: int, columns: int, rank: int, form: str) -> dict[s
 def muon_flops(rows: int, columns: int, rank: int) -> float:
     """Of one step of Muon on both factors: five Newton-Schulz iterations each, in bf16."""
     return 5 * (4.0 * (rows + columns) * rank**2 + 4.0 * rank**3)
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a backward runs in: fp16 is too narrow for gradients, they take fp32."""
+    return torch.float32 if dtype == torch.float16 else dtype

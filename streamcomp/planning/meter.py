@@ -47,9 +47,10 @@ _SAMPLE_SECONDS = 0.01
 
 # glibc's mallopt: blocks from this size on are mapped one by one and returned when freed, their
 # pages made anew each time. Smaller ones come from a heap, which keeps as much as this of what is
-# freed until ``release`` is called: within a stage the pages are used again.
+# freed until ``release`` is called: within a stage the pages are used again. Larger blocks there
+# would leave gaps as large, other ones in each run: from 32 MiB on, up to 40 MiB of them.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
-_MAPPED_FROM = 32 * 2**20
+_MAPPED_FROM = 8 * 2**20
 _HEAP_KEEPS = 256 * 2**20
 
 # torch then asks for pages of 2 MiB where a tensor fills them: a 512th of the page faults.

@@ -20,7 +20,16 @@ from dataclasses import dataclass
 
 from streamcomp.recipe import Recipe
 
-__all__ = ["Step", "analysis_key", "gradient_key", "hidden_key", "live_after", "schedule"]
+__all__ = [
+    "Step",
+    "analysis_key",
+    "can_be_analysed",
+    "gradient_key",
+    "hidden_key",
+    "live_after",
+    "needs_analysis",
+    "schedule",
+]
 
 
 @dataclass(frozen=True)
@@ -133,3 +142,14 @@ def _write(
             reads.append(hidden_key(k, output))
             writes += [hidden_key(k + 1, output)] if not last else []
     return Step(f"{prefix}block {k}", "block", k, output, tuple(reads), tuple(writes))
+
+
+def can_be_analysed(recipe: Recipe) -> bool:
+    """Whether decompositions depend on the dense model alone, and one serves every output."""
+    return recipe.statistics == "dense" and recipe.method != "swsc" and not recipe.centred
+
+
+def needs_analysis(recipe: Recipe) -> bool:
+    """Whether decompositions have to be kept before any factor is written."""
+    several = len(recipe.ratios) > 1
+    return recipe.two_sided or recipe.allocation == "loss" or (several and can_be_analysed(recipe))

@@ -23,7 +23,8 @@ from streamcomp.methods import Moment
 from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning import plan
-from streamcomp.planning.plan import BlockPlan, Levers, plan_blocks
+from streamcomp.planning.blocks import BlockPlan, plan_blocks
+from streamcomp.planning.levers import Levers
 from tests.jobs import (
     SMALL,
     Interrupt,

@@ -19,7 +19,7 @@ import streamcomp
 from streamcomp import JobMismatchError, OutputError, Recipe, RecipeError, Resources
 from streamcomp.job.progress import SilentProgress
 from streamcomp.planning import plan
-from streamcomp.planning.plan import Levers
+from streamcomp.planning.levers import Levers
 from tests.jobs import (
     Interrupt,
     Interrupted,

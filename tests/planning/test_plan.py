@@ -20,8 +20,9 @@ from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import read_index
 from streamcomp.job.progress import SilentProgress
 from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import CONTEXT_BYTES
-from streamcomp.planning.plan import Levers, Plan, make_evaluation_plan, make_plan
+from streamcomp.planning.plan import Plan, make_evaluation_plan, make_plan
 from streamcomp.planning.rates import MachineRates
 from tests.jobs import REPOSITORY, SMALL, compress, run_python, stored_tensors, varied_text
 from tests.pico import BOS, EOS, LONGEST, VOCABULARY, make_tokenizer

@@ -1,0 +1,142 @@
+"""The blocks of a model as a plan sees them: their linears, moments, and bytes by their traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from streamcomp.calibration.hidden_states import StreamShape
+from streamcomp.calibration.observe import MomentGroup, group_moments
+from streamcomp.linalg.symmetric import solve_dtype
+from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
+from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.modeling.tracing import BlockTrace, trace_block
+from streamcomp.planning.cost import BlockCost
+from streamcomp.planning.levers import Levers
+from streamcomp.planning.outputs import can_be_factored
+from streamcomp.planning.schedule import Step
+from streamcomp.recipe import Recipe, chosen_blocks
+
+__all__ = ["BlockPlan", "passes_of_step", "plan_blocks"]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: its linears, and the moments that serve those to be factored."""
+
+    number: int
+    name: str
+    linears: BlockLinears
+    groups: tuple[MomentGroup, ...]
+    trace: BlockTrace
+    cost: BlockCost
+    retrace: Callable[[int], BlockTrace]  # with so many tokens per call of the feed-forward
+
+    def cost_with(self, levers: Levers) -> BlockCost:
+        """``cost`` where the feed-forward runs as many tokens at a time as ``levers`` say."""
+        if levers.feed_forward_tokens >= self.cost.stream.seq_len:
+            return self.cost
+        trace = self.retrace(levers.feed_forward_tokens)
+        if not trace.exact:  # an estimate knows of no chunks
+            return self.cost
+        return replace(
+            self.cost,
+            activation_bytes=trace.activation_bytes,
+            autograd_bytes=trace.autograd_bytes,
+        )
+
+    @property
+    def targets(self) -> list[Linear]:
+        """The linears to factor, in the order in which they are decomposed."""
+        return [linear for group in self.groups for linear in group.linears]
+
+    def passes(self, levers: Levers, *, observed: bool = True) -> list[tuple[MomentGroup, ...]]:
+        """What a step works on each time that it reads the block: some groups, one time at least.
+
+        ``levers.groups`` at a time where they are ``observed``; else ``levers.linears``, each in a
+        group of its own.
+        """
+        if observed:
+            groups, size = self.groups, levers.groups
+        else:
+            groups = tuple(replace(g, linears=(m,)) for g in self.groups for m in g.linears)
+            size = levers.linears
+        return [groups[start : start + size] for start in range(0, max(1, len(groups)), size)]
+
+    def others(self, groups: Sequence[MomentGroup]) -> list[Linear]:
+        """The linears that are in none of ``groups``: their weights are not needed with them."""
+        needed = {linear.name for group in groups for linear in group.linears}
+        return [linear for linear in self.linears.eligible if linear.name not in needed]
+
+
+def passes_of_step(
+    step: Step, block: BlockPlan, recipe: Recipe, analysis: bool, levers: Levers
+) -> list[tuple[MomentGroup, ...]]:
+    """The groups that ``step`` works on each time that it reads its ``block``.
+
+    All at once where its factors run together on the compressed stream.
+    """
+    if step.kind == "block" and recipe.compressed_stream:
+        return [block.groups]
+    return block.passes(levers, observed=step.kind != "block" or not analysis)
+
+
+def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list[BlockPlan]:
+    """Linears and groups of every block; one trace per kind of block."""
+    _, calls = skeleton.dry_record(1, stream.seq_len)
+    hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
+    traces: dict[tuple[Any, ...], Callable[[int], BlockTrace]] = {}
+    chosen = chosen_blocks(recipe.blocks, len(skeleton))
+    blocks = []
+    for number in range(len(skeleton)):
+        block = find_linears(skeleton, number, recipe.include, recipe.exclude)
+        kind = (*skeleton.block_kind(number), tuple(linear.name for linear in block.eligible))
+        if kind not in traces:
+            modules = {
+                linear.name: skeleton.block(number).get_submodule(linear.name)
+                for linear in block.eligible
+            }
+            traces[kind] = cache(
+                partial(trace_block, skeleton.block(number), modules, hidden, calls[number])
+            )
+        trace = traces[kind](0)
+        groups = _groups(recipe, block, trace, stream) if number in chosen else ()
+        weight_bytes = sum(
+            value.numel() * value.element_size()
+            for value in skeleton.block(number).state_dict().values()
+        )
+        known = BlockCost(
+            weight_bytes,
+            _merge_bytes(skeleton, number),
+            trace.activation_bytes,
+            trace.autograd_bytes,
+            stream,
+            groups,
+        )
+        name = skeleton.block_name(number)
+        blocks.append(BlockPlan(number, name, block, groups, trace, known, traces[kind]))
+    return blocks
+
+
+def _groups(
+    recipe: Recipe, block: BlockLinears, trace: BlockTrace, stream: StreamShape
+) -> tuple[MomentGroup, ...]:
+    narrow = solve_dtype(stream.dtype) != torch.float64
+    factored = [linear for linear in block.eligible if can_be_factored(linear, recipe.form)]
+    return group_moments(
+        factored,
+        trace.groups,
+        gradients=recipe.two_sided,
+        inputs_only=recipe.method == "swsc" or recipe.statistics == "none",
+        tokens=stream.windows * stream.seq_len if narrow else 0,
+    )
+
+
+def _merge_bytes(skeleton: Skeleton, number: int) -> int:
+    """Bytes of the tensors that are held beside the one parameter that they become."""
+    sources = skeleton.block_parameters(number).values()
+    return max((sum(i.nbytes for i in infos) for infos in sources if len(infos) > 1), default=0)
