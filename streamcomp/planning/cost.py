@@ -40,8 +40,9 @@ __all__ = [
 ]
 
 _F64 = 8
-# Libraries that come after the baseline was measured, and gaps in the allocator's heap.
-LATE_BYTES = 80 * 2**20
+# Libraries that come after the baseline was measured, and gaps in the allocator's heap, which are
+# not the same in two runs of one job: 40 to 81 MiB were seen.
+LATE_BYTES = 112 * 2**20
 # A tokenizer in memory, per byte of its file, and the records of one piece of text.
 _TOKENIZER_FACTOR = 20
 _PIECE_BYTES = 48 * 2**20
