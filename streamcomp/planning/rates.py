@@ -19,7 +19,7 @@ from streamcomp.linalg.symmetric import SMALL, exact_products, solve_dtype
 __all__ = ["MachineRates", "measure_disk", "measure_rates"]
 
 _PRODUCT, _SMALL_EIGH, _EIGH = 1024, 512, 1024  # sizes that are timed
-_RUNS, _SECONDS = 3, 0.15  # each is timed as often, and as long, as this at least
+_RUNS, _SECONDS = 3, 0.05  # each is timed as often, and as long, as this at least
 _FILE_BYTES = 16 * 2**20
 _DISK = 500e6  # bytes per second, where no folder is known
 
