@@ -111,7 +111,8 @@ class Job:
         self._refuse_foreign_folder(found)
         if found is not None:
             holder = self.out if self.work.is_relative_to(self.out) else self.work
-            check_fingerprint(found.header["fingerprint"], self.fingerprint, holder)
+            with locked(holder):  # a job that runs there is no "other job" to be removed
+                check_fingerprint(found.header["fingerprint"], self.fingerprint, holder)
         self.plan = self._plan(self.rates, found)
         limit_device(self.device, device_budget)
         self._check_shards(found)

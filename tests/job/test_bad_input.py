@@ -592,6 +592,8 @@ def test_a_second_process_on_a_job_is_kept_out(
 
     with lock_held(out):
         assert_refused(run_compress(pico("llama"), out, text), 8, "another process works on .*out")
+        other = run_compress(pico("llama"), out, text, "--ratio", "0.37")
+        assert_refused(other, 8, "another process works on .*out")  # not: remove that folder
         assert tree(out) == before
         assert run_cli("status", out).code == 0
     work.mkdir()
