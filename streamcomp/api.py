@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,20 @@ from typing import Any
 from streamcomp.checkpoint.atomic import write_text
 from streamcomp.checkpoint.hub import checkpoint_folder, headers_folder
 from streamcomp.checkpoint.index import read_header, read_index
-from streamcomp.errors import OutputError
+from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
 from streamcomp.evaluation.export import export_checkpoint
 from streamcomp.evaluation.html import html_report
 from streamcomp.evaluation.inspection import Inspection, inspect_checkpoint
 from streamcomp.evaluation.perplexity import Evaluation, evaluate_checkpoint
 from streamcomp.evaluation.report import job_report, model_card
 from streamcomp.integrations.transformers import AUTO_MAP, PLUGIN, plugin_source
-from streamcomp.job.journal import Journal, check_fingerprint, fingerprint
+from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked
 from streamcomp.job.progress import JobProgress, SilentProgress
 from streamcomp.job.publish import (
     REPORT,
     publish,
     quantization_config,
     read_report,
-    remove_work,
     to_json,
 )
 from streamcomp.job.redo import redo_linears
@@ -36,6 +36,7 @@ from streamcomp.job.run import (
     prepare_process,
     steps_of_output,
 )
+from streamcomp.job.workspace import remove_work
 from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.meter import (
@@ -118,13 +119,13 @@ def compress(
             check_fingerprint(
                 report["fingerprint"], fingerprint(index, recipe), out, versions=False
             )
-        _clean(resources.work_dir or out / WORK_FOLDER)
+        _clean(resources.work_dir or out / WORK_FOLDER, done[0])
         return _result(folders, done, already_done=True)
     job = Job(index, out, recipe, resources, progress)
     with job.open():
         job.run()
         reports = [_publish(job, number) for number in range(len(folders))]
-    _clean(job.work)
+    _clean(job.work, reports[0])
     return _result(folders, reports, already_done=False)
 
 
@@ -151,10 +152,16 @@ def redo(
     index = read_index(checkpoint_folder(model, revision))
     report = read_report(out)
     if report is None:
-        raise OutputError(f"{out} holds no finished job: --redo is for one that kept its work")
+        several = [folder.name for folder in sorted(out.glob("ratio-*")) if read_report(folder)]
+        raise OutputError(
+            f"{out} holds several outputs: --redo one of them, {out / several[0]}"
+            if several
+            else f"{out} holds no finished job: --redo is for one that kept its work"
+        )
     recipe = Recipe.from_mapping(report["recipe"], "report")
     check_fingerprint(report["fingerprint"], fingerprint(index, recipe), out, versions=False)
-    work = resources.work_dir or out / WORK_FOLDER
+    places = [out / WORK_FOLDER, out.parent / WORK_FOLDER]  # the latter where out is one of several
+    work = resources.work_dir or next((place for place in places if place.is_dir()), places[0])
     redone = redo_linears(index, out, work, recipe, resources, report, pattern, damping, progress)
     names = {linear["name"] for linear in redone}
     report["linears"] = [
@@ -329,8 +336,19 @@ def _result(
     return replace(first, others=tuple(others))
 
 
-def _clean(work: Path) -> None:
-    """Remove the work of a finished job, unless that was to be kept."""
-    journal = Journal.read(work) if work.is_dir() else None
-    if journal is None or not journal.header["levers"].get("keep_work"):
-        remove_work(work)
+def _clean(work: Path, report: Mapping[str, Any] | None) -> None:
+    """Remove the work of the finished job with that ``report``, unless it was to be kept.
+
+    What another job left in that folder stays, and so does all of it while a process works there.
+    """
+    if report is None or not work.is_dir():
+        return
+    with suppress(JobLockedError, JobMismatchError), locked(work):
+        journal = Journal.read(work)
+        if (
+            journal is not None
+            and journal.finished
+            and journal.header["fingerprint"] == report["fingerprint"]
+            and not journal.header["levers"].get("keep_work")
+        ):
+            remove_work(work)

@@ -161,7 +161,7 @@ class Recipe:
                 raise RecipeError(
                     f"ratio {ratio:g}: the share to remove lies between 0 and 1, e.g. 0.2"
                 )
-        if not self.ratios or len(set(self.ratios)) < len(self.ratios):
+        if not self.ratios or len({f"{ratio:g}" for ratio in self.ratios}) < len(self.ratios):
             raise RecipeError(f"ratio {self.ratio}: each of several ratios stands there once")
         if not 0 <= self.module_ratio < 1:
             raise RecipeError(f"module_ratio {self.module_ratio:g}: at least 0 and below 1")

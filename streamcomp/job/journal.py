@@ -123,7 +123,7 @@ class Journal:
         path = folder / JOURNAL
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         whole = data[: data.rfind(b"\n") + 1]
         try:
@@ -179,6 +179,10 @@ class Journal:
             finally:
                 os.close(descriptor)
         self.steps.append(entry)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.steps) == int(self.header["total"])
 
     def find(self, step: str) -> dict[str, Any] | None:
         """Results of ``step``, None if it is not done."""

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamcomp.checkpoint.atomic import atomic_file, sync_folder, write_json, write_text
+from streamcomp.checkpoint.atomic import atomic_file, write_json, write_text
 from streamcomp.checkpoint.index import CheckpointIndex, read_header
-from streamcomp.job.journal import JOURNAL
 from streamcomp.modeling.modules import FORMAT_VERSION
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "publish",
     "quantization_config",
     "read_report",
-    "remove_work",
     "to_json",
     "write_index",
 ]
@@ -38,18 +36,6 @@ _COMPANIONS = (
     "USE_POLICY*",
 )
 _NOT_COPIED = ("config.json", REPORT)
-
-# All that a job puts into its work folder.
-_WORK_FILES = (
-    JOURNAL,
-    "windows.safetensors",
-    "hidden-*.bin",
-    "compressed-*.bin",
-    "gradient-*.bin",
-    "analysis-*.safetensors",
-    "moments-*.safetensors",
-    ".*.tmp",
-)
 
 
 def publish(
@@ -103,18 +89,6 @@ def quantization_config(linears: list[dict[str, Any]], dtypes: Mapping[str, str]
 def to_json(value: Any) -> str:
     """Indented JSON with a final line end."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
-def remove_work(work: Path) -> None:
-    """Delete what a job left in its work folder, and the folder if nothing else is in it."""
-    if not work.is_dir():
-        return
-    for pattern in _WORK_FILES:
-        for path in work.glob(pattern):
-            path.unlink(missing_ok=True)
-    if not any(work.iterdir()):
-        work.rmdir()
-        sync_folder(work.parent)
 
 
 def read_report(out: Path) -> dict[str, Any] | None:

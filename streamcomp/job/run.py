@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class Job:
         header = found.header
         if (
             header["levers"].get("keep_work")
-            and len(found.steps) == header["total"]
+            and found.finished
             and header["fingerprint"] != self.fingerprint
             and same_analysis(header["fingerprint"], self.fingerprint)
         ):
@@ -163,6 +163,10 @@ class Job:
             self._settings = fits
             return make_plan(self.skeleton, self.recipe, self.budget, rates, **fits)
         held = found.header["levers"]
+        if keep and not held["keep_work"]:
+            self.progress.note(
+                "--keep-work comes too late: this job began without it, and removes its work"
+            )
         fits |= {"analysis": held["analysis"], "keep_work": held["keep_work"]}
         self._settings = fits
         ranked = found.find(_RANKS)
@@ -186,7 +190,12 @@ class Job:
             return plan
 
     def _refuse_foreign_folder(self, found: Journal | None) -> None:
-        """OUT may be missing, empty, or hold this job; nothing of anybody else's is touched."""
+        """OUT may be missing, empty, or hold this job; nothing of anybody else's is touched.
+
+        A work folder elsewhere does not say which OUT it is for: what lies in OUT has to.
+        """
+        if self.work.exists() and not self.work.is_dir():
+            raise OutputError(f"{self.work} is a file, --work-dir must be a folder")
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out} is a file, OUT must be a folder")
         if self.out.resolve() == self.index.folder.resolve():
@@ -195,11 +204,22 @@ class Job:
             raise OutputError(f"{self.work} is OUT or the model's folder: give another --work-dir")
         if not self.out.is_dir():
             return
-        if found is None and Journal.read(self.work) is not None:
-            return
-        if found is not None and not found.inherited:
-            return
-        others = sorted(p.name for p in self.out.iterdir() if p.name != WORK_FOLDER)
+        begun = found is not None or Journal.read(self.work) is not None
+        ours = {WORK_FOLDER}
+        if begun and not (found and found.inherited):
+            if self.work.is_relative_to(self.out) or (found and found.finished):
+                return
+            ours |= {folder.name for folder in self.outputs if folder != self.out}
+            shards = [self.shard_path(0, number).name for number in range(len(self.skeleton) + 1)]
+            ours |= {*shards, *(f".{shard}.tmp" for shard in shards)}
+        folders = {self.out, *self.outputs}
+        others = sorted(
+            path.relative_to(self.out).as_posix()
+            for folder in folders
+            if folder.is_dir()
+            for path in folder.iterdir()
+            if path.name not in ours
+        )
         if others:
             raise OutputError(
                 f"{self.out} is not empty ({others[0]}) and holds no job: give another OUT"
@@ -216,21 +236,24 @@ class Job:
                 )
 
     def _check_disk(self) -> None:
-        folder = self.out
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-        there = sum(
-            file.stat().st_size
-            for root in (self.out, self.work)
-            if root.is_dir() and not (root != self.out and root.is_relative_to(self.out))
-            for file in root.rglob("*")
-            if file.is_file()
-        )
-        if free + there < self.plan.disk_bytes:
+        """OutputError where the disk of OUT, or that of the work folder, has too little space."""
+        out, work = _existing(self.out), _existing(self.work)
+        if out.stat().st_dev == work.stat().st_dev:
+            self._check_space((self.out, self.work), self.plan.disk_bytes, "OUT or --work-dir")
+            return
+        outputs = self.plan.disk_bytes - self.plan.work_bytes
+        self._check_space((self.out,), outputs, "OUT")
+        self._check_space((self.work,), self.plan.work_bytes, "--work-dir")
+
+    def _check_space(self, folders: Sequence[Path], needed: int, setting: str) -> None:
+        """That ``folders``, on one disk, can hold ``needed`` bytes with what they hold now."""
+        files = {file for folder in folders for file in folder.rglob("*") if file.is_file()}
+        there = sum(file.stat().st_size for file in files)
+        free = shutil.disk_usage(_existing(folders[0])).free
+        if free + there < needed:
             raise OutputError(
-                f"{self.out} needs {format_bytes(self.plan.disk_bytes)} at most and its disk has "
-                f"{format_bytes(free)} free: give another OUT or --work-dir, or free some space"
+                f"{folders[0]} needs {format_bytes(needed)} at most and its disk has "
+                f"{format_bytes(free)} free: give another {setting}, or free some space"
             )
 
     def _resume(self, found: Journal | None) -> None:
@@ -373,6 +396,11 @@ def output_folders(out: Path, recipe: Recipe) -> list[Path]:
     if len(recipe.ratios) == 1:
         return [out]
     return [out / f"ratio-{ratio:g}" for ratio in recipe.ratios]
+
+
+def _existing(folder: Path) -> Path:
+    """``folder``, or the nearest one above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def steps_of_output(steps: list[dict[str, Any]], output: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from torch.utils._pytree import tree_map_only
 
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.calibration.observe import MomentGroup
+from streamcomp.checkpoint.atomic import sync_folder
 from streamcomp.checkpoint.index import read_header
 from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.errors import JobMismatchError, NonFiniteError
-from streamcomp.job.journal import Journal
+from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.progress import JobProgress
 from streamcomp.methods import Method, Swsc
 from streamcomp.modeling.skeleton import Call, Skeleton
@@ -30,7 +32,13 @@ from streamcomp.planning.plan import Plan
 from streamcomp.planning.schedule import Step, hidden_key
 from streamcomp.recipe import Recipe
 
-__all__ = ["Stage", "Workspace", "check_finite"]
+__all__ = ["Stage", "Workspace", "check_finite", "remove_work", "work_files"]
+
+# All that a job puts into its work folder; whatever else lies there is somebody's own.
+_WORK_FILE = re.compile(
+    rf"{re.escape(JOURNAL)}|windows\.safetensors|(hidden|gradient)-\d{{5}}\.bin"
+    r"|compressed-\d+-\d{5}\.bin|(analysis|moments)-\d{5}\..+\.safetensors"
+)
 
 
 class Stage:
@@ -219,7 +227,7 @@ class Workspace:
         Kept work is the analysis, and the embeddings that a compressed stream begins with.
         """
         kinds = ("hidden-", "compressed-", "gradient-", "analysis-")
-        for path in self.folder.iterdir():
+        for path in work_files(self.folder):
             key = path.name.partition(".")[0]
             if not key.startswith(kinds) or key in live:
                 continue
@@ -229,6 +237,30 @@ class Workspace:
     def results(self, kind: str, block: int) -> dict[str, Any] | None:
         """What the journal holds of the step of ``kind`` on ``block``."""
         return self.journal.find(f"{kind} {block}")
+
+
+def work_files(folder: Path) -> list[Path]:
+    """The files in ``folder`` that bear a name of a job's own, also unfinished ones."""
+
+    def is_ours(path: Path) -> bool:
+        name = path.name
+        if name.startswith(".") and name.endswith(".tmp"):
+            name = name[1 : -len(".tmp")]
+        return _WORK_FILE.fullmatch(name) is not None and path.is_file()
+
+    return [path for path in folder.iterdir() if is_ours(path)]
+
+
+def remove_work(folder: Path) -> None:
+    """Delete what a job left in its work folder, and the folder if nothing else is in it.
+
+    The journal goes last: until then, a call that was interrupted knows whose files these are.
+    """
+    for path in sorted(work_files(folder), key=lambda path: path.name == JOURNAL):
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+        sync_folder(folder.parent)
 
 
 def check_finite(hidden: Tensor, name: str) -> None:

@@ -50,6 +50,7 @@ class Plan:
     baseline_bytes: int  # resident before the first step
     stream: StreamShape
     disk_bytes: int  # outputs, streams, analysis and journal together, at most
+    work_bytes: int  # those of them that lie in the work folder
     levers_seconds: float  # what levers cost that compute or read anything again
 
     @property
@@ -222,6 +223,7 @@ def _assembled(
         planner.baseline,
         planner.stream,
         planner.disk_bytes,
+        planner.work_bytes,
         sum(step.seconds for step in steps) - planner.seconds(at_once),
     )
 

@@ -1,0 +1,253 @@
+"""Whose is what lies in OUT and in the work folder: nothing of anybody else's is touched."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from streamcomp import JobMismatchError, OutputError, RecipeError, Resources, redo, status
+from streamcomp.api import plan
+from streamcomp.job import run
+from streamcomp.job.journal import locked
+from tests.jobs import (
+    Interrupt,
+    Interrupted,
+    Notes,
+    compress,
+    quick_plan,
+    small_recipe,
+    tree,
+    varied_text,
+)
+from tests.pico import save_pico
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
+
+
+def interrupted(model: Path, out: Path, text: Path, after: int, **settings: Any) -> None:
+    with pytest.raises(Interrupted):
+        compress(model, out, text, progress=Interrupt(after), **settings)
+
+
+# -- a work folder that several jobs use, one after the other ----------------------------
+
+
+@pytest.mark.parametrize("after", [3, 9])  # in the sweeps; with shards in OUT
+def test_a_finished_job_that_is_run_again_leaves_the_next_ones_work(
+    after: int, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work, out = pico("llama"), tmp_path / "work", tmp_path / "next"
+    compress(dense, tmp_path / "first", text, work_dir=work)
+    interrupted(dense, out, text, after, work_dir=work, ratio=0.4)
+    before = tree(work)
+
+    assert compress(dense, tmp_path / "first", text, work_dir=work).already_done
+
+    assert tree(work) == before
+    progress = Notes()
+    compress(dense, out, text, work_dir=work, ratio=0.4, progress=progress)
+    assert progress.done == after + 1
+    assert not work.exists()
+
+
+def test_work_is_not_removed_while_a_process_holds_it(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+    with mock.patch("streamcomp.api.remove_work"):  # killed before its work was removed
+        compress(dense, out, text)
+    work = out / ".streamcomp"
+    before = tree(work)
+    assert before
+
+    with locked(work):
+        assert compress(dense, out, text).already_done
+    assert tree(work) == before
+
+    assert compress(dense, out, text).already_done
+    assert not work.exists()
+
+
+def test_removing_work_that_was_interrupted_is_done_by_the_next_call(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+    with mock.patch("streamcomp.api.remove_work"):
+        compress(dense, out, text, statistics="dense")
+    work = out / ".streamcomp"
+    (work / "hidden-00000.bin").write_bytes(b"left")
+    removed: list[str] = []
+
+    def until_killed(path: Path, missing_ok: bool = False) -> None:
+        removed.append(path.name)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(Path, "unlink", until_killed), pytest.raises(KeyboardInterrupt):
+        compress(dense, out, text)
+    assert removed != ["journal.jsonl"] and (work / "journal.jsonl").is_file()
+
+    compress(dense, out, text)
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("method", ["two-sided", "svd-llm"])
+def test_what_somebody_keeps_in_the_work_folder_stays(
+    method: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "scratch"
+    (work / "compressed-models").mkdir(parents=True)
+    own = {"analysis-2024.csv", "hidden-layers.bin", ".hidden.tmp", "gradient-1.bin"}
+    for name in own:
+        (work / name).write_text("mine")
+
+    compress(pico("llama"), work / "compressed-pico", text, work_dir=work, method=method)
+
+    left = {path.name for path in work.iterdir()}
+    assert left == own | {"compressed-models", "compressed-pico"}
+    assert (work / "compressed-pico" / "config.json").is_file()
+
+
+def test_a_file_is_no_work_folder(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+
+    with pytest.raises(OutputError, match="file is a file, --work-dir must be a folder"):
+        compress(pico("llama"), tmp_path / "out", text, work_dir=file)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="holds no job"):
+        status(tmp_path / "out", work_dir=file)
+
+
+# -- an OUT that is not this job's -------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [-1, 0, 3])  # without a step, one, several; never a shard
+@pytest.mark.parametrize("ratio", [0.2, (0.2, 0.4)])
+def test_a_job_does_not_go_on_in_a_folder_of_somebody_else(
+    after: int, ratio: Any, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work = pico("llama"), tmp_path / "work"
+    victim = save_pico(tmp_path / "victim", seed=5, shard_size="30KB")
+    if after < 0:
+        with (
+            mock.patch.object(run.Job, "_tokenize", side_effect=Interrupted),
+            pytest.raises(Interrupted),
+        ):
+            compress(dense, tmp_path / "out", text, work_dir=work, ratio=ratio)
+    else:
+        interrupted(dense, tmp_path / "out", text, after, work_dir=work, ratio=ratio)
+    before = tree(victim)
+
+    with pytest.raises(OutputError, match=r"victim is not empty \(config.json\)"):
+        compress(dense, victim, text, work_dir=work, ratio=ratio)
+
+    assert tree(victim) == before
+    (tmp_path / "out").rename(tmp_path / "renamed")  # its own, by another name
+    compress(dense, tmp_path / "renamed", text, work_dir=work, ratio=ratio)
+
+
+def test_a_job_goes_on_beside_its_own_shards_and_half_written_files(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work, out = pico("llama"), tmp_path / "work", tmp_path / "out"
+    compress(dense, tmp_path / "whole", text)
+    interrupted(dense, out, text, 8, work_dir=work)
+    (out / ".model-00002-of-00003.safetensors.tmp").write_bytes(b"half of a shard")
+
+    compress(dense, out, text, work_dir=work)
+
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.safetensors")}
+    assert whole == {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert not list(out.glob(".*"))
+
+
+# -- disks -------------------------------------------------------------------------------
+
+
+def test_each_disk_needs_room_for_what_lies_on_it(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """OUT and the work folder on two disks, of which one after the other is too small."""
+    dense, out, work = pico("llama"), tmp_path / "out", tmp_path / "work"
+    with quick_plan():
+        made = plan(dense, small_recipe(text), Resources(threads=1, work_dir=work))
+    outputs = made.disk_bytes - made.work_bytes
+    assert 0 < made.work_bytes < made.disk_bytes
+    other = tmp_path.stat().st_dev + 1
+    stat = Path.stat
+
+    def two_disks(path: Path, **more: Any) -> Any:
+        found = stat(path, **more)
+        if not path.is_relative_to(work):
+            return found
+        return SimpleNamespace(st_mode=found.st_mode, st_size=found.st_size, st_dev=other)
+
+    def free(sizes: dict[Path, int]) -> Any:
+        def usage(path: Path) -> Any:
+            (size,) = (s for folder, s in sizes.items() if path.is_relative_to(folder))
+            return SimpleNamespace(free=size)
+
+        return mock.patch.object(shutil, "disk_usage", usage)
+
+    work.mkdir()
+    out.mkdir()
+    with mock.patch.object(Path, "stat", two_disks):
+        with (
+            free({out: outputs - 1, work: made.work_bytes}),
+            pytest.raises(OutputError, match="out needs .* free: give another OUT, or"),
+        ):
+            compress(dense, out, text, work_dir=work)
+        with (
+            free({out: outputs, work: made.work_bytes - 1}),
+            pytest.raises(OutputError, match="work needs .* free: give another --work-dir, or"),
+        ):
+            compress(dense, out, text, work_dir=work)
+        with free({out: outputs, work: made.work_bytes}):
+            compress(dense, out, text, work_dir=work)
+    assert (out / "config.json").is_file()
+
+
+# -- what is said ------------------------------------------------------------------------
+
+
+def test_ratios_that_would_share_a_folder_are_refused() -> None:
+    with pytest.raises(RecipeError, match="stands there once"):
+        small_recipe("text", ratio=(0.2, 0.2000001))
+
+
+def test_keeping_work_of_a_job_that_began_without_is_said_to_be_too_late(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out, progress = pico("llama"), tmp_path / "out", Notes()
+    interrupted(dense, out, text, 3)
+
+    compress(dense, out, text, keep_work=True, progress=progress)
+
+    assert any("--keep-work comes too late" in note for note in progress.texts)
+    assert not (out / ".streamcomp").exists()
+
+
+def test_one_of_several_outputs_is_redone_from_the_work_beside_it(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+    compress(dense, out, text, ratio=(0.2, 0.4), keep_work=True)
+    resources = Resources(threads=1)
+
+    with pytest.raises(OutputError, match=r"several outputs: --redo one of them, .*out/ratio-0.2"):
+        redo(dense, out, "q_proj", damping=0.3, resources=resources)
+    report = redo(dense, out / "ratio-0.4", "q_proj", damping=0.3, resources=resources).report
+
+    assert report["redone"][0]["damping"] == 0.3
+    shutil.move(out / "ratio-0.4", tmp_path / "moved")
+    with pytest.raises((RecipeError, JobMismatchError)):
+        redo(dense, tmp_path / "moved", "q_proj", damping=0.3, resources=resources)
