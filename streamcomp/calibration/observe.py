@@ -166,7 +166,8 @@ class _Watched:
         count = rows.numel() // rows.shape[-1]
         self.rows += count
         if self.total is not None:
-            self.total += rows.detach().reshape(-1, rows.shape[-1]).sum(0, dtype=torch.float64)
+            for few in rows.detach().reshape(-1, rows.shape[-1]).split(ROWS_PER_UPDATE):
+                self.total += few.sum(0, dtype=torch.float64)  # which casts them all
             if shift is not None:
                 self.total -= count * shift.detach().double()
 

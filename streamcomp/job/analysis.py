@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def read_moment(
     folder: Path, block: int, group: MomentGroup, linear: Linear, device: torch.device
 ) -> Moment:
     """The moment of ``linear``, one of ``group``; SourceError where it was not kept."""
-    tensors = _read(_path(folder, f"moments-{block:05d}", group.linears[0].name), device)
+    path = _path(folder, f"moments-{block:05d}", group.linears[0].name)
+    own = {"value", "rows", f"gradient.{linear.name}", f"energy.{linear.name}"}
+    tensors = _read(path, device, own)
     gradient = None
     if f"gradient.{linear.name}" in tensors:
         energy = float(tensors[f"energy.{linear.name}"])
@@ -140,6 +143,13 @@ def _header(path: Path) -> Any:
     return read_header(path)
 
 
-def _read(path: Path, device: torch.device) -> dict[str, Tensor]:
+def _read(
+    path: Path, device: torch.device, names: Container[str] | None = None
+) -> dict[str, Tensor]:
+    """The tensors in a file, or those of ``names`` that it has."""
     with TensorReader() as reader:
-        return {name: reader.read(info).to(device) for name, info in _header(path).items()}
+        return {
+            name: reader.read(info).to(device)
+            for name, info in _header(path).items()
+            if names is None or name in names
+        }

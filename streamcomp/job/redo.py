@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,21 @@ from streamcomp.job.run import choose_device
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.job.writing import Factored, factorize
 from streamcomp.methods import Swsc, find_method
+from streamcomp.modeling.linears import Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning.blocks import BlockPlan
-from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import (
     budget_bytes,
     device_budget_bytes,
+    is_memory_backed,
     limit_device,
     release,
     warm_up,
 )
 from streamcomp.planning.plan import make_plan
 from streamcomp.planning.rates import measure_rates
+from streamcomp.planning.schedule import Step
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = ["redo_linears"]
@@ -71,25 +75,27 @@ def redo_linears(
         recipe,
         budget_bytes(resources.max_ram),
         measure_rates(device, skeleton.dtype),
-        levers=Levers.of_journal(journal.header["levers"]),
         analysis=True,
         keep_work=True,
+        memory_backed=is_memory_backed(folder),
         device_budget=device_budget_bytes(device, resources.max_vram),
+        redo=_blocks_of(skeleton, chosen),
     )
     limit_device(device, plan.device_budget_bytes)
     with locked(out), locked(folder):
         work = Workspace(
             skeleton, recipe, find_method(recipe.method), device, folder, plan, journal, True
         )
-        blocks = [b for b in plan.blocks if any(m.disk_name in chosen for m in b.targets)]
-        progress.begin(f"redo {len(chosen)} linears", [1.0] * len(blocks), 0, plan.budget_bytes)
+        seconds = [step.seconds for step in plan.steps]
+        progress.begin(f"redo {len(chosen)} linears", seconds, 0, plan.budget_bytes)
         results = []
         try:
-            for place, block in enumerate(blocks):
-                stage = Stage(progress, place, f"block {block.number}")
-                results += _redo_block(work, stage, block, chosen, out)
+            for place, planned in enumerate(plan.steps):
+                name = f"block {planned.step.block}"
+                stage = Stage(progress, place, name)
+                results += _redo_block(work, stage, planned.step, chosen, out)
                 release()
-                progress.finish_step(place, f"block {block.number}", stage.total(), "")
+                progress.finish_step(place, name, stage.total(), "")
         finally:
             progress.end()
     return results
@@ -113,28 +119,26 @@ def _matching(report: dict[str, Any], recipe: Recipe, pattern: str) -> dict[str,
 
 
 def _redo_block(
-    work: Workspace, stage: Stage, block: BlockPlan, chosen: dict[str, dict[str, Any]], out: Path
+    work: Workspace, stage: Stage, step: Step, chosen: dict[str, dict[str, Any]], out: Path
 ) -> list[dict[str, Any]]:
-    """New factors for the chosen linears of one block, and its shard with them."""
-    assert not isinstance(work.method, Swsc)
+    """New factors for the chosen linears of one block, and its shard with them.
+
+    Holds the factors so far, and of weights those that have their turn yet in this pass.
+    """
+    block = work.block_plan(step.block)
     found: list[Factored] = []
-    for groups in block.passes(work.plan.levers):
-        pairs = [(g, m) for g in groups for m in g.linears if m.disk_name in chosen]
-        if not pairs:
+    for groups in work.passes(step):
+        mine = [m for group in groups for m in group.linears if m.disk_name in chosen]
+        if not mine:
             continue
         with work.block(stage, block.number) as loaded:
-            for linear in block.others(groups):
-                loaded.drop(linear.name)
-            for group, linear in pairs:
+            for linear in block.linears.eligible:
+                if linear not in mine:
+                    loaded.drop(linear.name)
+            for linear in mine:
                 stage(f"decomposing {linear.name.rpartition('.')[2]}")
-                weight = loaded.weight(linear.name)
-                moment = read_moment(work.folder, block.number, group, linear, work.device)
-                rank = chosen[linear.disk_name]["rank"]
-                decomposition = work.method.decompose(weight, moment, work.recipe.damping, rank)
-                decomposition = as_kept(linear, decomposition)
-                found.append(
-                    factorize(work, linear, rank, loaded.dense_linear(linear.name), decomposition)
-                )
+                found.append(_redone(work, block, loaded, linear, chosen[linear.disk_name]["rank"]))
+                loaded.drop(linear.name)
     stage("writing")
     entries = [entry for item in found for entry in item.entries]
     names = {entry.name for entry in entries}
@@ -142,3 +146,26 @@ def _redo_block(
     kept = [Entry(n, info) for n, info in read_header(shard).items() if n not in names]
     write_shard(shard, entries + kept)
     return [item.result for item in found]
+
+
+def _redone(
+    work: Workspace, block: BlockPlan, loaded: LoadedBlock, linear: Linear, rank: int
+) -> Factored:
+    """One linear from its own moments; they and its decomposition are gone with the return."""
+    assert not isinstance(work.method, Swsc)
+    group = next(group for group in block.groups if linear in group.linears)
+    moment = read_moment(work.folder, block.number, group, linear, work.device)
+    weight = loaded.weight(linear.name)
+    found = work.method.decompose(weight, moment, work.recipe.damping, rank)
+    del moment
+    return factorize(work, linear, rank, loaded.dense_linear(linear.name), as_kept(linear, found))
+
+
+def _blocks_of(skeleton: Skeleton, chosen: Collection[str]) -> list[int]:
+    """Numbers of the blocks that hold a linear of the names ``chosen``."""
+    linears = (find_linears(skeleton, number).eligible for number in range(len(skeleton)))
+    return [
+        number
+        for number, eligible in enumerate(linears)
+        if any(linear.disk_name in chosen for linear in eligible)
+    ]

@@ -17,7 +17,7 @@ from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.job.analysis import as_kept, health, read_decomposition, read_output_gradient
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.linalg.channel_sharing import average_bits, shared_numbers
-from streamcomp.linalg.low_rank import Decomposition
+from streamcomp.linalg.low_rank import Decomposition, decompose_weight
 from streamcomp.methods import (
     Moment,
     Swsc,
@@ -260,8 +260,8 @@ def _decomposition(
         known = next(item for item in results["analysis"] if item["name"] == linear.disk_name)
         return read_decomposition(work.folder, step.block, linear, known, work.device)
     assert not isinstance(work.method, Swsc)
-    if moment is None:  # no data: all inputs count alike
-        moment = Moment("inputs", torch.eye(linear.columns, device=work.device))
+    if moment is None:
+        return decompose_weight(weight)
     found = work.method.decompose(weight, moment, work.recipe.damping, rank)
     # the same bytes as where one analysis serves several outputs
     return as_kept(linear, found) if can_be_analysed(work.recipe) else found

@@ -59,6 +59,7 @@ __all__ = [
     "decompose_outputs",
     "decompose_two_sided_inputs",
     "decompose_two_sided_outputs",
+    "decompose_weight",
     "fit_left",
     "output_moment",
     "refit_left",
@@ -156,12 +157,24 @@ def decompose_outputs(
     if dtype == torch.float64 and not damping:  # K may be needed again
         values, vectors = eigh(outputs.to(torch.float64, copy=True), dtype)
         if values[-1] <= 0 < values[0]:
+            del values, vectors
             return decompose_outputs(weight, outputs, FIRST_DAMPING)
     else:
         if damping:
             outputs, spend = damped_outputs(outputs, weight, damping), True
         values, vectors = eigh(outputs.to(torch.float64, copy=not spend), dtype)
     return _decomposition(values, vectors, None, mixes=False, damping=damping)
+
+
+def decompose_weight(weight: Tensor) -> Decomposition:
+    """Decompose W (m, n) itself, where no data says which inputs count: its truncated SVD.
+
+    As if H = I. Holds what :func:`eigh` does on the smaller side.
+    """
+    if weight.shape[0] <= weight.shape[1]:
+        return decompose_outputs(weight, gram(weight.T), spend=True)
+    values, vectors = eigh(gram(weight), solve_dtype(weight.dtype))
+    return _decomposition(values, vectors, vectors.T, mixes=True, damping=0.0)
 
 
 def decompose_inputs(
@@ -206,6 +219,7 @@ def decompose_two_sided_outputs(
         outputs.set_()  # type: ignore[call-overload]  # makes room for the solver
     values, vectors = eigh(small, dtype)
     if dtype == torch.float64 and values[-1] <= 0 < values[0]:
+        del values, vectors
         damped = damped_outputs(outputs, weight, FIRST_DAMPING)
         values, vectors = eigh(sandwich(lower, damped, lower=True), dtype)
     right = _transposed_product(vectors, lower.T)
@@ -265,7 +279,7 @@ def _mixing(
 def centred(moment: Tensor, total: Tensor, rows: int) -> Tensor:
     """The moment of rows less their mean, fp64, from their moment, sum and number."""
     wide = total.double()
-    return moment.double() - torch.outer(wide, wide) / rows
+    return moment.to(torch.float64, copy=True).addr_(wide, wide, alpha=-1 / rows)
 
 
 def refit_left(

@@ -82,7 +82,8 @@ def passes_of_step(
     """
     if step.kind == "block" and recipe.compressed_stream:
         return [block.groups]
-    return block.passes(levers, observed=step.kind != "block" or not analysis)
+    from_kept = step.kind == "redo" or (step.kind == "block" and analysis)
+    return block.passes(levers, observed=not from_kept)
 
 
 def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list[BlockPlan]:

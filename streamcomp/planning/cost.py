@@ -113,12 +113,11 @@ class BlockCost:
         The incoming gradient, the input, its gradient and the products with W^T are held too.
         """
         wider = run_dtype.itemsize / self.stream.dtype.itemsize
-        weights = self.weight_bytes + (int(wider * self.weight_bytes) if wider > 1 else 0)
         states = 4 * self.stream.window_bytes
         return Phase(
             "reverse",
             {
-                "weights": weights,
+                "weights": self._cast_weights(run_dtype),
                 "moments": moments,
                 "activations": int(wider * batch * (self.autograd_bytes + states))
                 + 2 * self._cast_bytes(batch),
@@ -126,9 +125,21 @@ class BlockCost:
         )
 
     def decompose(
-        self, linear: Linear, group: MomentGroup, moments: int, dropped: int, *, swsc: bool = False
+        self,
+        linear: Linear,
+        group: MomentGroup,
+        moments: int,
+        dropped: int,
+        *,
+        swsc: bool = False,
+        damped: bool = False,
+        centred: bool = False,
     ) -> Phase:
-        """One decomposition; ``moments`` bytes of them are there, ``dropped`` of weights not."""
+        """One decomposition; ``moments`` bytes of them are there, ``dropped`` of weights not.
+
+        The outputs' moment is ``damped`` where the recipe says so, or tokens are few. ``centred``
+        makes a copy in fp64.
+        """
         if swsc:
             work = sharing_bytes(linear.rows, linear.columns)
         else:
@@ -138,8 +149,9 @@ class BlockCost:
                 group.side,
                 self.stream.dtype,
                 gradients=group.gradients,
-                damped=self.stream.windows * self.stream.seq_len < linear.rows,
+                damped=damped or self.stream.windows * self.stream.seq_len < linear.rows,
             )
+            work += _F64 * group.size**2 if centred else 0
         parts = {"weights": self.weight_bytes - dropped, "moments": moments, "decomposition": work}
         return Phase(f"decompose {linear.name}", parts)
 
@@ -192,8 +204,10 @@ class BlockCost:
         item = max(4, self.stream.dtype.itemsize)
         numbers = sum(rank * (linear.rows + linear.columns) for linear, rank in ranks.items())
         states = 6 * self.stream.window_bytes
+        run_dtype = gradient_dtype(self.stream.dtype)
+        factors = factors * run_dtype.itemsize // self.stream.dtype.itemsize
         held = {
-            "weights": self.weight_bytes,
+            "weights": self._cast_weights(run_dtype),
             "moments": 3 * self.output_gradient_bytes,
         }
         activations = 2 * (self.autograd_bytes + states) * self._widening
@@ -232,6 +246,11 @@ class BlockCost:
     def output_gradient_bytes(self) -> int:
         """The moment of the gradient of the block's output."""
         return self.stream.hidden**2 * moment_dtype(self.stream.dtype).itemsize
+
+    def _cast_weights(self, run_dtype: torch.dtype) -> int:
+        """The block's weights, and once more where they are cast to a wider ``run_dtype``."""
+        wider = run_dtype.itemsize / self.stream.dtype.itemsize
+        return self.weight_bytes + (int(wider * self.weight_bytes) if wider > 1 else 0)
 
     @property
     def _widening(self) -> int:

@@ -151,6 +151,7 @@ def make_plan(
     baseline: int | None = None,
     memory_backed: bool = False,
     device_budget: int = 0,
+    redo: Sequence[int] = (),
 ) -> Plan:
     """Plan a compression within ``budget_bytes``; BudgetError with the least that would do.
 
@@ -161,7 +162,8 @@ def make_plan(
     is 0 the largest useful one that fits. ``ranks``, one mapping per output, are those that the
     spectra have led to. ``analysis`` keeps decompositions also where one output alone needs none,
     ``keep_work`` keeps them and the moments behind the end. ``memory_backed`` says that the work
-    folder lies in memory, so that what is in it counts in the budget.
+    folder lies in memory, so that what is in it counts in the budget. ``redo`` plans no
+    compression but new factors for those blocks, from kept moments.
     """
     if skeleton.compressed:
         raise UnsupportedModelError(
@@ -185,6 +187,7 @@ def make_plan(
         analysis,
         keep_work,
         on_device=device_budget > 0,
+        redo=redo,
     )
     least, chosen = _choose_levers(planner, levers, recipe.batch, budget_bytes, device_budget)
     steps, smallest = planner.steps(chosen), planner.steps(least)

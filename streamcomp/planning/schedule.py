@@ -28,6 +28,7 @@ __all__ = [
     "hidden_key",
     "live_after",
     "needs_analysis",
+    "redo_schedule",
     "schedule",
 ]
 
@@ -86,6 +87,11 @@ def schedule(recipe: Recipe, depth: int, chosen: range, analysis: bool) -> list[
         steps += [_write(recipe, k, output, prefix, chosen, depth, analysis) for k in range(depth)]
         steps.append(Step(f"{prefix}copy the rest", "copy", output=output))
     return steps
+
+
+def redo_schedule(blocks: Sequence[int]) -> list[Step]:
+    """The steps that decompose linears of those ``blocks`` again, from kept moments."""
+    return [Step(f"redo {k}", "redo", k) for k in blocks]
 
 
 def live_after(steps: Sequence[Step], done: int) -> set[str]:

@@ -19,7 +19,13 @@ from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import CONTEXT_BYTES
 from streamcomp.planning.outputs import Ranks, asked_ratios, block_saving, plan_output
 from streamcomp.planning.rates import MachineRates
-from streamcomp.planning.schedule import Step, hidden_key, live_after, schedule
+from streamcomp.planning.schedule import (
+    Step,
+    hidden_key,
+    live_after,
+    redo_schedule,
+    schedule,
+)
 from streamcomp.recipe import Recipe, chosen_blocks
 
 __all__ = ["StepPlan", "StepPlanner", "head_weight_bytes", "with_slack"]
@@ -77,6 +83,7 @@ class StepPlanner:
         keep_work: bool,
         *,
         on_device: bool,
+        redo: Sequence[int],
     ) -> None:
         self.skeleton, self.recipe, self.rates = skeleton, recipe, rates
         self.on_device = on_device
@@ -97,7 +104,8 @@ class StepPlanner:
             for i, asked in enumerate(asked_ratios(skeleton, recipe, eligible))
         ]
         numbers = chosen_blocks(recipe.blocks, len(blocks))
-        self.schedule = schedule(recipe, len(blocks), numbers, analysis)
+        planned = schedule(recipe, len(blocks), numbers, analysis)
+        self.schedule = redo_schedule(redo) if redo else planned
         self.kept = self._moment_files() if keep_work else 0
         self.work_bytes = self._work_bytes(keep_work)
         self.in_memory = self.work_bytes if memory_backed else 0
@@ -222,7 +230,7 @@ class StepPlanner:
         moments, dropped = self._moment_bytes(groups), self._other_bytes(block, groups)
         for group in groups:
             for linear in group.linears:
-                yield block.cost.decompose(linear, group, moments, dropped)
+                yield self._decompose(block, linear, group, moments, dropped)
                 dropped += linear.numel * dtype.itemsize
             moments -= group.nbytes(dtype)
 
@@ -272,9 +280,7 @@ class StepPlanner:
         for group in groups:
             for linear in (linear for linear in group.linears if linear in ranks):
                 if not self.analysis:
-                    swsc = recipe.method == "swsc"
-                    held = moments + factors
-                    yield known.decompose(linear, group, held, dropped, swsc=swsc)
+                    yield self._decompose(block, linear, group, moments + factors, dropped)
                 kind = moment_dtype if self.analysis else solve_dtype  # as kept, or just made
                 kept = kind(self.stream.dtype)
                 bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients, kept)
@@ -284,10 +290,39 @@ class StepPlanner:
                 dropped += drops * linear.numel * self.stream.dtype.itemsize
             moments -= group.nbytes(self.stream.dtype) if observes else 0
 
+    def _redo(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        """As if all linears were done again: each from its own moments, beside factors so far."""
+        block, ranks, factors = self.blocks[step.block], self._most_ranks(step), 0
+        kept = moment_dtype(self.stream.dtype)
+        for groups in self.passes(step, levers):
+            yield block.cost.load(factors)
+            dropped = self._other_bytes(block, groups)
+            for group in groups:
+                moments = self._moment_bytes([group])
+                for linear in (linear for linear in group.linears if linear in ranks):
+                    yield self._decompose(block, linear, group, moments + factors, dropped)
+                    bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients, kept)
+                    held, form = moments + bases, self.recipe.form
+                    yield block.cost.factorize(linear, ranks[linear], form, held, factors, dropped)
+                    factors += self._factor_bytes(linear, ranks[linear])
+                    dropped += linear.numel * self.stream.dtype.itemsize
+        yield block.cost.write(factors)
+
     def _copy(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         yield cost.Phase("copy", {"buffers": 2 * COPY_BYTES})
 
     # -- what they are made of -----------------------------------------------------------
+
+    def _decompose(
+        self, block: BlockPlan, linear: Linear, group: MomentGroup, moments: int, dropped: int
+    ) -> cost.Phase:
+        recipe = self.recipe
+        known, swsc = block.cost, recipe.method == "swsc"
+        centred = recipe.centred and recipe.statistics != "none"
+        damped = recipe.damping > 0 and not group.gradients
+        return known.decompose(
+            linear, group, moments, dropped, swsc=swsc, damped=damped, centred=centred
+        )
 
     def _most_ranks(self, step: Step) -> dict[Linear, int]:
         output, form = self.outputs[step.output], self.recipe.form
@@ -326,6 +361,9 @@ class StepPlanner:
             return limits | {"forward": forward}
         passes = len(self.passes(step, levers))
         limits["loading"] *= passes
+        if step.kind == "redo":
+            solving = self._solve_seconds(block)
+            return limits | {"decomposing": solving, "factorizing": self._factor_seconds(block)}
         if step.kind in ("reverse", "analyse"):
             limits["decomposing"] = self._solve_seconds(block)
             moments = self._moment_seconds(block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,17 @@ import torch
 from torch import Tensor
 
 import streamcomp
-from streamcomp import JobMismatchError, OutputError, Recipe, RecipeError, Resources
+from streamcomp import (
+    BudgetError,
+    JobMismatchError,
+    OutputError,
+    Recipe,
+    RecipeError,
+    Resources,
+)
+from streamcomp.job import redo as job_redo
 from streamcomp.job.progress import SilentProgress
+from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning import plan
 from streamcomp.planning.levers import Levers
 from tests.jobs import (
@@ -453,6 +463,45 @@ def test_linears_done_again_as_they_were_are_the_same_bytes(
         assert model_files(out) == before
         assert len(report["redone"]) == times
         assert json.loads((out / "streamcomp_report.json").read_text()) == report
+
+
+@pytest.mark.parametrize("method", ["two-sided", "svd-llm"])
+def test_doing_linears_again_holds_one_decomposition_and_keeps_its_own_budget(
+    method: str,
+    pico: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, out = pico("llama", dtype=torch.bfloat16), tmp_path / "out"
+    compress(dense, out, text, keep_work=True, method=method)
+    before = model_files(out)
+    made: list[Any] = []
+    weights: list[int] = []
+    kept = job_redo.as_kept
+
+    def counting(linear: Any, found: Any) -> Any:
+        assert not any(earlier() is not None for earlier in made)
+        made.append(weakref.ref(found))
+        return kept(linear, found)
+
+    run = LoadedBlock.weight
+
+    def held(block: LoadedBlock, name: str) -> Any:
+        linears = [m for m in block.module.modules() if isinstance(m, torch.nn.Linear)]
+        weights.append(sum(not linear.weight.is_meta for linear in linears))
+        return run(block, name)
+
+    monkeypatch.setattr(job_redo, "as_kept", counting)
+    monkeypatch.setattr(LoadedBlock, "weight", held)
+    with pytest.raises(BudgetError, match="redo [01] needs") as refused:
+        redo(dense, out, ".", 1e-2, max_ram="1M")
+    assert model_files(out) == before
+
+    redo(dense, out, "self_attn", 0.3, max_ram=str(refused.value.minimum_bytes + 16 * 2**20))
+
+    assert model_files(out) != before
+    assert len(made) == 8 and weights == [4, 3, 2, 1] * 2  # the others are dropped
 
 
 @pytest.mark.parametrize("kind", ["two-sided", "svd-llm, damped"])

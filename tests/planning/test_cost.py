@@ -34,6 +34,7 @@ LATE = 8 * MiB
 MEASURE = """
 import json, os, sys
 import torch
+from streamcomp.linalg.low_rank import decompose_weight
 from streamcomp.methods import GradientMoment, Moment, factor_tensors, find_method
 from streamcomp.planning.meter import PeakMeter, release, resident_bytes, settle, warm_up
 
@@ -57,11 +58,16 @@ def once(rows, columns, rank, form, side, method, dtype):
     release()
     meter.restart()
     before = resident_bytes()
-    found = find_method(method)
+    found = find_method({"damped": "svd-llm", "no data": "svd-llm"}.get(method, method))
     if method == "swsc":
         found.share(weight, Moment(side, moment), rows * columns // 2, dtype=dtype)
         return meter.peak() - before, 0
-    found = found.decompose(weight, Moment(side, moment, gradient=gradient), 0.0)
+    if method == "no data":
+        found = decompose_weight(weight)
+    else:
+        total = torch.ones(len(moment)) if method == "rom" else None
+        moment = Moment(side, moment, 10 * rows, total, gradient)
+        found = found.decompose(weight, moment, 0.01 if method == "damped" else 0.0)
     decomposed = meter.peak() - before
     release()
     meter.restart()
@@ -127,6 +133,29 @@ def test_a_decomposition_takes_what_was_counted_and_not_much_less(
 
     assert taken <= counted + LATE
     assert counted <= 2 * taken + 16 * MiB
+
+
+def test_damping_centring_and_want_of_data_take_what_was_counted() -> None:
+    shapes = [(1536, 512), (512, 1536), (1536, 1536)]
+    kinds = [
+        (shape, side, method, dtype)
+        for (shape, side), method, dtype in itertools.product(
+            [*itertools.product(shapes, ("inputs", "outputs"))],
+            ("damped", "rom", "no data"),
+            DTYPES,
+        )
+        if (shape[0] <= shape[1] or side == "inputs") and (method, side) != ("no data", "outputs")
+    ]
+    parts = [[*shape, 8, "uv", side, method, dtype] for shape, side, method, dtype in kinds]
+    done = run_python("-c", MEASURE, json.dumps(parts), cwd=REPOSITORY)
+    assert done.code == 0, done.err
+
+    for (shape, side, method, dtype), (taken, _) in zip(kinds, done.json, strict=True):
+        kind = getattr(torch, dtype)
+        counted = decomposition_bytes(*shape, side, kind, damped=method == "damped")
+        size = shape[1] if side == "inputs" else shape[0]
+        counted += 8 * size**2 if method == "rom" else 0
+        assert 0 < taken <= counted + LATE, (shape, side, method, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

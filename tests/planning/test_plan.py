@@ -233,6 +233,19 @@ def test_what_is_predicted_for_a_block_is_not_far_from_what_it_takes(
             assert step["predicted_bytes"] < step["peak_bytes"] + 200 * MiB, (kind, step["step"])
 
 
+@pytest.mark.parametrize(("dtype", "times"), [("float16", 3), ("bfloat16", 1), ("float32", 1)])
+def test_refining_counts_a_block_that_is_cast_beside_what_was_read(
+    dtype: str, times: int, pico: Callable[..., Path]
+) -> None:
+    """fp16 is trained in fp32: 2 bytes a weight as it is read, and 4 as it runs."""
+    made = planned(pico("llama", dtype=getattr(torch, dtype)), refine=4)
+
+    block = made.blocks[0]
+    ranks = {linear: 1 for linear in block.targets}
+    for phase in block.cost.refine(ranks, "pivot", 0):
+        assert phase.parts["weights"] == times * block.cost.weight_bytes
+
+
 @pytest.mark.parametrize("method", ["", "svd-llm "])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_job_finishes_within_the_least_budget_it_was_told(
