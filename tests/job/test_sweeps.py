@@ -474,7 +474,7 @@ def test_doing_linears_again_holds_one_decomposition_and_keeps_its_own_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dense, out = pico("llama", dtype=torch.bfloat16), tmp_path / "out"
-    compress(dense, out, text, keep_work=True, method=method)
+    compress(dense, out, text, keep_work=True, method=method, allocation="uniform")
     before = model_files(out)
     made: list[Any] = []
     weights: list[int] = []
