@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from streamcomp.calibration.corpus import check_text
 from streamcomp.checkpoint.atomic import write_text
 from streamcomp.checkpoint.hub import checkpoint_folder, headers_folder
 from streamcomp.checkpoint.index import read_header, read_index
@@ -193,8 +194,11 @@ def plan(
     prepare_process(resources)
     device = choose_device(resources.device)
     find_method(recipe.method)
+    for source in recipe.calibration:
+        check_text(source)
     with headers_folder(model, revision) as folder:
         skeleton = Skeleton(read_index(folder))
+        skeleton.check_tensors()
         gradients, training = recipe.two_sided, recipe.refine > 0
         warm_up(device, skeleton.dtype, gradients=gradients, training=training)
         return make_plan(

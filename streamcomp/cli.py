@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,16 @@ _keep_work = click.option(
     help="Keep decompositions and moments in the work folder: other ratios and --redo use them.",
 )
 
-_resources = _options(_max_ram, _device, _max_vram, _threads, _work_dir)
+_stream_dir = click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder below which hidden states lie for as long as this runs; in memory (tmpfs) they "
+    "count in the budget.  [default: where temporary files go]  Example: --work-dir /scratch",
+)
+
+_means = (_max_ram, _device, _max_vram, _threads)
+_resources = _options(*_means, _work_dir)
 _output = _options(_json, _quiet)
 
 
@@ -308,7 +318,7 @@ def cli(context: click.Context, /, **common: Any) -> None:
     streamcomp compress MODEL OUT        do it; run it again after a crash and it goes on
     streamcomp eval     OUT              perplexity, under the same budget
 
-    Options before the command hold for whatever command follows.
+    Options before the command hold for whatever command follows and knows them.
     """
     given = {name: value for name, value in common.items() if value}
     assert isinstance(context.command, click.Group)
@@ -380,6 +390,7 @@ def _redo(
 ) -> None:
     if not settings["damping"]:
         raise RecipeError("--redo needs the --damping to use, e.g. --damping 1e-3")
+    _check_same_recipe(out, settings)
     result = streamcomp.redo(
         model,
         out,
@@ -394,6 +405,22 @@ def _redo(
         return
     done = result.report["redone"][-1]
     click.echo(f"{out}: {len(done['linears'])} linears done again, damping {done['damping']:g}")
+
+
+def _check_same_recipe(out: Path, settings: dict[str, Any]) -> None:
+    """RecipeError where a setting beside --damping is another than that of the job in ``out``."""
+    from streamcomp.job.publish import read_report
+
+    given, report = _given(settings) - {"damping"}, read_report(out)
+    if report is None or not given:
+        return
+    before, now = Recipe.from_mapping(report["recipe"], "report"), _make_recipe(settings)
+    others = [name for name in sorted(given) if getattr(before, name) != getattr(now, name)]
+    if others:
+        raise RecipeError(
+            f"--redo keeps the recipe of the job in {out} but for --damping: leave out "
+            f"{', '.join(others)}"
+        )
 
 
 def _at_a_time(made: streamcomp.Plan) -> str:
@@ -525,7 +552,7 @@ def status(out: Path, work_dir: Path | None, as_json: bool, quiet: bool) -> None
     help="Windows from the beginning of the text; 0 = all.  Example: --windows 0",
 )
 @click.option("--chat", is_flag=True, help="Render the text through the model's chat template.")
-@_resources
+@_options(*_means, _stream_dir)
 @_revision
 @_output
 def evaluate(
@@ -631,6 +658,13 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: the finished steps are kept, the same command goes on", err=True)
         sys.exit(130)
@@ -644,9 +678,17 @@ def _make_recipe(settings: dict[str, Any]) -> Recipe:
             values = tomllib.loads(settings["config"].read_text("utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{settings['config']} cannot be read as TOML: {error}") from None
+    values |= {name: settings[name] for name in _given(settings)}
+    for other in ("size", "module_ratio"):
+        if values.get(other) and "ratio" in values:
+            raise RecipeError(f"ratio and {other} both say how much to remove: give one of them")
+    return Recipe.from_mapping(values, str(settings["config"] or "command line"))
+
+
+def _given(settings: dict[str, Any]) -> set[str]:
+    """Names of the recipe's settings that stand on the command line."""
     names = {field.name for field in dataclasses.fields(Recipe)}
-    given = {k: v for k, v in settings.items() if k in names and v not in (None, ())}
-    return Recipe.from_mapping({**values, **given}, str(settings["config"] or "command line"))
+    return {name for name, value in settings.items() if name in names and value not in (None, ())}
 
 
 def _make_resources(settings: dict[str, Any]) -> Resources:

@@ -6,6 +6,7 @@ two runs of the same job.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -33,6 +34,8 @@ STATISTICS = ("dense", "compressed", "none")
 ALLOCATIONS = ("uniform", "loss")
 AXES = ("auto", "rows", "columns")
 _AUTO = "auto"
+# More threads than this only wait for each other, and far more kill the process.
+_THREADS_PER_CORE = 4
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _BLOCKS = re.compile(r"(?:(first|last):(\d+)|(\d+)-(\d+))")
 
@@ -90,9 +93,11 @@ class Recipe:
         ):  # fmt: skip
             if not (value := getattr(self, name)) >= least:
                 raise RecipeError(f"{name} {value}: at least {least} is needed")
-        for name, most in (("anchor", 1.0), ("damping", 0.5), ("rate", 1.0)):
+        for name, most in (("anchor", 1.0), ("damping", 0.5), ("rate", 1.0), ("seed", 2**63 - 1)):
             if (value := getattr(self, name)) > most:
-                raise RecipeError(f"{name} {value}: at most {most:g} is possible")
+                raise RecipeError(f"{name} {value}: at most {most} is possible")
+        if not all(self.calibration):
+            raise RecipeError("calibration '': a file, a folder or a dataset on the hub is needed")
         self._check_together()
         for name in ("include", "exclude"):
             try:
@@ -161,12 +166,16 @@ class Recipe:
                 raise RecipeError(
                     f"ratio {ratio:g}: the share to remove lies between 0 and 1, e.g. 0.2"
                 )
-        if not self.ratios or len({f"{ratio:g}" for ratio in self.ratios}) < len(self.ratios):
-            raise RecipeError(f"ratio {self.ratio}: each of several ratios stands there once")
+        if not self.ratios:
+            raise RecipeError("ratio (): at least one is needed, e.g. 0.2")
+        if len({f"{ratio:g}" for ratio in self.ratios}) < len(self.ratios):
+            raise RecipeError(
+                f"ratio {self.ratio}: each of several ratios stands there once, to six digits"
+            )
         if not 0 <= self.module_ratio < 1:
             raise RecipeError(f"module_ratio {self.module_ratio:g}: at least 0 and below 1")
         if len(self.ratios) > 1 and (self.size or self.module_ratio):
-            raise RecipeError("several ratios need neither size nor module_ratio: give one of them")
+            raise RecipeError("size and module_ratio are for one output: give one ratio or none")
         if self.size and self.module_ratio:
             raise RecipeError("size and module_ratio exclude each other: give one of them")
 
@@ -220,6 +229,9 @@ class Resources:
             raise RecipeError(f"device {self.device!r} unknown: auto, cpu, cuda or cuda:N")
         if self.threads < 0:
             raise RecipeError(f"threads {self.threads}: at least 0 is needed (0 = all cores)")
+        most = _THREADS_PER_CORE * (os.cpu_count() or 1)
+        if self.threads > most:
+            raise RecipeError(f"threads {self.threads}: at most {most} are of use on this machine")
 
 
 def chosen_blocks(blocks: str, total: int) -> range:

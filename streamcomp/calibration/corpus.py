@@ -27,13 +27,22 @@ from transformers import AutoTokenizer
 
 from streamcomp.errors import CalibrationError
 
-__all__ = ["HELD_OUT", "REFERENCE", "Windows", "load_windows", "reference_text", "text_files"]
+__all__ = [
+    "HELD_OUT",
+    "REFERENCE",
+    "Windows",
+    "check_text",
+    "load_windows",
+    "reference_text",
+    "text_files",
+]
 
 # The language reference that every CPython brings along, and the part kept from calibration.
 REFERENCE = "python-reference"
 HELD_OUT = "python-reference:held-out"
 
 _SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _HELD_OUT_EVERY = 4  # every fourth topic of the reference
 _PIECE_CHARS = 128 * 1024  # tokenised at a time: the tokenizer's own records are large
 # Text read per window at most, so that a source of any size is read in bounded time and
@@ -96,6 +105,17 @@ def load_windows(
     return Windows(torch.cat(parts), tuple(notes))
 
 
+def check_text(source: str) -> None:
+    """CalibrationError where ``source`` can be no text: no file, no folder, no name on the hub."""
+    path = Path(source)
+    if source in (REFERENCE, HELD_OUT) or path.is_file() or path.is_dir():
+        return
+    if path.exists():
+        raise CalibrationError(f"{source} is neither a file nor a folder of texts")
+    if source.count("/") != 1 or source.startswith((".", "/")):
+        raise CalibrationError(f"{source}: no such file or folder")
+
+
 def reference_text(held_out: bool) -> list[str]:
     """The Python language reference of the running interpreter, as a list of topics.
 
@@ -130,6 +150,11 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers fail in as many ways as there are of them
+        if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+            raise CalibrationError(
+                f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): fetch it to where "
+                "the weights are"
+            ) from None
         raise CalibrationError(
             f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0][:200]}"
         ) from None
@@ -228,6 +253,7 @@ def _texts(source: str, enough: int, template: _Template | None) -> Iterator[str
     ``enough`` tokens bound what is fetched from the hub.
     """
     path = Path(source)
+    check_text(source)
     if source in (REFERENCE, HELD_OUT):
         for text in reference_text(held_out=source == HELD_OUT):
             yield _rendered(text, template)
@@ -239,17 +265,15 @@ def _texts(source: str, enough: int, template: _Template | None) -> Iterator[str
             raise CalibrationError(f"{source} holds no text file ({', '.join(_SUFFIXES)})")
         for file in files:
             yield from _read(file, template)
-    elif source.count("/") == 1 and not source.startswith((".", "/")):
+    else:
         for file in _hub_files(source, enough):
             yield from _read(file, template)
-    else:
-        raise CalibrationError(f"{source}: no such file or folder")
 
 
 def _read(path: Path, template: _Template | None) -> Iterator[str]:
     """Lines of a text file in large pieces; of .jsonl what each line holds."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
             while lines := list(islice(file, 4096)):
                 if path.suffix == ".jsonl":
                     parsed = (json.loads(line) for line in lines if line.strip())
@@ -260,7 +284,7 @@ def _read(path: Path, template: _Template | None) -> Iterator[str]:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is no UTF-8 text: {error.reason}") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, RecursionError, TypeError):
         messages = ' or {"messages": [{"role": "...", "content": "..."}]}' if template else ""
         raise CalibrationError(f'{path}: every line must be {{"text": "..."}}{messages}') from None
 

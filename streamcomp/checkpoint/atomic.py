@@ -27,7 +27,7 @@ def output_errors(path: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise OutputError(
                 f"no space left for {path}: free some and run the same command again, "
-                "the finished steps are kept"
+                "what a job has finished is kept"
             ) from error
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -84,6 +84,7 @@ def evaluate_checkpoint(
     device = choose_device(resources.device)
     device_budget = device_budget_bytes(device, resources.max_vram)
     skeleton = Skeleton(index)
+    skeleton.check_tensors()
     warm_up(device, skeleton.dtype)
     text = text or HELD_OUT
     tokens = load_windows(index.folder, [text], windows, seq_len, None, chat=chat)

@@ -40,6 +40,7 @@ __all__ = [
 
 JOURNAL = "journal.jsonl"
 _VERSION = 5
+_HEADER = {"version", "fingerprint", "levers", "total", "planned_seconds"}
 _PIECE_BYTES = 1 << 20
 
 # field -> value; all must agree for a job to be continued
@@ -125,10 +126,16 @@ class Journal:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise OutputError(f"{path} cannot be read: {error.strerror}") from None
         whole = data[: data.rfind(b"\n") + 1]
         try:
-            header, *steps = [json.loads(line) for line in whole.splitlines()]
-        except (ValueError, UnicodeDecodeError):
+            header, *steps = [_entry(line) for line in whole.splitlines()]
+            if header.get("version") == _VERSION and not header.keys() >= _HEADER:
+                raise ValueError("incomplete")
+            if not all("step" in step for step in steps):
+                raise ValueError("nameless")
+        except (ValueError, RecursionError):
             raise OutputError(f"{path} is damaged: remove {folder} and start again") from None
         if header.get("version") != _VERSION:
             raise JobMismatchError(
@@ -187,6 +194,14 @@ class Journal:
     def find(self, step: str) -> dict[str, Any] | None:
         """Results of ``step``, None if it is not done."""
         return next((entry for entry in self.steps if entry["step"] == step), None)
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    """One line of a journal; ValueError where it is none."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict):
+        raise ValueError("no object")
+    return entry
 
 
 def _source_hash(index: CheckpointIndex) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from streamcomp.checkpoint.atomic import atomic_file, write_json, write_text
-from streamcomp.checkpoint.index import CheckpointIndex, read_header
+from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_json
+from streamcomp.errors import OutputError, SourceError
 from streamcomp.modeling.modules import FORMAT_VERSION
 
 __all__ = [
@@ -95,5 +96,7 @@ def read_report(out: Path) -> dict[str, Any] | None:
     """The report of a finished model in ``out``; None where there is none."""
     if not (out / "config.json").is_file() or not (out / REPORT).is_file():
         return None
-    report: dict[str, Any] = json.loads((out / REPORT).read_text("utf-8"))
-    return report
+    try:
+        return read_json(out / REPORT)
+    except SourceError as error:
+        raise OutputError(f"{error}: remove {out} and start again") from None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from streamcomp.calibration.corpus import load_windows
+from streamcomp.calibration.corpus import check_text, load_windows
 from streamcomp.checkpoint.atomic import make_folder
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.checkpoint.reader import check_finite_on_disk
@@ -102,7 +102,10 @@ class Job:
         self.budget = budget_bytes(self.resources.max_ram)
         device_budget = device_budget_bytes(self.device, self.resources.max_vram)
         self._settings: dict[str, Any] = {"device_budget": device_budget}
+        for source in self.recipe.calibration:
+            check_text(source)
         self.skeleton = Skeleton(self.index)
+        self.skeleton.check_tensors()
         gradients, training = self.recipe.two_sided, self.recipe.refine > 0
         warm_up(self.device, self.skeleton.dtype, gradients=gradients, training=training)
         rates = measure_rates(self.device, self.skeleton.dtype)
@@ -113,6 +116,11 @@ class Job:
             holder = self.out if self.work.is_relative_to(self.out) else self.work
             with locked(holder):  # a job that runs there is no "other job" to be removed
                 check_fingerprint(found.header["fingerprint"], self.fingerprint, holder)
+        if unused := self.skeleton.blocks_unused:
+            self.progress.note(
+                f"config.json has {len(self.skeleton)} blocks: {len(unused)} tensors of others are "
+                f"copied as they are, {unused[0]} first"
+            )
         self.plan = self._plan(self.rates, found)
         limit_device(self.device, device_budget)
         self._check_shards(found)
@@ -196,6 +204,8 @@ class Job:
         """
         if self.work.exists() and not self.work.is_dir():
             raise OutputError(f"{self.work} is a file, --work-dir must be a folder")
+        if self.out.is_symlink() and not self.out.exists():
+            raise OutputError(f"{self.out} is a link to what is not there: give another OUT")
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out} is a file, OUT must be a folder")
         if self.out.resolve() == self.index.folder.resolve():

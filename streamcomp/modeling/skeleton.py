@@ -23,7 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
-from streamcomp.errors import MissingShardError, SourceError, UnsupportedModelError
+from streamcomp.errors import (
+    CorruptShardError,
+    MissingShardError,
+    SourceError,
+    UnsupportedModelError,
+)
 from streamcomp.modeling.modules import FORMAT_VERSION, NameMap, install_factored
 
 __all__ = ["Call", "Skeleton", "check_same_calls"]
@@ -285,6 +290,26 @@ class Skeleton:
         finally:
             self._parent._modules[self._leaf] = self._layers
 
+    @property
+    def blocks_unused(self) -> list[str]:
+        """Names on disk of tensors in blocks beyond those that the config counts."""
+        place = re.compile(rf"(^|\.){re.escape(self._leaf)}\.(\d+)\.")
+        numbers = {info.name: place.search(info.name) for info in self.unclaimed}
+        return [name for name, at in numbers.items() if at and int(at[2]) >= len(self)]
+
+    def check_tensors(self) -> None:
+        """Refuse, by the headers alone, what a later step could not load.
+
+        Tensors that are missing, of another shape than the config says, or no floats. Modules
+        that no token runs through (a tower for images) may lack theirs.
+        """
+        outer = self.modules_before | self.modules_behind(torch.device("cpu"))
+        blocks, tied_head = self.layers_name + ".", f"{self.head_name}.weight"
+        for name, value in self.model.state_dict().items():
+            runs = name.startswith(blocks) or name.rpartition(".")[0] in outer
+            if runs and not (self.tied and name == tied_head):
+                _check_sources(name, value, self.sources.get(name, []))
+
     def _map_tensors(self) -> tuple[dict[str, list[TensorInfo]], list[TensorInfo]]:
         """Parameter name -> tensors on disk, and the tensors that no parameter wants."""
         names = NameMap(self.model)
@@ -297,6 +322,22 @@ class Skeleton:
             else:
                 sources.setdefault(name, []).append(self.index.tensors[key])
         return sources, unclaimed
+
+
+def _check_sources(name: str, value: Tensor, infos: list[TensorInfo]) -> None:
+    """That the tensors on disk ``infos`` can become the parameter or buffer ``name``."""
+    if not infos:
+        raise MissingShardError(f"{name} is in no shard: the checkpoint is incomplete")
+    for info in infos:
+        if value.is_floating_point() and not info.torch_dtype.is_floating_point:
+            raise CorruptShardError(
+                f"{name} is {info.dtype} on disk, a weight has to be {', '.join(_FLOATS)}"
+            )
+    if sum(info.numel for info in infos) != value.numel():
+        shapes = " and ".join(str(list(info.shape)) for info in infos[:2])
+        raise CorruptShardError(
+            f"{name} is {shapes} on disk, config.json makes it {list(value.shape)}"
+        )
 
 
 def check_same_calls(first: list[Call], second: list[Call]) -> None:

@@ -105,6 +105,7 @@ def plan_output(
     shapes = [(linear.rows, linear.columns) for linear in chosen]
     numbers: dict[str, int | None] = {linear.full_name: None for linear in eligible}
     if recipe.form == "shared":
+        _check_clusters(recipe, chosen)
         numbers |= _shared_numbers(chosen, inner)
         found: dict[str, int | None] = {
             linear.full_name: n and max(1, n // (linear.rows + linear.columns))
@@ -133,6 +134,17 @@ def plan_output(
     final = ranks is not None or recipe.allocation == "uniform"
     nbytes = _output_bytes(skeleton, recipe, eligible, numbers)
     return OutputPlan(asked, found, numbers, final, 1 - kept / total, nbytes)
+
+
+def _check_clusters(recipe: Recipe, chosen: Sequence[Linear]) -> None:
+    """RecipeError where a linear has fewer channels than there are clusters asked for."""
+    for m in chosen:
+        most = {"rows": m.rows, "columns": m.columns}.get(recipe.axis, max(m.rows, m.columns))
+        if recipe.clusters > most:
+            raise RecipeError(
+                f"clusters {recipe.clusters}: {m.full_name} ({m.rows} x {m.columns}) has {most} "
+                f"channels along {recipe.axis}: ask for fewer, or --exclude it"
+            )
 
 
 def inner_ratio(

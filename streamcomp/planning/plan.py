@@ -194,8 +194,9 @@ def make_plan(
     host = Budget("--max-ram", budget_bytes, max(step.peak_bytes for step in smallest))
     device = Budget("--max-vram", device_budget, max(step.device_bytes for step in smallest))
     for step in sorted(steps, key=lambda step: -step.peak_bytes):
-        host.check(step.peak_bytes, step.name, f" to {step.peak_phase}")
-        device.check(step.device_bytes, step.name, f" of the GPU to {step.peak_phase}")
+        purpose = f" to {step.peak_phase}" if step.peak_phase != step.name else ""
+        host.check(step.peak_bytes, step.name, purpose)
+        device.check(step.device_bytes, step.name, f" of the GPU{purpose}")
     return _assembled(planner, steps, chosen, host, device)
 
 

@@ -202,7 +202,7 @@ class StepPlanner:
         yield block.cost.load()
         if any(key.startswith("hidden") for key in step.writes):
             yield from (
-                self.blocks[k].cost_with(levers).forward(levers.reverse_batch)
+                self.blocks[k].cost_with(levers).forward(levers.batch)
                 for k in range(step.block - len(step.writes), step.block)
                 if k >= 0
             )

@@ -193,6 +193,24 @@ def test_a_folder_is_all_of_its_text_files(model: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_byte_order_mark_is_no_text(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "some text"}\n')
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "some text"}\n')
+
+    marked, plain = (
+        load_windows(model, [str(tmp_path / name)], 0, 4, None).tokens
+        for name in ("a.jsonl", "b.jsonl")
+    )
+    assert torch.equal(marked, plain)
+
+
+def test_jsonl_that_nests_too_deep_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + "\n")
+
+    with pytest.raises(CalibrationError, match="every line must be"):
+        load_windows(model, [str(tmp_path / "a.jsonl")], 0, 4, None)
+
+
 def test_jsonl_may_hold_other_fields(model: Path, tmp_path: Path) -> None:
     lines = [{"id": 1, "text": "größe"}, {"text": "x" * 30, "url": None}]
     path = tmp_path / "a.jsonl"
@@ -451,7 +469,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
 
-    with pytest.raises(CalibrationError, match="the tokenizer in .* cannot be loaded"):
+    with pytest.raises(CalibrationError, match="has no tokenizer .*: fetch it"):
         load_windows(folder, [REFERENCE], 1, 16, seed=0)
 
 

@@ -355,7 +355,7 @@ def test_a_missing_tokenizer_is_missed(model: Path, text: Path, tmp_path: Path) 
 
     done = run_compress(model, tmp_path / "out", text)
 
-    assert_refused(done, 9, "the tokenizer in .*model cannot be loaded")
+    assert_refused(done, 9, "model has no tokenizer .tokenizer.json or tokenizer.model.: fetch it")
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(text: Path, tmp_path: Path) -> None:
@@ -380,7 +380,158 @@ def test_a_tensor_of_another_shape_than_the_config_s_is_refused(
 
     done = run_compress(model, tmp_path / "out", text)
 
-    assert_refused(done, 3, r"\[32, 48\] on disk, config.json makes it \[32, 64\]")
+    assert_refused(done, 3, r"\[48, 32\] on disk, config.json makes it \[64, 32\]")
+
+
+def forget_in_the_last_block(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+
+
+def widen_the_head(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].repeat(2, 1)
+
+
+def forget_the_last_norm(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.norm.weight"]
+
+
+def count_in_a_linear(tensors: dict[str, Tensor]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = torch.ones(tensors[name].shape, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (forget_in_the_last_block, "layers.1.self_attn.o_proj.weight is in no shard"),
+        (forget_the_last_norm, "model.norm.weight is in no shard"),
+        (widen_the_head, r"lm_head.weight is \[\d+, 32\] on disk, config.json makes it"),
+        (
+            count_in_a_linear,
+            "up_proj.weight is I32 on disk, a weight has to be F64, F32, F16, BF16",
+        ),
+    ],
+)
+def test_what_headers_show_is_refused_before_any_work(
+    change: Callable[[dict[str, Tensor]], None], message: str, text: Path, tmp_path: Path
+) -> None:
+    model = save_edited(tmp_path / "model", change)
+
+    assert_refused(run_cli("plan", model, "--seq-len", 16, "--threads", 1), 3, message)
+    assert_refused(run_compress(model, tmp_path / "out", text), 3, message)
+    assert not (tmp_path / "out").exists()
+    done = run_cli("eval", model, "--text", text, "--seq-len", 16, "--windows", 4, "--quiet")
+    assert_refused(done, 3, message)
+
+
+def test_blocks_that_the_config_does_not_count_are_named(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    edit_config(model, num_hidden_layers=1)
+    notes = Notes()
+
+    compress(model, tmp_path / "out", text, progress=notes)
+
+    (note,) = (note for note in notes.texts if "config.json has 1 blocks" in note)
+    assert "9 tensors of others are copied as they are, model.layers.1." in note
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--threads", 100_000], 2, "threads 100000: at most .* are of use on this machine"),
+        (["--seed", 10**25], 2, "seed 1.*: at most 9223372036854775807 is possible"),
+        (["--ratio", 0.3, "--size", "100K"], 2, "ratio and size both say how much to remove"),
+        (["--ratio", 0.3, "--module-ratio", 0.4], 2, "ratio and module_ratio both say"),
+        (["--calibration", ""], 2, "calibration '': a file, a folder or a dataset"),
+        (["--calibration", "nowhere.txt"], 9, "nowhere.txt: no such file or folder"),
+        (["--calibration", "/dev/null"], 9, "/dev/null is neither a file nor a folder"),
+        (
+            ["--method", "swsc", "--clusters", 49],
+            2,
+            "clusters 49: model.layers.0.self_attn.* has 32",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_while_planning(
+    command: str,
+    options: list[object],
+    code: int,
+    message: str,
+    pico: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    out = [tmp_path / "out"] if command == "compress" else []
+    settings = ["--seq-len", 16, "--samples", 8]
+
+    assert_refused(run_cli(command, pico("llama"), *out, *settings, *options), code, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_may_not_be_a_link_to_nothing(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nothing")
+
+    done = run_compress(pico("llama"), tmp_path / "out", text)
+
+    assert_refused(done, 6, "out is a link to what is not there")
+
+
+@pytest.mark.parametrize(
+    ("journal", "message"),
+    [
+        ("[]\n", "journal.jsonl is damaged: remove"),
+        ('{"version": 5}\n', "journal.jsonl is damaged: remove"),
+        ("[" * 100_000 + "\n", "journal.jsonl is damaged: remove"),
+        (None, "journal.jsonl cannot be read: Is a directory"),
+    ],
+)
+def test_a_damaged_journal_is_one_line(
+    journal: str | None, message: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "out" / ".streamcomp"
+    work.mkdir(parents=True)
+    if journal is None:
+        (work / "journal.jsonl").mkdir()
+    else:
+        (work / "journal.jsonl").write_text(journal)
+
+    assert_refused(run_cli("status", tmp_path / "out"), 6, message)
+    assert_refused(run_compress(pico("llama"), tmp_path / "out", text), 6, message)
+
+
+def test_a_damaged_report_is_one_line(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    compress(pico("llama"), out, text)
+    (out / "streamcomp_report.json").write_text("{")
+    message = "streamcomp_report.json cannot be read as JSON.*: remove .*out and start again"
+
+    assert_refused(run_cli("status", out), 6, message)
+    assert_refused(run_compress(pico("llama"), out, text), 6, message)
+    redo = ("compress", pico("llama"), out, "--redo", "q_proj", "--damping", 0.1)
+    assert_refused(run_cli(*redo), 6, message)
+
+
+def test_redo_takes_no_other_recipe(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compress(pico("llama"), out, text, keep_work=True)
+    redo = ("compress", pico("llama"), out, "--redo", "q_proj", "--damping", 0.1, "--quiet")
+
+    done = run_cli(*redo, "--refine", 100, "--ratio", 0.2)
+    assert_refused(done, 2, "--redo keeps the recipe of the job .* leave out refine$")
+    assert run_cli(*redo, "--ratio", 0.2, "--threads", 1).code == 0
+
+
+def test_a_result_that_cannot_be_printed_is_one_line(pico: Callable[..., Path]) -> None:
+    command = [sys.executable, "-m", "streamcomp", "inspect", "--json", str(pico("llama"))]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: No space left on device\n"
 
 
 @pytest.mark.parametrize("command", ["compress", "plan", "eval", "inspect"])
