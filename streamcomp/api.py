@@ -349,10 +349,10 @@ def _clean(work: Path, report: Mapping[str, Any] | None) -> None:
         return
     with suppress(JobLockedError, JobMismatchError), locked(work):
         journal = Journal.read(work)
-        if (
-            journal is not None
-            and journal.finished
-            and journal.header["fingerprint"] == report["fingerprint"]
-            and not journal.header["levers"].get("keep_work")
-        ):
+        if journal is None:
+            over = not any(work.iterdir())  # killed just before the folder itself was removed
+        else:
+            ours = journal.header["fingerprint"] == report["fingerprint"]
+            over = ours and journal.finished and not journal.header["levers"].get("keep_work")
+        if over:
             remove_work(work)

@@ -97,6 +97,9 @@ def test_removing_work_that_was_interrupted_is_done_by_the_next_call(
 
     compress(dense, out, text)
     assert not work.exists()
+    work.mkdir()  # killed between the last file and the folder
+    compress(dense, out, text)
+    assert not work.exists()
 
 
 @pytest.mark.parametrize("method", ["two-sided", "svd-llm"])

@@ -728,8 +728,8 @@ CONTRADICTIONS: list[tuple[Settings, str]] = [
     ({"rate": 0.01}, "rate is for refine"),
     ({"refine": 5, "samples": 1}, "refine holds windows out"),
     ({"size": "1G", "module_ratio": 0.3}, "size and module_ratio exclude each other"),
-    ({"ratio": RATIOS, "size": "1G"}, "several ratios need neither size nor module_ratio"),
-    ({"ratio": RATIOS, "module_ratio": 0.2}, "several ratios need neither"),
+    ({"ratio": RATIOS, "size": "1G"}, "size and module_ratio are for one output"),
+    ({"ratio": RATIOS, "module_ratio": 0.2}, "size and module_ratio are for one output"),
 ]
 
 
