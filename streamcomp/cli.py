@@ -411,7 +411,8 @@ def _check_same_recipe(out: Path, settings: dict[str, Any]) -> None:
     """RecipeError where a setting beside --damping is another than that of the job in ``out``."""
     from streamcomp.job.publish import read_report
 
-    given, report = _given(settings) - {"damping"}, read_report(out)
+    report = read_report(out)
+    given = {name.replace("-", "_") for name in _asked(settings)} - {"damping"}
     if report is None or not given:
         return
     before, now = Recipe.from_mapping(report["recipe"], "report"), _make_recipe(settings)
@@ -671,24 +672,24 @@ def main() -> None:
 
 
 def _make_recipe(settings: dict[str, Any]) -> Recipe:
-    """The TOML file's settings, then those of the command line over them."""
-    values: dict[str, Any] = {}
-    if settings["config"]:
-        try:
-            values = tomllib.loads(settings["config"].read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise RecipeError(f"{settings['config']} cannot be read as TOML: {error}") from None
-    values |= {name: settings[name] for name in _given(settings)}
+    values = _asked(settings)
     for other in ("size", "module_ratio"):
         if values.get(other) and "ratio" in values:
             raise RecipeError(f"ratio and {other} both say how much to remove: give one of them")
     return Recipe.from_mapping(values, str(settings["config"] or "command line"))
 
 
-def _given(settings: dict[str, Any]) -> set[str]:
-    """Names of the recipe's settings that stand on the command line."""
+def _asked(settings: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's settings in the TOML file, then those of the command line over them."""
+    values: dict[str, Any] = {}
+    if settings["config"]:
+        try:
+            values = tomllib.loads(settings["config"].read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"{settings['config']} cannot be read as TOML: {error}") from None
     names = {field.name for field in dataclasses.fields(Recipe)}
-    return {name for name, value in settings.items() if name in names and value not in (None, ())}
+    given = {k: v for k, v in settings.items() if k in names and v not in (None, ())}
+    return {**values, **given}
 
 
 def _make_resources(settings: dict[str, Any]) -> Resources:
