@@ -198,7 +198,7 @@ def plan(
         check_text(source)
     with headers_folder(model, revision) as folder:
         skeleton = Skeleton(read_index(folder))
-        skeleton.check_tensors()
+        skeleton.check_tensors(head=recipe.two_sided)
         gradients, training = recipe.two_sided, recipe.refine > 0
         warm_up(device, skeleton.dtype, gradients=gradients, training=training)
         return make_plan(

@@ -388,14 +388,15 @@ def _with_others(result: streamcomp.CompressResult) -> dict[str, Any]:
 def _redo(
     model: str, out: Path, pattern: str, as_json: bool, progress: Any, settings: dict[str, Any]
 ) -> None:
-    if not settings["damping"]:
+    damping = _asked(settings).get("damping")
+    if not damping:
         raise RecipeError("--redo needs the --damping to use, e.g. --damping 1e-3")
     _check_same_recipe(out, settings)
     result = streamcomp.redo(
         model,
         out,
         pattern,
-        damping=settings["damping"],
+        damping=damping,
         resources=_make_resources(settings),
         revision=settings["revision"],
         progress=progress,

@@ -31,6 +31,8 @@ ARCHITECTURES = (
 
 # Their blocks return tuples, and hold buffers that no checkpoint has.
 UNUSUAL = ("gpt_neo", "codegen")
+# Their blocks return tuples.
+TUPLES = (*UNUSUAL, "bloom", "mpt")
 
 VOCABULARY = 264  # 256 bytes, BOS, EOS and six that the tokenizer never makes
 BOS, EOS = 256, 257
@@ -52,7 +54,7 @@ _WITHOUT_FEED_FORWARD = {k: v for k, v in _COMMON.items() if k != "intermediate_
 
 
 def pico_config(architecture: str, *, blocks: int = 2, tie: bool = False) -> Any:
-    """The config of a pico model of ``architecture``, of ``ARCHITECTURES`` or ``UNUSUAL``."""
+    """The config of a pico model of ``architecture``, of ``ARCHITECTURES`` or ``TUPLES``."""
     depth = {"num_hidden_layers": blocks, "tie_word_embeddings": tie}
     kinds = ["sliding_attention", "full_attention"] * blocks
     match architecture:
@@ -102,6 +104,25 @@ def pico_config(architecture: str, *, blocks: int = 2, tie: bool = False) -> Any
                 rotary_dim=4,
                 bos_token_id=BOS,
                 eos_token_id=EOS,
+                tie_word_embeddings=tie,
+            )
+        case "bloom":
+            return transformers.BloomConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=HIDDEN,
+                n_layer=blocks,
+                n_head=4,
+                bos_token_id=BOS,
+                eos_token_id=EOS,
+                tie_word_embeddings=tie,
+            )
+        case "mpt":
+            return transformers.MptConfig(
+                vocab_size=VOCABULARY,
+                d_model=HIDDEN,
+                n_layers=blocks,
+                n_heads=4,
+                max_seq_len=LONGEST,
                 tie_word_embeddings=tie,
             )
     raise ValueError(f"no pico model of architecture {architecture!r}")

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -48,6 +48,7 @@ _PIECE_CHARS = 128 * 1024  # tokenised at a time: the tokenizer's own records ar
 # Text read per window at most, so that a source of any size is read in bounded time and
 # memory; windows are drawn from what was read.
 _MOST_CHARS_PER_SOURCE = 16 * 2**20
+_MOST_LINES, _LINES_CHARS = 4096, 2 * 2**20  # read at a time
 
 _PASSAGE_CHARS = 2000  # at most, in one answer
 _PASSAGE_ENDS = ("\n\n", "\n \n", "\n", " ")  # the first that stands in the latter half
@@ -92,7 +93,9 @@ def load_windows(
         if samples and not share:
             notes.append(f"{name}: no window, there are more sources than samples")
             continue
-        tokens = _tokens(tokenizer, _texts(name, share * seq_len, template))
+        tokens, read = _tokens(tokenizer, _texts(name, share * seq_len, template))
+        if read >= _MOST_CHARS_PER_SOURCE:
+            notes.append(f"{name}: its first {read:,} characters are read, and no more")
         windows = _cut(tokens, seq_len, opening)
         if not len(windows):
             raise CalibrationError(
@@ -108,12 +111,17 @@ def load_windows(
 def check_text(source: str) -> None:
     """CalibrationError where ``source`` can be no text: no file, no folder, no name on the hub."""
     path = Path(source)
-    if source in (REFERENCE, HELD_OUT) or path.is_file() or path.is_dir():
-        return
-    if path.exists():
-        raise CalibrationError(f"{source} is neither a file nor a folder of texts")
-    if source.count("/") != 1 or source.startswith((".", "/")):
-        raise CalibrationError(f"{source}: no such file or folder")
+    try:
+        if source in (REFERENCE, HELD_OUT) or path.is_file() or path.is_dir():
+            return
+        if path.exists():
+            raise CalibrationError(f"{source} is neither a file nor a folder of texts")
+        if source.count("/") != 1:
+            raise ValueError("no name on the hub")
+        validate_repo_id(source)
+    except (OSError, ValueError):  # too long, with a zero in it
+        short = source if len(source) < 100 else f"{source[:100]}..."
+        raise CalibrationError(f"{short}: no such file or folder") from None
 
 
 def reference_text(held_out: bool) -> list[str]:
@@ -205,16 +213,15 @@ def _opening(tokenizer: Any, template: _Template | None) -> list[int]:
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
-def _tokens(tokenizer: Any, texts: Iterable[str]) -> Tensor:
-    """Tokens of ``texts`` (tokens,) int32."""
-    parts = [
-        torch.tensor(
-            tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"],
-            dtype=torch.int32,
-        )
-        for piece in _pieces(texts)
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+def _tokens(tokenizer: Any, texts: Iterable[str]) -> tuple[Tensor, int]:
+    """Tokens of ``texts`` (tokens,) int32, and the characters that they are of."""
+    parts, read = [torch.empty(0, dtype=torch.int32)], 0
+    for piece in _pieces(texts):
+        read += len(piece)
+        whole = piece.encode("utf-8", "replace").decode()  # halves of surrogate pairs are no text
+        found = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(torch.tensor(found, dtype=torch.int32))
+    return torch.cat(parts), read
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
@@ -229,6 +236,8 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
             yield text[start:stop]
             left -= stop - start
             start = stop
+        if left <= 0:
+            return
 
 
 def _cut(tokens: Tensor, seq_len: int, opening: list[int]) -> Tensor:
@@ -271,10 +280,17 @@ def _texts(source: str, enough: int, template: _Template | None) -> Iterator[str
 
 
 def _read(path: Path, template: _Template | None) -> Iterator[str]:
-    """Lines of a text file in large pieces; of .jsonl what each line holds."""
+    """Lines of a text file in large pieces; of .jsonl what each line holds.
+
+    Holds some ``_LINES_CHARS`` characters, and a line of as many again.
+    """
     try:
         with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
-            while lines := list(islice(file, 4096)):
+            while lines := _lines(file):
+                if path.suffix == ".jsonl" and len(lines[-1]) >= _LINES_CHARS:
+                    raise CalibrationError(
+                        f"{path}: a line of {_LINES_CHARS:,} characters or more: split it"
+                    )
                 if path.suffix == ".jsonl":
                     parsed = (json.loads(line) for line in lines if line.strip())
                     yield "".join(_text_of(line, path, template) for line in parsed)
@@ -287,6 +303,19 @@ def _read(path: Path, template: _Template | None) -> Iterator[str]:
     except (json.JSONDecodeError, KeyError, RecursionError, TypeError):
         messages = ' or {"messages": [{"role": "...", "content": "..."}]}' if template else ""
         raise CalibrationError(f'{path}: every line must be {{"text": "..."}}{messages}') from None
+
+
+def _lines(file: TextIO) -> list[str]:
+    """The next lines of ``file``: some thousands, or fewer where they are long."""
+    lines: list[str] = []
+    chars = 0
+    while len(lines) < _MOST_LINES and chars < _LINES_CHARS:
+        line = file.readline(_LINES_CHARS)
+        if not line:
+            break
+        lines.append(line)
+        chars += len(line)
+    return lines
 
 
 def _text_of(line: Any, path: Path, template: _Template | None) -> str:
@@ -332,25 +361,27 @@ def _answer(passage: str) -> _Messages:
 def _hub_files(name: str, enough: int) -> Iterator[Path]:
     """Text files of a hub dataset, fetched one by one until there are ``enough`` tokens."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    try:
-        files = HfApi().list_repo_files(name, repo_type="dataset")
-        wanted = [file for file in files if file.endswith(_SUFFIXES)]
-        if not wanted:
+    def fetched(fetch: Callable[[], Any]) -> Any:
+        try:
+            return fetch()
+        except Exception as error:  # the hub's client fails in as many ways as networks do
             raise CalibrationError(
-                f"dataset {name} holds no text file ({', '.join(_SUFFIXES)}): save its text to "
-                "a file and give that"
-            )
-        size = 0
-        for file in wanted:
-            path = Path(hf_hub_download(name, file, repo_type="dataset"))
-            yield path
-            size += path.stat().st_size
-            if enough and size > 8 * enough:  # some 4 bytes a token, and as many to draw from
-                return
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+                f"{name} is no file here, and as a hub dataset it cannot be fetched "
+                f"({type(error).__name__}): check the name, or the network"
+            ) from None
+
+    files = fetched(lambda: HfApi().list_repo_files(name, repo_type="dataset"))
+    wanted = [file for file in files if file.endswith(_SUFFIXES)]
+    if not wanted:
         raise CalibrationError(
-            f"{name} is no file here, and as a hub dataset it cannot be fetched "
-            f"({type(error).__name__}): check the name, or the network"
-        ) from None
+            f"dataset {name} holds no text file ({', '.join(_SUFFIXES)}): save its text to "
+            "a file and give that"
+        )
+    size = 0
+    for file in wanted:
+        path = Path(fetched(partial(hf_hub_download, name, file, repo_type="dataset")))
+        yield path
+        size += path.stat().st_size
+        if enough and size > 8 * enough:  # some 4 bytes a token, and as many to draw from
+            return

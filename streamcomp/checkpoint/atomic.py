@@ -74,7 +74,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in UTF-8, durably."""
     with atomic_file(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))  # names of files may be no UTF-8
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,8 +19,10 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
+from streamcomp.checkpoint.index import check_inside
 from streamcomp.errors import SourceError
 
 __all__ = ["checkpoint_folder", "headers_folder"]
@@ -53,14 +55,17 @@ def headers_folder(model: str | Path, revision: str | None = None) -> Iterator[P
         metadata = get_safetensors_metadata(str(model), revision=revision)
     except NotASafetensorsRepoError:
         raise SourceError(f"{model} has no safetensors weights on the hub") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except SafetensorsParsingError as error:
+        raise SourceError(f"{model}: {str(error).splitlines()[0][:200]}") from None
+    except Exception as error:  # the hub's client fails in as many ways as networks do
         raise _unreachable(model, error) from None
     with tempfile.TemporaryDirectory(prefix="streamcomp-headers-") as name:
         folder = Path(name)
-        for path in small.iterdir():
-            if path.is_file():
+        for path in small.iterdir():  # weights too, where they were fetched before: not these
+            if path.is_file() and any(path.match(pattern) for pattern in _SMALL_FILES):
                 (folder / path.name).symlink_to(path.resolve())
         for shard, entry in metadata.files_metadata.items():
+            check_inside(folder, next(iter(entry.tensors), "nothing"), shard)
             _write_header(folder / shard, entry.tensors)
         yield folder
 
@@ -100,6 +105,7 @@ def _write_header(path: Path, tensors: dict[str, Any]) -> None:
     }
     text = json.dumps(header).encode()
     length = max((info.data_offsets[1] for info in tensors.values()), default=0)
-    with path.open("wb") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:  # never through a link to what is there
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + length)

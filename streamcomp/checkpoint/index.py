@@ -20,7 +20,15 @@ import torch
 from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
 from streamcomp.units import format_bytes
 
-__all__ = ["DTYPES", "CheckpointIndex", "TensorInfo", "read_header", "read_index", "read_json"]
+__all__ = [
+    "DTYPES",
+    "CheckpointIndex",
+    "TensorInfo",
+    "check_inside",
+    "read_header",
+    "read_index",
+    "read_json",
+]
 
 # safetensors' names of the dtypes that torch knows
 DTYPES: dict[str, torch.dtype] = {
@@ -136,7 +144,7 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{folder / INDEX_FILE} has no weight_map")
     for name, shard in weight_map.items():
-        _check_inside(folder, name, shard)
+        check_inside(folder, name, shard)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -155,7 +163,8 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _check_inside(folder: Path, name: str, shard: object) -> None:
+def check_inside(folder: Path, name: str, shard: object) -> None:
+    """SourceError where ``shard``, which is to hold the tensor ``name``, leaves ``folder``."""
     if not isinstance(shard, str):
         raise SourceError(f"{INDEX_FILE}: shard of {name} is no string")
     path = PurePosixPath(shard)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def export_checkpoint(
         raise OutputError(f"{destination} is the model's own folder: give another DEST")
     modules: dict[str, dict[str, Any]] = index.config["quantization_config"]["modules"]
     _check_form(form, modules)
+    _check_names(index, modules)
     _claim(index, destination, form)
     shards = []
     progress.begin("export", [1.0] * len(index.shards), 0, 0)
@@ -77,6 +78,16 @@ def export_checkpoint(
     write_json(destination / "config.json", config)
     (destination / _MARKER).unlink(missing_ok=True)
     return destination
+
+
+def _check_names(index: CheckpointIndex, modules: Mapping[str, Any]) -> None:
+    """UnsupportedModelError where a factored linear has no tensor of its name on disk."""
+    missing = [name for name in modules if f"{name}.weight" not in index.tensors]
+    if missing:
+        raise UnsupportedModelError(
+            f"{index.folder} stores {missing[0]} by another name (it was saved by another class "
+            "than it was compressed as): export the folder that streamcomp wrote"
+        )
 
 
 def _check_form(form: str, modules: dict[str, dict[str, Any]]) -> None:

@@ -39,6 +39,8 @@ from streamcomp.recipe import Resources
 
 __all__ = ["Evaluation", "evaluate_checkpoint"]
 
+_MOST_NLL = 700.0  # its exponential is about the largest number there is
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -58,7 +60,8 @@ class Evaluation:
     budget_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """In plain values; JSON has no infinite perplexity: None."""
+        return asdict(self) | {"perplexity": self.perplexity if self.nll < _MOST_NLL else None}
 
 
 def evaluate_checkpoint(
@@ -84,7 +87,7 @@ def evaluate_checkpoint(
     device = choose_device(resources.device)
     device_budget = device_budget_bytes(device, resources.max_vram)
     skeleton = Skeleton(index)
-    skeleton.check_tensors()
+    skeleton.check_tensors(head=True)
     warm_up(device, skeleton.dtype)
     text = text or HELD_OUT
     tokens = load_windows(index.folder, [text], windows, seq_len, None, chat=chat)
@@ -115,7 +118,7 @@ def evaluate_checkpoint(
             f"{index.folder}: its logits are NaN on {text}; the weights are damaged"
         )
     return Evaluation(
-        math.exp(mean) if mean < 700 else math.inf,
+        math.exp(mean) if mean < _MOST_NLL else math.inf,
         mean,
         predicted_tokens,
         shape.windows,

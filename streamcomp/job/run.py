@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from streamcomp.job.journal import (
     same_analysis,
 )
 from streamcomp.job.progress import JobProgress
-from streamcomp.job.workspace import Stage, Workspace, check_finite
+from streamcomp.job.workspace import Stage, Workspace, check_finite, work_files
 from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton, check_same_calls
 from streamcomp.planning.levers import Levers
@@ -94,6 +95,11 @@ class Job:
         self.fingerprint = fingerprint(index, recipe)
         self.meter = PeakMeter(self.device)
 
+    @property
+    def _works_inside(self) -> bool:
+        """Whether the work folder lies in OUT, and so is this OUT's."""
+        return self.work.resolve().is_relative_to(self.out.resolve())
+
     # -- before any work -----------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -105,7 +111,7 @@ class Job:
         for source in self.recipe.calibration:
             check_text(source)
         self.skeleton = Skeleton(self.index)
-        self.skeleton.check_tensors()
+        self.skeleton.check_tensors(head=self.recipe.two_sided)
         gradients, training = self.recipe.two_sided, self.recipe.refine > 0
         warm_up(self.device, self.skeleton.dtype, gradients=gradients, training=training)
         rates = measure_rates(self.device, self.skeleton.dtype)
@@ -113,7 +119,7 @@ class Job:
         found = self._journal()
         self._refuse_foreign_folder(found)
         if found is not None:
-            holder = self.out if self.work.is_relative_to(self.out) else self.work
+            holder = self.out if self._works_inside else self.work
             with locked(holder):  # a job that runs there is no "other job" to be removed
                 check_fingerprint(found.header["fingerprint"], self.fingerprint, holder)
         if unused := self.skeleton.blocks_unused:
@@ -217,18 +223,18 @@ class Job:
         begun = found is not None or Journal.read(self.work) is not None
         ours = {WORK_FOLDER}
         if begun and not (found and found.inherited):
-            if self.work.is_relative_to(self.out) or (found and found.finished):
-                return
+            written = [self._shard_of_entry(entry) for entry in found.steps] if found else []
+            if self._works_inside or any(shard is not None for shard in written):
+                return  # it is this job's, or _check_shards will say what is missing
             ours |= {folder.name for folder in self.outputs if folder != self.out}
             shards = [self.shard_path(0, number).name for number in range(len(self.skeleton) + 1)]
             ours |= {*shards, *(f".{shard}.tmp" for shard in shards)}
-        folders = {self.out, *self.outputs}
         others = sorted(
             path.relative_to(self.out).as_posix()
-            for folder in folders
+            for folder in {self.out, *self.outputs}
             if folder.is_dir()
             for path in folder.iterdir()
-            if path.name not in ours
+            if path.name not in ours and not _is_empty_output(path)
         )
         if others:
             raise OutputError(
@@ -256,9 +262,13 @@ class Job:
         self._check_space((self.work,), self.plan.work_bytes, "--work-dir")
 
     def _check_space(self, folders: Sequence[Path], needed: int, setting: str) -> None:
-        """That ``folders``, on one disk, can hold ``needed`` bytes with what they hold now."""
-        files = {file for folder in folders for file in folder.rglob("*") if file.is_file()}
-        there = sum(file.stat().st_size for file in files)
+        """That ``folders``, on one disk, can hold ``needed`` bytes with the job's own there now."""
+        files: set[Path] = set()
+        if self.out in folders:
+            files |= {path.resolve() for path in self.out.rglob("*")}
+        if self.work in folders and self.work.is_dir():
+            files |= {path.resolve() for path in work_files(self.work)}
+        there = sum(map(_file_bytes, files))
         free = shutil.disk_usage(_existing(folders[0])).free
         if free + there < needed:
             raise OutputError(
@@ -391,6 +401,12 @@ class Job:
 
     # -- where the results go ------------------------------------------------------------
 
+    def _shard_of_entry(self, entry: dict[str, Any]) -> Path | None:
+        """The shard that a line of the journal says is written."""
+        if "output" not in entry:
+            return None
+        return self.shard_path(entry["output"], entry.get("block", len(self.skeleton)))
+
     def _shard_of(self, step: Step) -> Path | None:
         if step.kind == "block":
             return self.shard_path(step.output, step.block)
@@ -406,6 +422,20 @@ def output_folders(out: Path, recipe: Recipe) -> list[Path]:
     if len(recipe.ratios) == 1:
         return [out]
     return [out / f"ratio-{ratio:g}" for ratio in recipe.ratios]
+
+
+def _is_empty_output(path: Path) -> bool:
+    """Whether ``path`` is a folder for one of several ratios with nothing in it yet."""
+    return path.name.startswith("ratio-") and path.is_dir() and not any(path.iterdir())
+
+
+def _file_bytes(path: Path) -> int:
+    """The size of a file; 0 for anything else, or where it is gone by now."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def _existing(folder: Path) -> Path:

@@ -33,6 +33,8 @@ from streamcomp.modeling.modules import FORMAT_VERSION, NameMap, install_factore
 
 __all__ = ["Call", "Skeleton", "check_same_calls"]
 
+# What a model's code raises that does not do with what it is given.
+_FAULTS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -191,7 +193,7 @@ class Skeleton:
         with self._tapped(), suppress(_Stop):
             try:
                 self.model(input_ids=tokens, use_cache=False)
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            except _FAULTS as error:
                 raise UnsupportedModelError(
                     f"{self.config.model_type}: its code cannot be run block by block "
                     f"({type(error).__name__}: {str(error).splitlines()[0][:120]})"
@@ -212,16 +214,37 @@ class Skeleton:
         return self._modules_run_by(lambda: self.dry_record(1, 2))
 
     def modules_behind(self, device: torch.device) -> set[str]:
-        """The outer modules that a forward runs from the last block on, the head among them."""
+        """The outer modules that a forward runs from the last block on, the head among them.
+
+        As long as no block has run, it is not known whether hidden states come in a tuple: what
+        arrives at the head tells.
+        """
+        hidden = torch.zeros(2, 3, self.hidden_size, dtype=self.dtype, device=device)
+        arrived: list[torch.Size] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            arrived.append(args[0].shape[:-1])
+            raise _Stop  # the head is large: do not compute
 
         def run() -> None:
-            hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=device)
-            stop = self.head.register_forward_pre_hook(_raise_stop)  # it is large: do not compute
-            with self._zero_parameters(device), suppress(_Stop), torch.no_grad():
-                self.finish(hidden)
-            stop.remove()
+            hook = self.head.register_forward_pre_hook(stop)
+            try:
+                with self._zero_parameters(device), suppress(_Stop), torch.no_grad():
+                    self.finish(hidden)
+            finally:
+                hook.remove()
 
-        return self._modules_run_by(run) - self.modules_before
+        known = self._tape.wrap
+        for wrap in (known,) if known else (None, tuple):
+            self._tape.wrap = wrap
+            with suppress(*_FAULTS, RuntimeError):
+                used = self._modules_run_by(run)
+                if hidden.shape[:-1] in arrived:
+                    return used - self.modules_before
+        self._tape.wrap = known
+        raise UnsupportedModelError(
+            f"{self.config.model_type}: its code behind the last block cannot be run by itself"
+        )
 
     def dry_record(self, batch: int, seq_len: int) -> tuple[Tensor, list[Call]]:
         """:meth:`record` on the CPU with all outer parameters zero, before any is loaded.
@@ -240,9 +263,11 @@ class Skeleton:
             )
             for name in self.outer_modules
         ]
-        run()
-        for hook in hooks:
-            hook.remove()
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
         return used
 
     @contextmanager
@@ -297,13 +322,16 @@ class Skeleton:
         numbers = {info.name: place.search(info.name) for info in self.unclaimed}
         return [name for name, at in numbers.items() if at and int(at[2]) >= len(self)]
 
-    def check_tensors(self) -> None:
+    def check_tensors(self, *, head: bool) -> None:
         """Refuse, by the headers alone, what a later step could not load.
 
         Tensors that are missing, of another shape than the config says, or no floats. Modules
-        that no token runs through (a tower for images) may lack theirs.
+        that no token runs through (a tower for images) may lack theirs, and without ``head`` also
+        what lies behind the blocks.
         """
-        outer = self.modules_before | self.modules_behind(torch.device("cpu"))
+        outer = self.modules_before
+        if head:
+            outer = outer | self.modules_behind(torch.device("cpu"))
         blocks, tied_head = self.layers_name + ".", f"{self.head_name}.weight"
         for name, value in self.model.state_dict().items():
             runs = name.startswith(blocks) or name.rpartition(".")[0] in outer
@@ -466,10 +494,6 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 class _Stop(Exception):  # noqa: N818 - not an error: ends a forward early
     """Raised by the last tap."""
-
-
-def _raise_stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-    raise _Stop
 
 
 class _Tape:

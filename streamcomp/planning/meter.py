@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -144,7 +144,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 def machine_bytes() -> int:
     """Memory of this machine, or of the container (cgroup v1 or v2) where that is less."""
-    return min([int(psutil.virtual_memory().total), *_cgroup_limits()])
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _cgroups())])
 
 
 def budget_bytes(max_ram: str | None, *, elsewhere: bool = False) -> int:
@@ -154,8 +154,9 @@ def budget_bytes(max_ram: str | None, *, elsewhere: bool = False) -> int:
     """
     whole = machine_bytes()
     if max_ram is None:
-        free = min(psutil.virtual_memory().available + resident_bytes(), whole)
-        return int(_DEFAULT_SHARE * free)
+        left = [limit - used for limit, used in _cgroups()]
+        free = max(0, min([int(psutil.virtual_memory().available), *left]))
+        return int(_DEFAULT_SHARE * min(free + resident_bytes(), whole))
     budget = parse_bytes(max_ram, whole=whole)
     if budget > whole and not elsewhere:
         raise RecipeError(
@@ -275,9 +276,12 @@ def _status_bytes(field: str) -> int:
     return 0
 
 
-def _cgroup_limits() -> list[int]:
-    """Memory limits of this process's cgroups and of those above them."""
-    limits = []
+def _cgroups() -> list[tuple[int, int]]:
+    """Memory limits of this process's cgroups and of those above them, and what each holds.
+
+    Without the page cache, which makes way.
+    """
+    found = []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -285,18 +289,36 @@ def _cgroup_limits() -> list[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
+            root, name, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+            cached = ("active_file", "inactive_file")
         elif "memory" in controllers.split(","):
             root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+            usage, cached = "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
         else:
             continue
         folder = root / path.lstrip("/")
         while folder.is_relative_to(root):
-            try:
-                text = (folder / name).read_text().strip()
-            except OSError:
-                text = ""
-            if text.isdigit():
-                limits.append(int(text))
+            limit = _number_in(folder / name)
+            if limit is not None:
+                held = (_number_in(folder / usage) or 0) - _cached_bytes(folder, cached)
+                found.append((limit, max(0, held)))
             folder = folder.parent
-    return limits
+    return found
+
+
+def _number_in(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cached_bytes(folder: Path, names: Sequence[str]) -> int:
+    """The sum of those fields of a cgroup's ``memory.stat``."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    fields = (line.partition(" ") for line in lines)
+    return sum(int(value) for name, _, value in fields if name in names and value.isdigit())

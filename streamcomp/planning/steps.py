@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, moment_dtype
@@ -104,10 +104,11 @@ class StepPlanner:
             for i, asked in enumerate(asked_ratios(skeleton, recipe, eligible))
         ]
         numbers = chosen_blocks(recipe.blocks, len(blocks))
-        planned = schedule(recipe, len(blocks), numbers, analysis)
-        self.schedule = redo_schedule(redo) if redo else planned
+        self.schedule = schedule(recipe, len(blocks), numbers, analysis)
         self.kept = self._moment_files() if keep_work else 0
-        self.work_bytes = self._work_bytes(keep_work)
+        self.work_bytes = self._work_bytes(keep_work, finished=bool(redo))
+        if redo:
+            self.schedule = redo_schedule(redo)
         self.in_memory = self.work_bytes if memory_backed else 0
         self.most_groups = max([1, *(len(block.groups) for block in blocks)])
         self.most_linears = max([1, *(len(block.targets) for block in blocks)])
@@ -292,7 +293,7 @@ class StepPlanner:
 
     def _redo(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         """As if all linears were done again: each from its own moments, beside factors so far."""
-        block, ranks, factors = self.blocks[step.block], self._most_ranks(step), 0
+        block, ranks, factors = self.blocks[step.block], self._most_ranks_of_any(step), 0
         kept = moment_dtype(self.stream.dtype)
         for groups in self.passes(step, levers):
             yield block.cost.load(factors)
@@ -328,6 +329,14 @@ class StepPlanner:
         output, form = self.outputs[step.output], self.recipe.form
         found = {m: output.most_rank(m, form) for m in self.blocks[step.block].targets}
         return {linear: rank for linear, rank in found.items() if rank is not None}
+
+    def _most_ranks_of_any(self, step: Step) -> dict[Linear, int]:
+        """The same over all outputs."""
+        found: dict[Linear, int] = {}
+        for output in range(len(self.outputs)):
+            for linear, rank in self._most_ranks(replace(step, output=output)).items():
+                found[linear] = max(rank, found.get(linear, 0))
+        return found
 
     def _moment_bytes(self, groups: Sequence[MomentGroup]) -> int:
         return sum(group.nbytes(self.stream.dtype) for group in groups)
@@ -443,8 +452,8 @@ class StepPlanner:
     def _moment_files(self) -> int:
         return sum(block.cost.moment_bytes for block in self.blocks)
 
-    def _work_bytes(self, keep_work: bool) -> int:
-        """The most that lies in the work folder at a time."""
+    def _work_bytes(self, keep_work: bool, *, finished: bool) -> int:
+        """The most that lies in the work folder at a time, or once the job is ``finished``."""
         most, forever = 0, 0
         for number, step in enumerate(self.schedule):
             there = live_after(self.schedule, number) | set(step.writes)
@@ -453,7 +462,7 @@ class StepPlanner:
                 forever += sum(map(self._file_bytes, kept))
                 there = {k for k in there if not (k.startswith("analysis") or k == hidden_key(0))}
             most = max(most, forever + sum(map(self._file_bytes, there)))
-        return most + self.kept
+        return (forever if finished else most) + self.kept
 
     def _shard_bytes(self, step: Step) -> int:
         """Bytes of the shard that a step writes."""

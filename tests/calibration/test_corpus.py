@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,6 +210,81 @@ def test_jsonl_that_nests_too_deep_is_refused(model: Path, tmp_path: Path) -> No
 
     with pytest.raises(CalibrationError, match="every line must be"):
         load_windows(model, [str(tmp_path / "a.jsonl")], 0, 4, None)
+
+
+def test_half_of_a_surrogate_pair_is_no_text(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "some \\ud83d text"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "some ? text"}\n')
+
+    half, mark = (
+        load_windows(model, [str(tmp_path / name)], 0, 4, None).tokens
+        for name in ("a.jsonl", "b.jsonl")
+    )
+    assert torch.equal(half, mark)
+
+
+def test_long_lines_are_read_in_pieces(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "_LINES_CHARS", 64)
+    (tmp_path / "a.txt").write_text("abcdefgh" * 100)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "abcdefgh" * 100}) + "\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "abcdefgh"}\n' * 100)
+    held: list[int] = []
+    lines = corpus._lines
+
+    def measured(file: Any) -> list[str]:
+        found = lines(file)
+        held.append(sum(map(len, found)))
+        return found
+
+    monkeypatch.setattr(corpus, "_lines", measured)
+
+    load_windows(model, [str(tmp_path / "c.jsonl")], 0, 4, None)
+    tokens = load_windows(model, [str(tmp_path / "a.txt")], 0, 4, None).tokens
+    assert all_bytes(tokens) == b"abcdefgh" * 100
+    assert len(held) > 12 and max(held) < 2 * 64
+    with pytest.raises(CalibrationError, match="b.jsonl: a line of 64 characters or more"):
+        load_windows(model, [str(tmp_path / "b.jsonl")], 0, 4, None)
+
+
+def test_a_source_is_read_up_to_its_bound_and_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "_MOST_CHARS_PER_SOURCE", 1000)
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text("x" * 600)
+    opened: list[str] = []
+    read = corpus._read
+
+    def counted(path: Path, template: Any) -> Any:
+        opened.append(path.name)
+        return read(path, template)
+
+    monkeypatch.setattr(corpus, "_read", counted)
+
+    windows = load_windows(model, [str(tmp_path)], 0, 4, None)
+
+    assert windows.tokens.numel() == 1000 and opened == ["a.txt", "b.txt"]
+    (note,) = windows.notes
+    assert note.endswith("its first 1,000 characters are read, and no more")
+
+
+@pytest.mark.parametrize("source", ["my texts/wiki valid.txt", "data/va..lid", "x" * 5000, "a\0b"])
+def test_what_is_neither_here_nor_a_name_on_the_hub_is_refused(source: str) -> None:
+    with pytest.raises(CalibrationError, match="no such file or folder"):
+        corpus.check_text(source)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_error(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a client of some kind")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", fail)
+    with pytest.raises(CalibrationError, match="cannot be fetched .RuntimeError"):
+        load_windows(model, ["some/dataset"], 0, 4, None)
 
 
 def test_jsonl_may_hold_other_fields(model: Path, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Generator
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import streamcomp
-from streamcomp import OutputError, RecipeError, Resources
+from streamcomp import OutputError, RecipeError, Resources, UnsupportedModelError
 from streamcomp.evaluation import export
 from streamcomp.linalg.channel_sharing import AXES, share_channels
 from streamcomp.methods.factors import factor_tensors, shared_tensors
@@ -172,6 +172,17 @@ def test_a_model_that_transformers_saved_is_exported_too(
         expected = logits_of(load_dense(saved), pico_tokens())
         found = logits_of(load_dense(tmp_path / form), pico_tokens())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_saved_as_another_class_is_refused(
+    compressed: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its tensors lost their prefix: none of the factored linears would be recognised."""
+    base = tmp_path / "base"
+    AutoModel.from_pretrained(compressed("llama")).save_pretrained(base)
+
+    with pytest.raises(UnsupportedModelError, match="stores .* by another name"):
+        streamcomp.export(base, tmp_path / "dense")
 
 
 def test_an_exported_model_has_the_perplexity_of_its_source(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.modeling.folders import streamed_logits
-from tests.pico import ARCHITECTURES, UNUSUAL, pico_tokens, whole_logits
+from tests.pico import ARCHITECTURES, TUPLES, pico_tokens, whole_logits
 
 
 @pytest.mark.parametrize("shard_size", ["20KB", "1GB"], ids=["sharded", "single"])
@@ -63,7 +63,7 @@ def test_they_are_for_batches_of_any_shape(
         assert torch.equal(streamed_logits(folder, tokens), whole_logits(folder, tokens))
 
 
-@pytest.mark.parametrize("architecture", UNUSUAL)
+@pytest.mark.parametrize("architecture", TUPLES)
 def test_they_are_where_blocks_return_tuples_and_hold_buffers_of_their_own(
     architecture: str, pico: Callable[..., Path]
 ) -> None:

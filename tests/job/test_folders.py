@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +173,57 @@ def test_a_job_goes_on_beside_its_own_shards_and_half_written_files(
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.safetensors")}
     assert whole == {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
     assert not list(out.glob(".*"))
+
+
+def test_a_job_whose_shards_are_there_minds_no_stray_file(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work, out = pico("llama"), tmp_path / "work", tmp_path / "out"
+    interrupted(dense, out, text, 9, work_dir=work)  # behind two shards
+    (out / "notes.txt").write_text("mine")
+
+    compress(dense, out, text, work_dir=work)
+
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_work_folder_in_out_may_be_spelled_in_another_way(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+    (tmp_path / "link").symlink_to(tmp_path)
+    work = tmp_path / "link" / "out" / "w"
+    interrupted(dense, out, text, 3, work_dir=work)
+
+    compress(dense, out, text, work_dir=work)
+
+    assert (out / "config.json").is_file()
+
+
+def test_folders_of_other_ratios_with_nothing_in_them_are_no_job(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work, out = pico("llama"), tmp_path / "work", tmp_path / "out"
+    with (
+        mock.patch.object(run.Job, "_tokenize", side_effect=Interrupted),
+        pytest.raises(Interrupted),
+    ):
+        compress(dense, out, text, work_dir=work, ratio=(0.2, 0.4))
+
+    compress(dense, out, text, work_dir=work, ratio=(0.3, 0.4))
+
+    assert (out / "ratio-0.3" / "config.json").is_file()
+
+
+def test_a_path_that_is_no_utf_8_is_published(pico: Callable[..., Path], tmp_path: Path) -> None:
+    text = varied_text(Path(os.fsdecode(os.fsencode(tmp_path) + b"/t\xe9xt.txt")), 4000)
+    out = tmp_path / "out"
+
+    compress(pico("llama"), out, text)
+
+    report = json.loads((out / "streamcomp_report.json").read_text("utf-8"))
+    assert report["recipe"]["calibration"] == [str(text)]
+    assert compress(pico("llama"), out, text).already_done
 
 
 # -- disks -------------------------------------------------------------------------------

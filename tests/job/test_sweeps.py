@@ -44,6 +44,7 @@ from tests.jobs import (
     tree,
     varied_text,
 )
+from tests.pico import TUPLES
 
 Settings = dict[str, Any]
 RATIOS = (0.2, 0.4)
@@ -428,6 +429,23 @@ def test_a_job_on_kept_work_may_be_interrupted_too(
     compress(dense, out, text, work_dir=work, ratio=0.4)
 
     assert model_files(out) == model_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("architecture", TUPLES)
+def test_a_job_goes_on_at_the_head_before_any_block_has_run(
+    architecture: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """How blocks return their hidden states is found out without them."""
+    dense = pico(architecture)
+    compress(dense, tmp_path / "whole", text)
+    with pytest.raises(Interrupted):
+        compress(dense, tmp_path / "out", text, progress=Interrupt(3))
+    notes = Notes()
+
+    compress(dense, tmp_path / "out", text, progress=notes)
+
+    assert notes.steps[0] == "gradient of the loss"
+    assert model_files(tmp_path / "out") == model_files(tmp_path / "whole")
 
 
 # -- done again --------------------------------------------------------------------------

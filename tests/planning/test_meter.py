@@ -272,6 +272,44 @@ def test_the_limit_of_a_container_is_the_machine_s(
         budget_bytes(str(limit + 1))
 
 
+@pytest.mark.parametrize(
+    ("cgroup", "files"),
+    [
+        (
+            "0::/pod/job",
+            {
+                f"{V2}/pod/job/memory.max": "max",
+                f"{V2}/pod/memory.max": f"{4 * GiB}",
+                f"{V2}/pod/memory.current": f"{3 * GiB}",
+                f"{V2}/pod/memory.stat": f"anon 9\nactive_file {GiB // 2}\n"
+                f"inactive_file {GiB // 4}\n",
+            },
+        ),
+        (
+            "4:memory:/job",
+            {
+                f"{V1}/job/memory.limit_in_bytes": f"{4 * GiB}",
+                f"{V1}/job/memory.usage_in_bytes": f"{3 * GiB}",
+                f"{V1}/job/memory.stat": f"total_active_file {3 * GiB // 4}\n"
+                "cache 7\nactive_file 1\n",
+            },
+        ),
+    ],
+)
+def test_without_a_budget_what_others_hold_in_a_container_is_left_to_them(
+    machine: Callable[..., None],
+    cgroup: str,
+    files: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(64 * GiB, 60 * GiB, cgroup, **files)
+    monkeypatch.setattr(meter, "resident_bytes", lambda: GiB // 4)  # of those that are held
+
+    assert machine_bytes() == 4 * GiB
+    # 4 GiB less 3 GiB held, of which 0.75 are cache, and this process's own
+    assert budget_bytes(None) == int(0.8 * (4 - 2.25 + 0.25) * GiB)
+
+
 def test_where_there_are_no_cgroups_the_machine_is_all(
     machine: Callable[..., None], tmp_path: Path
 ) -> None:
