@@ -155,7 +155,8 @@ def test_damping_centring_and_want_of_data_take_what_was_counted() -> None:
         counted = decomposition_bytes(*shape, side, kind, damped=method == "damped")
         size = shape[1] if side == "inputs" else shape[0]
         counted += 8 * size**2 if method == "rom" else 0
-        assert 0 < taken <= counted + LATE, (shape, side, method, dtype)
+        # more routines, and so more late code, than the parts above; a copy of 1536^2 shows
+        assert 0 < taken <= counted + 2 * LATE, (shape, side, method, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
