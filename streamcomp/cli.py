@@ -552,7 +552,8 @@ def status(out: Path, work_dir: Path | None, as_json: bool, quiet: bool) -> None
     default=64,
     show_default=True,
     metavar="N",
-    help="Windows from the beginning of the text; 0 = all.  Example: --windows 0",
+    help="Windows from the beginning of the text; 0 = all, of its first 16 Mi characters.  "
+    "Example: --windows 0",
 )
 @click.option("--chat", is_flag=True, help="Render the text through the model's chat template.")
 @_options(*_means, _stream_dir)
