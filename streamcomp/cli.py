@@ -23,6 +23,7 @@ import streamcomp
 from streamcomp.errors import RecipeError, StreamcompError
 from streamcomp.evaluation.health import numerical_health
 from streamcomp.evaluation.inspection import Family, Inspection
+from streamcomp.job.publish import read_report
 from streamcomp.recipe import (
     ALLOCATIONS,
     AXES,
@@ -83,12 +84,16 @@ _threads = click.option(
     default=0,
     help="CPU threads; 0 = all cores.  [default: 0]  Example: --threads 8",
 )
-_work_dir = click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Folder for hidden states and the journal, best on a fast disk.  "
-    "[default: OUT/.streamcomp]  Example: --work-dir /scratch/job",
+
+
+def _work_folder(text: str) -> Callable[[Command], Command]:
+    folder = click.Path(path_type=Path, file_okay=False)
+    return click.option("--work-dir", type=folder, metavar="DIR", help=text)
+
+
+_work_dir = _work_folder(
+    "Folder for hidden states and the journal, best on a fast disk.  "
+    "[default: OUT/.streamcomp]  Example: --work-dir /scratch/job"
 )
 _revision = click.option(
     "--revision",
@@ -108,12 +113,9 @@ _keep_work = click.option(
     help="Keep decompositions and moments in the work folder: other ratios and --redo use them.",
 )
 
-_stream_dir = click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Folder below which hidden states lie for as long as this runs; in memory (tmpfs) they "
-    "count in the budget.  [default: where temporary files go]  Example: --work-dir /scratch",
+_stream_dir = _work_folder(
+    "Folder below which hidden states lie for as long as this runs; in memory (tmpfs) they "
+    "count in the budget.  [default: where temporary files go]  Example: --work-dir /scratch"
 )
 
 _means = (_max_ram, _device, _max_vram, _threads)
@@ -411,8 +413,6 @@ def _redo(
 
 def _check_same_recipe(out: Path, settings: dict[str, Any]) -> None:
     """RecipeError where a setting beside --damping is another than that of the job in ``out``."""
-    from streamcomp.job.publish import read_report
-
     report = read_report(out)
     given = {name.replace("-", "_") for name in _asked(settings)} - {"damping"}
     if report is None or not given:
@@ -662,9 +662,6 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # whoever reads has enough
-        _drop_output()
-        sys.exit(1)
     except OSError as error:
         _drop_output()
         where = f"{error.filename}: " if error.filename else ""
