@@ -338,6 +338,12 @@ class StepPlanner:
                 found[linear] = max(rank, found.get(linear, 0))
         return found
 
+    def _ranks_so_far(self, block: BlockPlan, output: int) -> dict[Linear, int]:
+        """Those of one output; evenly shared ones until all spectra are known."""
+        ranks = self.outputs[output].ranks
+        found = {linear: ranks[linear.full_name] for linear in block.targets}
+        return {linear: rank for linear, rank in found.items() if rank is not None}
+
     def _moment_bytes(self, groups: Sequence[MomentGroup]) -> int:
         return sum(group.nbytes(self.stream.dtype) for group in groups)
 
@@ -371,8 +377,8 @@ class StepPlanner:
         passes = len(self.passes(step, levers))
         limits["loading"] *= passes
         if step.kind == "redo":
-            solving = self._solve_seconds(block)
-            return limits | {"decomposing": solving, "factorizing": self._factor_seconds(block)}
+            factors = (self._factor_seconds(block, n) for n in range(len(self.outputs)))
+            return limits | {"decomposing": self._solve_seconds(block), "factorizing": sum(factors)}
         if step.kind in ("reverse", "analyse"):
             limits["decomposing"] = self._solve_seconds(block)
             moments = self._moment_seconds(block)
@@ -386,7 +392,7 @@ class StepPlanner:
             limits["observing"] = self._moment_seconds(block)
             if step.reads:
                 limits["observing"] += passes * forward
-        limits["factorizing"] = self._factor_seconds(block)
+        limits["factorizing"] = self._factor_seconds(block, step.output)
         if not self.analysis:
             limits["factorizing"] += self._solve_seconds(block)
         if any(key.startswith("compressed") for key in (*step.reads, *step.writes)):
@@ -394,7 +400,7 @@ class StepPlanner:
         if recipe.follows:
             limits["forward"] = forward
             limits["updating"] = 2 * forward if recipe.update else 0.0
-            limits["refining"] = recipe.refine * self._refining_seconds(block)
+            limits["refining"] = recipe.refine * self._refining_seconds(block, step.output)
         return limits | {"writing": self._shard_bytes(step) / rates.disk_bytes}
 
     def _moment_seconds(self, block: BlockPlan) -> float:
@@ -417,16 +423,15 @@ class StepPlanner:
                 seconds += self.rates.seconds(flops)
         return seconds
 
-    def _factor_seconds(self, block: BlockPlan) -> float:
-        half = {m: min(m.rows, m.columns) // 2 for m in block.targets}
-        form = self.recipe.form
-        flops = (cost.factorization_flops(m.rows, m.columns, r, form) for m, r in half.items())
+    def _factor_seconds(self, block: BlockPlan, output: int) -> float:
+        form, ranks = self.recipe.form, self._ranks_so_far(block, output)
+        flops = (cost.factorization_flops(m.rows, m.columns, r, form) for m, r in ranks.items())
         return sum(map(self.rates.seconds, flops))
 
-    def _refining_seconds(self, block: BlockPlan) -> float:
+    def _refining_seconds(self, block: BlockPlan, output: int) -> float:
         """One step of refinement: windows forward and back, and the optimizer."""
-        half = {m: min(m.rows, m.columns) // 2 for m in block.targets}
-        flops = sum(cost.muon_flops(m.rows, m.columns, r) for m, r in half.items())
+        ranks = self._ranks_so_far(block, output)
+        flops = sum(cost.muon_flops(m.rows, m.columns, r) for m, r in ranks.items())
         return (3 * _WINDOWS_PER_STEP * block.trace.flops + flops) / self.rates.model_flops
 
     def _file_bytes(self, key: str) -> int:

@@ -20,6 +20,7 @@ from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import read_index
 from streamcomp.job.progress import SilentProgress
 from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.planning.cost import factorization_flops
 from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import CONTEXT_BYTES
 from streamcomp.planning.plan import Plan, make_evaluation_plan, make_plan
@@ -509,6 +510,25 @@ def test_groups_share_a_pass_unless_only_several_passes_fit(tmp_path: Path) -> N
         assert tight.levers.groups >= made.levers.groups
         assert tight.peak_bytes <= made.peak_bytes
     assert planned(tmp_path, max(peaks) - 1, samples=64, seq_len=512, **settings).levers.groups < 6
+
+
+def test_factors_take_the_seconds_of_their_ranks(models: dict[str, Path]) -> None:
+    made = planned(models["mid-size"], method="two-sided", ratio=(0.2, 0.6))
+    blocks = [step for step in made.steps if step.step.kind == "block"]
+
+    for step in blocks:
+        output, block = made.outputs[step.step.output], made.blocks[step.step.block]
+        ranks = {m: output.ranks[m.full_name] for m in block.targets}
+        wanted = sum(
+            RATES.seconds(factorization_flops(m.rows, m.columns, rank, "pivot"))
+            for m, rank in ranks.items()
+            if rank is not None
+        )
+        assert step.limits["factorizing"] == pytest.approx(wanted)
+    of_output = [
+        [step.limits["factorizing"] for step in blocks if step.step.output == n] for n in (0, 1)
+    ]
+    assert min(of_output[0]) > max(of_output[1])
 
 
 @pytest.mark.parametrize("method", ["two-sided", "svd-llm"])
