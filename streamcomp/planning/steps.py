@@ -26,6 +26,7 @@ from streamcomp.planning.schedule import (
     redo_schedule,
     schedule,
 )
+from streamcomp.planning.seconds import Timing
 from streamcomp.recipe import Recipe, chosen_blocks
 
 __all__ = ["StepPlan", "StepPlanner", "head_weight_bytes", "with_slack"]
@@ -35,14 +36,8 @@ _SLACK = 1.05
 # Disk for what is written beside the tensors: the plugin, the report, and their lines in it.
 _TEXT_BYTES, _TEXT_BYTES_PER_TENSOR = 256 * 2**10, 2 * 2**10
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-# A backward, in forwards.
-_REVERSE_PASSES = 2
-# What a step without a block takes.
-_FEW_SECONDS = 0.5
 # Kinds of steps that never use a GPU.
 _ON_HOST = ("tokenize", "ranks", "copy")
-# Windows that a step of refinement runs, one at a time.
-_WINDOWS_PER_STEP = 1
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,7 @@ class StepPlanner:
         on_device: bool,
         redo: Sequence[int],
     ) -> None:
-        self.skeleton, self.recipe, self.rates = skeleton, recipe, rates
-        self.on_device = on_device
+        self.skeleton, self.recipe, self.on_device = skeleton, recipe, on_device
         self.blocks, self.stream, self.baseline = blocks, stream, baseline
         self.analysis = analysis
         eligible = [linear for block in blocks for linear in block.linears.eligible]
@@ -103,6 +97,7 @@ class StepPlanner:
             plan_output(skeleton, recipe, asked, eligible, chosen, ranks[i] if ranks else None)
             for i, asked in enumerate(asked_ratios(skeleton, recipe, eligible))
         ]
+        self.timing = Timing(skeleton, recipe, rates, blocks, stream, self.outputs, analysis)
         numbers = chosen_blocks(recipe.blocks, len(blocks))
         self.schedule = schedule(recipe, len(blocks), numbers, analysis)
         self.kept = self._moment_files() if keep_work else 0
@@ -338,12 +333,6 @@ class StepPlanner:
                 found[linear] = max(rank, found.get(linear, 0))
         return found
 
-    def _ranks_so_far(self, block: BlockPlan, output: int) -> dict[Linear, int]:
-        """Those of one output; evenly shared ones until all spectra are known."""
-        ranks = self.outputs[output].ranks
-        found = {linear: ranks[linear.full_name] for linear in block.targets}
-        return {linear: rank for linear, rank in found.items() if rank is not None}
-
     def _moment_bytes(self, groups: Sequence[MomentGroup]) -> int:
         return sum(group.nbytes(self.stream.dtype) for group in groups)
 
@@ -351,88 +340,14 @@ class StepPlanner:
         """The weights that a pass over ``groups`` drops before it decomposes anything."""
         return sum(m.numel for m in block.others(groups)) * self.stream.dtype.itemsize
 
+    def _limits(self, step: Step, levers: Levers) -> dict[str, float]:
+        return self.timing.limits(step, levers, self._shard_bytes(step))
+
     def _factor_bytes(self, linear: Linear, rank: int) -> int:
         """What a factored linear holds at most while its block is at work."""
         side = linear.rows + linear.columns
         less = rank if self.recipe.form == "pivot" else 0
         return self.stream.dtype.itemsize * rank * (side - less) + 8 * side
-
-    def _limits(self, step: Step, levers: Levers) -> dict[str, float]:
-        """Seconds that the stages of a step take at the machine's rates, by the stages' names."""
-        rates = self.rates
-        if step.kind == "copy":
-            return {"copying": self._shard_bytes(step) / rates.disk_bytes}
-        if step.kind == "loss":
-            tokens = self.stream.windows * self.stream.seq_len
-            head = self.skeleton.head.weight.numel()
-            return {"differentiating": 3 * 2.0 * tokens * head / rates.model_flops}
-        if step.block < 0:
-            return {step.kind: _FEW_SECONDS}
-        block, recipe = self.blocks[step.block], self.recipe
-        forward = self.stream.windows * block.trace.flops / rates.model_flops
-        read = sum(info.nbytes for info in self.skeleton.block_tensors(step.block))
-        limits = {"loading": read / rates.disk_bytes}
-        if step.kind == "forward":
-            return limits | {"forward": forward}
-        passes = len(self.passes(step, levers))
-        limits["loading"] *= passes
-        if step.kind == "redo":
-            factors = (self._factor_seconds(block, n) for n in range(len(self.outputs)))
-            return limits | {"decomposing": self._solve_seconds(block), "factorizing": sum(factors)}
-        if step.kind in ("reverse", "analyse"):
-            limits["decomposing"] = self._solve_seconds(block)
-            moments = self._moment_seconds(block)
-            if step.kind == "analyse":
-                return limits | {"observing": passes * forward + moments}
-            again = len([key for key in step.writes if key.startswith("hidden")])
-            twice = levers.feed_forward_tokens < self.stream.seq_len  # most of a forward
-            reverse = passes * (1 + twice + _REVERSE_PASSES) * forward + moments
-            return limits | {"forward": again * forward, "reverse": reverse}
-        if not self.analysis:
-            limits["observing"] = self._moment_seconds(block)
-            if step.reads:
-                limits["observing"] += passes * forward
-        limits["factorizing"] = self._factor_seconds(block, step.output)
-        if not self.analysis:
-            limits["factorizing"] += self._solve_seconds(block)
-        if any(key.startswith("compressed") for key in (*step.reads, *step.writes)):
-            limits["propagating"] = forward
-        if recipe.follows:
-            limits["forward"] = forward
-            limits["updating"] = 2 * forward if recipe.update else 0.0
-            limits["refining"] = recipe.refine * self._refining_seconds(block, step.output)
-        return limits | {"writing": self._shard_bytes(step) / rates.disk_bytes}
-
-    def _moment_seconds(self, block: BlockPlan) -> float:
-        """The moments of a block's inputs or outputs, and of its gradients."""
-        tokens = self.stream.windows * self.stream.seq_len
-        if self.recipe.statistics == "none":
-            return 0.0
-        back = [m for g in block.groups if g.gradients for m in g.linears if m.rows > m.columns]
-        products = 2.0 * tokens * sum(linear.numel for linear in back)
-        moments = tokens * sum(map(cost.moment_products, block.groups))
-        return moments / self.rates.moment_flops + products / self.rates.model_flops
-
-    def _solve_seconds(self, block: BlockPlan) -> float:
-        """Eigenvectors, and the products around them."""
-        seconds = 0.0
-        for group in block.groups:
-            for m in group.linears:
-                flops = cost.decomposition_flops(m.rows, m.columns, group.side, group.gradients)
-                seconds += self.rates.eigh_seconds(min(m.rows, m.columns))
-                seconds += self.rates.seconds(flops)
-        return seconds
-
-    def _factor_seconds(self, block: BlockPlan, output: int) -> float:
-        form, ranks = self.recipe.form, self._ranks_so_far(block, output)
-        flops = (cost.factorization_flops(m.rows, m.columns, r, form) for m, r in ranks.items())
-        return sum(map(self.rates.seconds, flops))
-
-    def _refining_seconds(self, block: BlockPlan, output: int) -> float:
-        """One step of refinement: windows forward and back, and the optimizer."""
-        ranks = self._ranks_so_far(block, output)
-        flops = sum(cost.muon_flops(m.rows, m.columns, r) for m, r in ranks.items())
-        return (3 * _WINDOWS_PER_STEP * block.trace.flops + flops) / self.rates.model_flops
 
     def _file_bytes(self, key: str) -> int:
         """Bytes of the files that ``key`` of the schedule stands for."""
