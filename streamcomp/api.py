@@ -19,6 +19,7 @@ from streamcomp.evaluation.inspection import Inspection, inspect_checkpoint
 from streamcomp.evaluation.perplexity import Evaluation, evaluate_checkpoint
 from streamcomp.evaluation.report import job_report, model_card
 from streamcomp.integrations.transformers import AUTO_MAP, PLUGIN, plugin_source
+from streamcomp.job.folders import WORK_FOLDER, output_folders
 from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked
 from streamcomp.job.progress import JobProgress, SilentProgress
 from streamcomp.job.publish import (
@@ -30,10 +31,8 @@ from streamcomp.job.publish import (
 )
 from streamcomp.job.redo import redo_linears
 from streamcomp.job.run import (
-    WORK_FOLDER,
     Job,
     choose_device,
-    output_folders,
     prepare_process,
     steps_of_output,
 )
@@ -303,8 +302,8 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
 
 def _publish(job: Job, output: int) -> dict[str, Any]:
     """Everything beside the weights; the folder becomes a model with its last file."""
-    out = job.outputs[output]
-    shards = [job.shard_path(output, number) for number in range(len(job.skeleton) + 1)]
+    out = job.folders.outputs[output]
+    shards = job.folders.shards(output)
     written = [info for shard in shards for info in read_header(shard).values()]
     report = job_report(
         job.index,

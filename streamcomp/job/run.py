@@ -8,9 +8,7 @@ threads and device writes the same bytes as one that was never killed.
 from __future__ import annotations
 
 import contextlib
-import shutil
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,10 @@ from streamcomp.errors import (
     BudgetError,
     JobLockedError,
     JobMismatchError,
-    OutputError,
     RecipeError,
 )
 from streamcomp.job import sweeps, writing
+from streamcomp.job.folders import JobFolders
 from streamcomp.job.journal import (
     Journal,
     check_fingerprint,
@@ -38,7 +36,7 @@ from streamcomp.job.journal import (
     same_analysis,
 )
 from streamcomp.job.progress import JobProgress
-from streamcomp.job.workspace import Stage, Workspace, check_finite, work_files
+from streamcomp.job.workspace import Stage, Workspace, check_finite
 from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton, check_same_calls
 from streamcomp.planning.levers import Levers
@@ -57,18 +55,14 @@ from streamcomp.planning.plan import Plan, make_plan
 from streamcomp.planning.rates import MachineRates, measure_disk, measure_rates
 from streamcomp.planning.schedule import Step, can_be_analysed, live_after
 from streamcomp.recipe import Recipe, Resources
-from streamcomp.units import format_bytes
 
 __all__ = [
     "Job",
-    "WORK_FOLDER",
     "choose_device",
-    "output_folders",
     "prepare_process",
     "steps_of_output",
 ]
 
-WORK_FOLDER = ".streamcomp"
 _RANKS = "ranks"
 
 
@@ -87,18 +81,15 @@ class Job:
         progress: JobProgress,
     ) -> None:
         self.index, self.out, self.recipe, self.resources = index, out, recipe, resources
-        self.outputs = output_folders(out, recipe)
         self.progress = progress
-        self.work = resources.work_dir or out / WORK_FOLDER
         self.device = choose_device(resources.device)
         self.method = find_method(recipe.method)
         self.fingerprint = fingerprint(index, recipe)
         self.meter = PeakMeter(self.device)
 
     @property
-    def _works_inside(self) -> bool:
-        """Whether the work folder lies in OUT, and so is this OUT's."""
-        return self.work.resolve().is_relative_to(self.out.resolve())
+    def work(self) -> Path:
+        return self.folders.work
 
     # -- before any work -----------------------------------------------------------------
 
@@ -114,12 +105,15 @@ class Job:
         self.skeleton.check_tensors(head=self.recipe.two_sided)
         gradients, training = self.recipe.two_sided, self.recipe.refine > 0
         warm_up(self.device, self.skeleton.dtype, gradients=gradients, training=training)
+        self.folders = JobFolders(
+            self.index.folder, self.out, self.resources.work_dir, self.recipe, len(self.skeleton)
+        )
         rates = measure_rates(self.device, self.skeleton.dtype)
         self.rates = replace(rates, disk_bytes=measure_disk(self.work))
         found = self._journal()
-        self._refuse_foreign_folder(found)
+        self.folders.refuse_foreign(found)
         if found is not None:
-            holder = self.out if self._works_inside else self.work
+            holder = self.out if self.folders.works_inside else self.work
             with locked(holder):  # a job that runs there is no "other job" to be removed
                 check_fingerprint(found.header["fingerprint"], self.fingerprint, holder)
         if unused := self.skeleton.blocks_unused:
@@ -129,15 +123,16 @@ class Job:
             )
         self.plan = self._plan(self.rates, found)
         limit_device(self.device, device_budget)
-        self._check_shards(found)
-        self._check_disk()
+        done = self.plan.steps[: len(found.steps)] if found else ()
+        self.folders.check_shards([planned.step for planned in done])
+        self.folders.check_disk(self.plan)
         make_folder(self.out)
         with locked(self.out):
-            self._refuse_foreign_folder(found)
+            self.folders.refuse_foreign(found)
             make_folder(self.work)
             with locked(self.work):
                 self._check_unchanged(found)
-                for folder in self.outputs:
+                for folder in self.folders.outputs:
                     make_folder(folder)
                 self._resume(found)
                 yield
@@ -202,79 +197,6 @@ class Job:
                     f"({', '.join(changed)}): the result is the same within rounding"
                 )
             return plan
-
-    def _refuse_foreign_folder(self, found: Journal | None) -> None:
-        """OUT may be missing, empty, or hold this job; nothing of anybody else's is touched.
-
-        A work folder elsewhere does not say which OUT it is for: what lies in OUT has to.
-        """
-        if self.work.exists() and not self.work.is_dir():
-            raise OutputError(f"{self.work} is a file, --work-dir must be a folder")
-        if self.out.is_symlink() and not self.out.exists():
-            raise OutputError(f"{self.out} is a link to what is not there: give another OUT")
-        if self.out.exists() and not self.out.is_dir():
-            raise OutputError(f"{self.out} is a file, OUT must be a folder")
-        if self.out.resolve() == self.index.folder.resolve():
-            raise OutputError(f"{self.out} is the model's own folder: give another OUT")
-        if self.work.resolve() in (self.out.resolve(), self.index.folder.resolve()):
-            raise OutputError(f"{self.work} is OUT or the model's folder: give another --work-dir")
-        if not self.out.is_dir():
-            return
-        begun = found is not None or Journal.read(self.work) is not None
-        ours = {WORK_FOLDER}
-        if begun and not (found and found.inherited):
-            written = [self._shard_of_entry(entry) for entry in found.steps] if found else []
-            if self._works_inside or any(shard is not None for shard in written):
-                return  # it is this job's, or _check_shards will say what is missing
-            ours |= {folder.name for folder in self.outputs if folder != self.out}
-            shards = [self.shard_path(0, number).name for number in range(len(self.skeleton) + 1)]
-            ours |= {*shards, *(f".{shard}.tmp" for shard in shards)}
-        others = sorted(
-            path.relative_to(self.out).as_posix()
-            for folder in {self.out, *self.outputs}
-            if folder.is_dir()
-            for path in folder.iterdir()
-            if path.name not in ours and not _is_empty_output(path)
-        )
-        if others:
-            raise OutputError(
-                f"{self.out} is not empty ({others[0]}) and holds no job: give another OUT"
-            )
-
-    def _check_shards(self, found: Journal | None) -> None:
-        """What the journal says is written lies in OUT, also where the work folder is elsewhere."""
-        for step in self.plan.steps[: len(found.steps)] if found else ():
-            shard = self._shard_of(step.step)
-            if shard is not None and not shard.is_file():
-                raise OutputError(
-                    f"{shard} is missing, and the journal in {self.work} says that it is written: "
-                    "give the OUT of that job, or remove both folders"
-                )
-
-    def _check_disk(self) -> None:
-        """OutputError where the disk of OUT, or that of the work folder, has too little space."""
-        out, work = _existing(self.out), _existing(self.work)
-        if out.stat().st_dev == work.stat().st_dev:
-            self._check_space((self.out, self.work), self.plan.disk_bytes, "OUT or --work-dir")
-            return
-        outputs = self.plan.disk_bytes - self.plan.work_bytes
-        self._check_space((self.out,), outputs, "OUT")
-        self._check_space((self.work,), self.plan.work_bytes, "--work-dir")
-
-    def _check_space(self, folders: Sequence[Path], needed: int, setting: str) -> None:
-        """That ``folders``, on one disk, can hold ``needed`` bytes with the job's own there now."""
-        files: set[Path] = set()
-        if self.out in folders:
-            files |= {path.resolve() for path in self.out.rglob("*")}
-        if self.work in folders and self.work.is_dir():
-            files |= {path.resolve() for path in work_files(self.work)}
-        there = sum(map(_file_bytes, files))
-        free = shutil.disk_usage(_existing(folders[0])).free
-        if free + there < needed:
-            raise OutputError(
-                f"{folders[0]} needs {format_bytes(needed)} at most and its disk has "
-                f"{format_bytes(free)} free: give another {setting}, or free some space"
-            )
 
     def _resume(self, found: Journal | None) -> None:
         levers = asdict(self.plan.levers) | {
@@ -344,7 +266,7 @@ class Job:
             self._rank(results["ranks"])
 
     def _do(self, stage: Stage, step: Step) -> dict[str, Any]:
-        shard = self._shard_of(step)
+        shard = self.folders.shard_of(step)
         if shard is not None:
             write = writing.block if step.kind == "block" else writing.copy
             return write(self.space, stage, step, shard)
@@ -398,49 +320,6 @@ class Job:
                 check_finite(hidden, "the embeddings")
                 write(start, hidden)
         return {}
-
-    # -- where the results go ------------------------------------------------------------
-
-    def _shard_of_entry(self, entry: dict[str, Any]) -> Path | None:
-        """The shard that a line of the journal says is written."""
-        if "output" not in entry:
-            return None
-        return self.shard_path(entry["output"], entry.get("block", len(self.skeleton)))
-
-    def _shard_of(self, step: Step) -> Path | None:
-        if step.kind == "block":
-            return self.shard_path(step.output, step.block)
-        return self.shard_path(step.output, len(self.skeleton)) if step.kind == "copy" else None
-
-    def shard_path(self, output: int, number: int) -> Path:
-        total = len(self.skeleton) + 1
-        return self.outputs[output] / f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-
-
-def output_folders(out: Path, recipe: Recipe) -> list[Path]:
-    """``out`` itself, or for several ratios a folder in it for each."""
-    if len(recipe.ratios) == 1:
-        return [out]
-    return [out / f"ratio-{ratio:g}" for ratio in recipe.ratios]
-
-
-def _is_empty_output(path: Path) -> bool:
-    """Whether ``path`` is a folder for one of several ratios with nothing in it yet."""
-    return path.name.startswith("ratio-") and path.is_dir() and not any(path.iterdir())
-
-
-def _file_bytes(path: Path) -> int:
-    """The size of a file; 0 for anything else, or where it is gone by now."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return 0
-    return found.st_size if stat.S_ISREG(found.st_mode) else 0
-
-
-def _existing(folder: Path) -> Path:
-    """``folder``, or the nearest one above it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def steps_of_output(steps: list[dict[str, Any]], output: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from streamcomp import CompressResult, Resources
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.job.analysis import read_moment, read_output_gradient
-from streamcomp.job.run import WORK_FOLDER
+from streamcomp.job.folders import WORK_FOLDER
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.methods import Moment
 from streamcomp.modeling.linears import Linear
