@@ -11,7 +11,7 @@ from typing import Any
 from streamcomp.calibration.corpus import check_text
 from streamcomp.checkpoint.atomic import write_text
 from streamcomp.checkpoint.hub import checkpoint_folder, headers_folder
-from streamcomp.checkpoint.index import read_header, read_index
+from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_index
 from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
 from streamcomp.evaluation.export import export_checkpoint
 from streamcomp.evaluation.html import html_report
@@ -111,22 +111,40 @@ def compress(
     out, progress = Path(out), progress or SilentProgress()
     prepare_process(resources)
     index = read_index(checkpoint_folder(model, revision))
-    folders = output_folders(out, recipe)
-    done = [read_report(folder) for folder in folders]
-    if all(report is not None for report in done):
-        for report in done:
-            assert report is not None
-            check_fingerprint(
-                report["fingerprint"], fingerprint(index, recipe), out, versions=False
-            )
-        _clean(resources.work_dir or out / WORK_FOLDER, done[0])
-        return _result(folders, done, already_done=True)
+    finished = _finished(index, out, recipe, resources)
+    if finished is not None:
+        return finished
     job = Job(index, out, recipe, resources, progress)
-    with job.open():
-        job.run()
-        reports = [_publish(job, number) for number in range(len(folders))]
+    try:
+        with job.open():
+            job.run()
+            folders = job.folders.outputs
+            reports = [_publish(job, number) for number in range(len(folders))]
+    except OutputError:  # another process may have finished it after the first look
+        finished = _finished(index, out, recipe, resources)
+        if finished is None:
+            raise
+        return finished
     _clean(job.work, reports[0])
     return _result(folders, reports, already_done=False)
+
+
+def _finished(
+    index: CheckpointIndex, out: Path, recipe: Recipe, resources: Resources
+) -> CompressResult | None:
+    """What a finished job left in ``out``; None where there is none, an error where it is another.
+
+    What such a job had no time to remove of its work goes now.
+    """
+    folders = output_folders(out, recipe)
+    done = [read_report(folder) for folder in folders]
+    if not all(report is not None for report in done):
+        return None
+    for report in done:
+        assert report is not None
+        check_fingerprint(report["fingerprint"], fingerprint(index, recipe), out, versions=False)
+    _clean(resources.work_dir or out / WORK_FOLDER, done[0])
+    return _result(folders, done, already_done=True)
 
 
 def redo(

@@ -17,6 +17,7 @@ from streamcomp import JobMismatchError, OutputError, RecipeError, Resources, re
 from streamcomp.api import plan
 from streamcomp.job import run
 from streamcomp.job.journal import locked
+from streamcomp.modeling.skeleton import Skeleton
 from tests.jobs import (
     Interrupt,
     Interrupted,
@@ -41,6 +42,29 @@ def interrupted(model: Path, out: Path, text: Path, after: int, **settings: Any)
 
 
 # -- a work folder that several jobs use, one after the other ----------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_a_job_that_another_process_finishes_meanwhile_is_not_begun(
+    pico: Callable[[str], Path], text: Path, tmp_path: Path, ratio: float
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+    others: list[Any] = []
+
+    def after_the_other(index: Any) -> Any:
+        if not others:
+            others.append(None)
+            others[0] = compress(dense, out, text, ratio=0.2).report
+        return Skeleton(index)
+
+    with mock.patch("streamcomp.job.run.Skeleton", after_the_other):
+        if ratio == 0.2:
+            result = compress(dense, out, text, ratio=ratio)
+            assert result.already_done
+            assert result.report == others[0]
+        else:
+            with pytest.raises(JobMismatchError, match="ratio"):
+                compress(dense, out, text, ratio=ratio)
 
 
 @pytest.mark.parametrize("after", [3, 9])  # in the sweeps; with shards in OUT
