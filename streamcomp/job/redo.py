@@ -78,6 +78,7 @@ def redo_linears(
         analysis=True,
         keep_work=True,
         memory_backed=is_memory_backed(folder),
+        output_in_memory=is_memory_backed(out),
         device_budget=device_budget_bytes(device, resources.max_vram),
         redo=_blocks_of(skeleton, chosen),
     )

@@ -165,6 +165,7 @@ class Job:
         keep = self.resources.keep_work
         fits = self._settings | {
             "memory_backed": is_memory_backed(self.work),
+            "output_in_memory": is_memory_backed(self.out),
             "analysis": keep and can_be_analysed(self.recipe),
             "keep_work": keep,
         }

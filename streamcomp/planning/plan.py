@@ -150,6 +150,7 @@ def make_plan(
     keep_work: bool = False,
     baseline: int | None = None,
     memory_backed: bool = False,
+    output_in_memory: bool = False,
     device_budget: int = 0,
     redo: Sequence[int] = (),
 ) -> Plan:
@@ -162,8 +163,8 @@ def make_plan(
     is 0 the largest useful one that fits. ``ranks``, one mapping per output, are those that the
     spectra have led to. ``analysis`` keeps decompositions also where one output alone needs none,
     ``keep_work`` keeps them and the moments behind the end. ``memory_backed`` says that the work
-    folder lies in memory, so that what is in it counts in the budget. ``redo`` plans no
-    compression but new factors for those blocks, from kept moments.
+    folder lies in memory, so that what is in it counts in the budget, ``output_in_memory`` the same
+    of OUT. ``redo`` plans no compression but new factors for those blocks, from kept moments.
     """
     if skeleton.compressed:
         raise UnsupportedModelError(
@@ -183,6 +184,7 @@ def make_plan(
         stream,
         baseline,
         memory_backed,
+        output_in_memory,
         ranks,
         analysis,
         keep_work,

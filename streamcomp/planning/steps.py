@@ -73,6 +73,7 @@ class StepPlanner:
         stream: StreamShape,
         baseline: int,
         memory_backed: bool,
+        output_in_memory: bool,
         ranks: Sequence[Ranks] | None,
         analysis: bool,
         keep_work: bool,
@@ -105,6 +106,7 @@ class StepPlanner:
         if redo:
             self.schedule = redo_schedule(redo)
         self.in_memory = self.work_bytes if memory_backed else 0
+        self.in_memory += self.disk_bytes - self.work_bytes if output_in_memory else 0
         self.most_groups = max([1, *(len(block.groups) for block in blocks)])
         self.most_linears = max([1, *(len(block.targets) for block in blocks)])
 

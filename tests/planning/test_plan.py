@@ -179,6 +179,7 @@ def planned(
     budget: int = PLENTY,
     *,
     memory_backed: bool = False,
+    output_in_memory: bool = False,
     keep_work: bool = False,
     device_budget: int = 0,
     levers: Levers | None = None,
@@ -196,6 +197,7 @@ def planned(
             budget,
             RATES,
             memory_backed=memory_backed,
+            output_in_memory=output_in_memory,
             analysis=keep_work,
             keep_work=keep_work,
             device_budget=device_budget,
@@ -383,6 +385,15 @@ def test_hidden_states_in_memory_raise_every_peak_by_two_streams(models: dict[st
         assert after.peak_bytes - before.peak_bytes == 2 * stream
 
 
+def test_an_output_in_memory_raises_every_peak_by_what_it_holds(models: dict[str, Path]) -> None:
+    on_disk = planned(models["mid-size"])
+    in_memory = planned(models["mid-size"], output_in_memory=True)
+
+    for before, after in zip(on_disk.steps, in_memory.steps, strict=True):
+        assert after.peak_bytes - before.peak_bytes == on_disk.disk_bytes - on_disk.work_bytes
+    assert on_disk.disk_bytes - on_disk.work_bytes > on_disk.output_bytes
+
+
 @pytest.mark.parametrize("memory_backed", [False, True])
 def test_plan_asks_where_the_work_folder_lies(
     models: dict[str, Path], tmp_path: Path, memory_backed: bool
@@ -398,6 +409,18 @@ def test_plan_asks_where_the_work_folder_lies(
     asked.assert_called_once_with(tmp_path)
     expected = {"memory_backed": memory_backed, "analysis": False, "keep_work": False}
     assert made.call_args.kwargs == expected | {"device_budget": 0}
+
+
+def test_a_job_asks_where_its_folders_lie(models: dict[str, Path], tmp_path: Path) -> None:
+    out, text = tmp_path / "out", varied_text(tmp_path / "text.txt", 4096)
+    with (
+        mock.patch("streamcomp.job.run.is_memory_backed", lambda folder: folder == out),
+        mock.patch("streamcomp.job.run.make_plan", wraps=make_plan) as made,
+    ):
+        compress(models["pico"], out, text)
+
+    assert all(call.kwargs["output_in_memory"] for call in made.call_args_list)
+    assert not any(call.kwargs["memory_backed"] for call in made.call_args_list)
 
 
 # -- headers --------------------------------------------------------------------------------
