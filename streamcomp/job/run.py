@@ -1,8 +1,9 @@
 """Runs a compression step by step, in the order of :mod:`streamcomp.planning.schedule`.
 
 Each step leaves durable files and then one line in the journal. A job that is killed
-anywhere and started again does at most one step a second time, and with the same levers,
-threads and device writes the same bytes as one that was never killed.
+anywhere and started again does at most one step a second time, and with the same levers and
+threads writes the same bytes as one that was never killed. (On a GPU the same within rounding:
+its kernels add gradients of long windows up in no fixed order.)
 """
 
 from __future__ import annotations
@@ -290,6 +291,7 @@ class Job:
             self.budget,
             self.rates,
             levers=self.plan.levers,
+            blocks=self.plan.blocks,
             baseline=self.plan.baseline_bytes,
             **(self._settings | {"ranks": ranks}),
         )
@@ -336,9 +338,19 @@ def prepare_process(resources: Resources) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is the first GPU, or the CPU where there is none."""
+    """The device called ``name``; ``auto`` is the first GPU, or the CPU where there is none.
+
+    A GPU always comes with its number, which some of torch's calls insist on.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise RecipeError(f"--device {name}: torch finds no CUDA GPU here; use --device cpu")
+    number = torch.cuda.current_device() if device.index is None else device.index
+    if number >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise RecipeError(f"--device {name}: torch finds {count} GPUs, from cuda:0 on")
+    return torch.device("cuda", number)

@@ -15,13 +15,16 @@ from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import BlockTrace, trace_block
-from streamcomp.planning.cost import BlockCost
+from streamcomp.planning.cost import BlockCost, gradient_dtype
 from streamcomp.planning.levers import Levers
 from streamcomp.planning.outputs import can_be_factored
 from streamcomp.planning.schedule import Step
 from streamcomp.recipe import Recipe, chosen_blocks
 
 __all__ = ["BlockPlan", "passes_of_step", "plan_blocks"]
+
+# Copies of its scores that attention holds where it keeps them: forward, and forward and back.
+_SCORES = 3, 6
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ def passes_of_step(
     return block.passes(levers, observed=not from_kept)
 
 
-def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list[BlockPlan]:
+def plan_blocks(
+    skeleton: Skeleton, recipe: Recipe, stream: StreamShape, *, on_device: bool = False
+) -> list[BlockPlan]:
     """Linears and groups of every block; one trace per kind of block."""
     _, calls = skeleton.dry_record(1, stream.seq_len)
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
@@ -101,9 +106,9 @@ def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list
                 linear.name: skeleton.block(number).get_submodule(linear.name)
                 for linear in block.eligible
             }
-            traces[kind] = cache(
-                partial(trace_block, skeleton.block(number), modules, hidden, calls[number])
-            )
+            trace_it = partial(trace_block, skeleton.block(number), modules, hidden, calls[number])
+            scores = _score_bytes(skeleton, stream) if on_device else (0, 0)
+            traces[kind] = cache(partial(_with_scores, trace_it, scores))
         trace = traces[kind](0)
         groups = _groups(recipe, block, trace, stream) if number in chosen else ()
         weight_bytes = sum(
@@ -121,6 +126,31 @@ def plan_blocks(skeleton: Skeleton, recipe: Recipe, stream: StreamShape) -> list
         name = skeleton.block_name(number)
         blocks.append(BlockPlan(number, name, block, groups, trace, known, traces[kind]))
     return blocks
+
+
+def _score_bytes(skeleton: Skeleton, stream: StreamShape) -> tuple[int, int]:
+    """What attention holds for its scores on a GPU, of one window: forward, and back.
+
+    The kernels that keep no scores are for half precision; a backward of fp16 runs in fp32.
+    """
+    heads = getattr(skeleton.text_config, "num_attention_heads", 0)
+    copy = heads * stream.seq_len**2 * stream.dtype.itemsize
+    forward, back = _SCORES
+    return (
+        0 if solve_dtype(stream.dtype) == torch.float32 else forward * copy,
+        0 if gradient_dtype(stream.dtype) == torch.bfloat16 else back * copy,
+    )
+
+
+def _with_scores(
+    trace_it: Callable[[int], BlockTrace], scores: tuple[int, int], tokens: int
+) -> BlockTrace:
+    trace = trace_it(tokens)
+    return replace(
+        trace,
+        activation_bytes=trace.activation_bytes + scores[0],
+        autograd_bytes=trace.autograd_bytes + scores[1],
+    )
 
 
 def _groups(

@@ -23,6 +23,7 @@ from streamcomp.units import parse_bytes
 
 __all__ = [
     "CONTEXT_BYTES",
+    "WORKSPACE_BYTES",
     "PeakMeter",
     "budget_bytes",
     "device_budget_bytes",
@@ -38,6 +39,8 @@ __all__ = [
 
 # What the driver and CUDA's libraries take of a GPU beside torch's allocator.
 CONTEXT_BYTES = 2**30
+# What cuBLAS and cuSOLVER take through torch's allocator: up to 32 MiB for each thread and library.
+WORKSPACE_BYTES = 128 * 2**20
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")

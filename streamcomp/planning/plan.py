@@ -20,7 +20,7 @@ from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning import cost
 from streamcomp.planning.blocks import BlockPlan, plan_blocks
 from streamcomp.planning.levers import Budget, Levers
-from streamcomp.planning.meter import CONTEXT_BYTES, release, resident_bytes
+from streamcomp.planning.meter import CONTEXT_BYTES, WORKSPACE_BYTES, release, resident_bytes
 from streamcomp.planning.outputs import OutputPlan, Ranks
 from streamcomp.planning.rates import MachineRates
 from streamcomp.planning.schedule import needs_analysis
@@ -146,6 +146,7 @@ def make_plan(
     *,
     levers: Levers | None = None,
     ranks: Sequence[Ranks] | None = None,
+    blocks: Sequence[BlockPlan] | None = None,
     analysis: bool = False,
     keep_work: bool = False,
     baseline: int | None = None,
@@ -161,10 +162,12 @@ def make_plan(
 
     ``levers`` fixes them, as a resumed job does; else the recipe's micro-batch, or where that
     is 0 the largest useful one that fits. ``ranks``, one mapping per output, are those that the
-    spectra have led to. ``analysis`` keeps decompositions also where one output alone needs none,
-    ``keep_work`` keeps them and the moments behind the end. ``memory_backed`` says that the work
-    folder lies in memory, so that what is in it counts in the budget, ``output_in_memory`` the same
-    of OUT. ``redo`` plans no compression but new factors for those blocks, from kept moments.
+    spectra have led to, ``blocks`` those of an earlier plan: they are traced on the CPU, which
+    takes seconds, and outer weights that are not on a GPU yet. ``analysis`` keeps decompositions
+    also where one output alone needs none, ``keep_work`` keeps them and the moments behind the
+    end. ``memory_backed`` says that the work folder lies in memory, so that what is in it counts
+    in the budget, ``output_in_memory`` the same of OUT. ``redo`` plans no compression but new
+    factors for those blocks, from kept moments.
     """
     if skeleton.compressed:
         raise UnsupportedModelError(
@@ -174,7 +177,8 @@ def make_plan(
     release()
     baseline = resident_bytes() if baseline is None else baseline
     stream = StreamShape(recipe.samples, recipe.seq_len, skeleton.hidden_size, skeleton.dtype)
-    blocks = plan_blocks(skeleton, recipe, stream)
+    if blocks is None:
+        blocks = plan_blocks(skeleton, recipe, stream, on_device=device_budget > 0)
     analysis = analysis or needs_analysis(recipe)
     planner = StepPlanner(
         skeleton,
@@ -249,7 +253,8 @@ def make_evaluation_plan(
     check_seq_len(skeleton, stream.seq_len)
     release()
     baseline = resident_bytes() + (2 * stream.nbytes if memory_backed else 0)
-    blocks = plan_blocks(skeleton, Recipe(seq_len=stream.seq_len, include=_NOTHING), stream)
+    recipe = Recipe(seq_len=stream.seq_len, include=_NOTHING)
+    blocks = plan_blocks(skeleton, recipe, stream, on_device=device_budget > 0)
     vocabulary = skeleton.embedding_source.shape[0]
 
     def forward(batch: int) -> int:
@@ -276,8 +281,9 @@ def make_evaluation_plan(
     budgets = [Budget("--max-ram", budget_bytes, baseline + least)]
     room = budget_bytes - baseline
     if device_budget:
-        budgets.append(Budget("--max-vram", device_budget, CONTEXT_BYTES + least))
-        room = min(room, device_budget - CONTEXT_BYTES)
+        libraries = CONTEXT_BYTES + WORKSPACE_BYTES
+        budgets.append(Budget("--max-vram", device_budget, libraries + least))
+        room = min(room, device_budget - libraries)
     for budget in budgets:
         budget.check(budget.least, "evaluation")
     batch, tokens = _largest_batch(stream), stream.seq_len

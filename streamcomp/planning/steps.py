@@ -16,7 +16,7 @@ from streamcomp.planning import cost
 from streamcomp.planning.blocks import BlockPlan, passes_of_step
 from streamcomp.planning.cost import gradient_dtype
 from streamcomp.planning.levers import Levers
-from streamcomp.planning.meter import CONTEXT_BYTES
+from streamcomp.planning.meter import CONTEXT_BYTES, WORKSPACE_BYTES
 from streamcomp.planning.outputs import Ranks, asked_ratios, block_saving, plan_output
 from streamcomp.planning.rates import MachineRates
 from streamcomp.planning.schedule import (
@@ -69,7 +69,7 @@ class StepPlanner:
         skeleton: Skeleton,
         recipe: Recipe,
         rates: MachineRates,
-        blocks: list[BlockPlan],
+        blocks: Sequence[BlockPlan],
         stream: StreamShape,
         baseline: int,
         memory_backed: bool,
@@ -158,7 +158,7 @@ class StepPlanner:
         counted = with_slack(peak.nbytes)
         on_device = self.on_device and step.kind not in _ON_HOST
         host = self.baseline + self.in_memory + counted
-        return host, CONTEXT_BYTES + counted if on_device else 0
+        return host, CONTEXT_BYTES + WORKSPACE_BYTES + counted if on_device else 0
 
     @property
     def disk_bytes(self) -> int:

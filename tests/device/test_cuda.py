@@ -61,6 +61,19 @@ def _evaluate(model: Path, text: Path, device: str) -> float:
     ).perplexity
 
 
+@pytest.mark.parametrize("kind", ["opt", "gemma2", "gemma3", "phi3", "gpt_neox", "mixtral"])
+def test_every_kind_of_model_runs(
+    kind: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    folder = pico(kind)
+
+    on_gpu = _compress(folder, tmp_path / "gpu", text, "cuda")
+    on_cpu = _compress(folder, tmp_path / "cpu", text, "cpu")
+
+    expected = _evaluate(on_cpu.out, text, "cpu")
+    assert _evaluate(on_gpu.out, text, "cuda") == pytest.approx(expected, rel=3e-2)
+
+
 @pytest.mark.parametrize("settings", JOBS, ids=_name)
 def test_a_job_gives_the_same_matrices_as_on_the_cpu(
     settings: dict[str, Any], pico: Callable[..., Path], text: Path, tmp_path: Path

@@ -187,11 +187,16 @@ def test_more_than_the_machine_has_is_refused(machine: Callable[..., None]) -> N
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A GPU of 16 GiB, 10 of them free and 2 this process's; the shares its allocator is given."""
     shares: list[float] = []
+
+    def fraction(share: float, device: torch.device) -> None:
+        assert device.index is not None  # torch insists on it here, and nowhere else
+        shares.append(share)
+
     answers = {
         "mem_get_info": lambda device: (10 * GiB, 16 * GiB),
         "empty_cache": lambda: None,
         "memory_reserved": lambda device: 2 * GiB,
-        "set_per_process_memory_fraction": lambda share, device: shares.append(share),
+        "set_per_process_memory_fraction": fraction,
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
@@ -199,7 +204,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_gpu_s_budget_is_kept_by_its_allocator(gpu: list[float]) -> None:
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
 
     assert device_budget_bytes(device, "12G") == 12 * GiB
     assert device_budget_bytes(device, "50%") == 8 * GiB

@@ -20,9 +20,10 @@ from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import read_index
 from streamcomp.job.progress import SilentProgress
 from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.planning.blocks import plan_blocks
 from streamcomp.planning.cost import factorization_flops
 from streamcomp.planning.levers import Levers
-from streamcomp.planning.meter import CONTEXT_BYTES
+from streamcomp.planning.meter import CONTEXT_BYTES, WORKSPACE_BYTES
 from streamcomp.planning.plan import Plan, make_evaluation_plan, make_plan
 from streamcomp.planning.rates import MachineRates
 from tests.jobs import REPOSITORY, SMALL, compress, run_python, stored_tensors, varied_text
@@ -335,7 +336,8 @@ def test_the_memory_of_a_gpu_pulls_the_levers_too(models: dict[str, Path], metho
     assert ample.levers == on_cpu.levers
     for step in ample.steps:  # nothing of the process, but the driver
         on_host = step.step.kind in ("tokenize", "ranks", "copy")
-        expected = 0 if on_host else step.peak_bytes - BASELINE + CONTEXT_BYTES
+        libraries = CONTEXT_BYTES + WORKSPACE_BYTES
+        expected = 0 if on_host else step.peak_bytes - BASELINE + libraries
         assert step.device_bytes == expected
 
     least = ample.device_minimum_bytes
@@ -347,6 +349,37 @@ def test_the_memory_of_a_gpu_pulls_the_levers_too(models: dict[str, Path], metho
     with pytest.raises(BudgetError, match=f"of the GPU to .*--max-vram {least // MiB}M fits") as no:
         planned(models["mid-size"], device_budget=least - 4 * MiB, **many)
     assert (no.value.budget_bytes, no.value.minimum_bytes) == (least - 4 * MiB, least)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "forward", "back"),
+    [("bfloat16", 0, 0), ("float16", 0, 6 * 2), ("float32", 3 * 4, 6 * 4)],
+)
+def test_attention_on_a_gpu_keeps_its_scores_where_no_kernel_spares_them(
+    pico: Callable[..., Path], dtype: str, forward: int, back: int
+) -> None:
+    skeleton = Skeleton(read_index(pico("llama", dtype=getattr(torch, dtype))))
+    stream = StreamShape(4, LONGEST, skeleton.hidden_size, skeleton.dtype)
+    scores = skeleton.text_config.num_attention_heads * LONGEST**2
+
+    on_cpu, on_gpu = (
+        plan_blocks(skeleton, Recipe(**SETTINGS), stream, on_device=gpu) for gpu in (False, True)
+    )
+
+    for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
+        for mine, other in ((gpu.cost, cpu.cost), (gpu.retrace(16), cpu.retrace(16))):
+            assert mine.activation_bytes - other.activation_bytes == forward * scores
+            assert mine.autograd_bytes - other.autograd_bytes == back * scores
+        assert (gpu.groups, gpu.trace.flops) == (cpu.groups, cpu.trace.flops)
+
+
+def test_blocks_are_traced_once(models: dict[str, Path], tmp_path: Path) -> None:
+    # When ranks are known, outer weights are on the device already, where no trace runs.
+    text = varied_text(tmp_path / "text.txt", 4096)
+    with mock.patch("streamcomp.planning.plan.plan_blocks", wraps=plan_blocks) as traced:
+        compress(models["pico"], tmp_path / "out", text)
+
+    traced.assert_called_once()
 
 
 def test_an_evaluation_keeps_to_the_memory_of_a_gpu_too(models: dict[str, Path]) -> None:
