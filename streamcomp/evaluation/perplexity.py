@@ -22,7 +22,7 @@ from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import NonFiniteError
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.run import choose_device
-from streamcomp.modeling.skeleton import Call, Skeleton
+from streamcomp.modeling.skeleton import Skeleton, check_same_calls
 from streamcomp.modeling.streamer import BlockStreamer
 from streamcomp.planning.meter import (
     PeakMeter,
@@ -158,14 +158,17 @@ class _Run:
         self.skeleton, self.device, self.tokens, self.shape = skeleton, device, tokens, shape
         self.batch, self.work, self.progress = batch, work, progress
         self.streamer = BlockStreamer(skeleton, device)
-        self.calls: dict[int, list[Call]] = {}
 
     def through_blocks(self) -> HiddenStates:
         """The last block's output; every file before it is deleted."""
         source = HiddenStates(self.work / "hidden-0.bin", self.shape)
         source.create()
         for start, stop in self._batches():
-            hidden, self.calls[stop - start] = self.streamer.record(self.tokens[start:stop].long())
+            tokens = self.tokens[start:stop].long()
+            known = self.streamer.calls(tokens)
+            hidden, calls = self.streamer.record(tokens)
+            check_same_calls(known, calls)
+            del calls
             source.write(start, hidden)
         source.close()
         for number in range(len(self.skeleton)):
@@ -177,7 +180,8 @@ class _Run:
                 for start, stop in self._batches():
                     self.progress.stage(number, block.name, "forward", start / self.shape.windows)
                     hidden = source.read(start, stop).to(self.device)
-                    target.write(start, block.run(hidden, self.calls[stop - start][number]))
+                    call = self.streamer.calls(self.tokens[start:stop].long())[number]
+                    target.write(start, block.run(hidden, call))
             source.close()
             source.remove()
             target.close()

@@ -54,7 +54,7 @@ from streamcomp.planning.meter import (
 )
 from streamcomp.planning.plan import Plan, make_plan
 from streamcomp.planning.rates import MachineRates, measure_disk, measure_rates
-from streamcomp.planning.schedule import Step, can_be_analysed, live_after
+from streamcomp.planning.schedule import RUN_BLOCKS, Step, can_be_analysed, live_after
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = [
@@ -268,6 +268,8 @@ class Job:
             self._rank(results["ranks"])
 
     def _do(self, stage: Stage, step: Step) -> dict[str, Any]:
+        if step.kind in RUN_BLOCKS:
+            self.space.record_calls()
         shard = self.folders.shard_of(step)
         if shard is not None:
             write = writing.block if step.kind == "block" else writing.copy
@@ -318,8 +320,11 @@ class Job:
         space = self.space
         with space.writing("hidden-00000") as write:
             for start, stop in space.batches(stage, "embedding", self.plan.levers.batch):
-                hidden, calls = space.streamer.record(space.tokens[start:stop].long())
-                check_same_calls(space.calls(stop - start), calls)
+                tokens = space.tokens[start:stop].long()
+                known = space.streamer.calls(tokens)
+                hidden, calls = space.streamer.record(tokens)
+                check_same_calls(known, calls)
+                del calls
                 check_finite(hidden, "the embeddings")
                 write(start, hidden)
         return {}

@@ -177,7 +177,7 @@ def _differentiate(
             gradient = gradients.read(start, stop).to(work.device)
             if outgoing is not None:
                 outgoing.update(gradient)
-            call = work.calls(stop - start, dtype)[number]
+            call = work.call(number, stop - start, dtype)
             gradient = loaded.differentiate(hidden, call, gradient)
             check_finite(gradient, f"the gradient of {loaded.name}")
             write(start, gradient)

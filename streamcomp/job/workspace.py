@@ -88,7 +88,6 @@ class Workspace:
         self.skeleton, self.recipe, self.method = skeleton, recipe, method
         self.device, self.folder, self.plan, self.journal = device, folder, plan, journal
         self.keeps_work = keeps_work
-        self._recorded: dict[int, list[Call]] = {}
 
     @cached_property
     def streamer(self) -> BlockStreamer:
@@ -150,21 +149,31 @@ class Workspace:
         if steps[current].peak_bytes + sum(info.nbytes for info in infos) <= self.plan.budget_bytes:
             read_ahead(infos)
 
-    def calls(self, batch: int, dtype: torch.dtype | None = None) -> list[Call]:
-        """Each block's call for ``batch`` windows; it depends on their shape alone.
+    def call(self, number: int, batch: int, dtype: torch.dtype | None = None) -> Call:
+        """How a block is called for ``batch`` windows.
 
-        ``dtype`` is what the block runs in, where that is not the model's own.
+        In ``dtype`` where it does not run in the model's own: then a copy of its own.
         """
-        if batch not in self._recorded:
-            self._recorded[batch] = self.streamer.record(self.tokens[:batch].long())[1]
-        calls = self._recorded[batch]
+        call = self.streamer.calls(self.tokens[:batch].long())[number]
         if dtype is None or dtype == self.skeleton.dtype:
-            return calls
+            return call
 
         def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.dtype == self.skeleton.dtype else tensor
+            if tensor.dtype != self.skeleton.dtype:
+                return tensor
+            if tensor.dim() and tensor.stride(0) == 0:  # a view of one window's
+                return tensor[:1].to(dtype).expand_as(tensor)
+            return tensor.to(dtype)
 
-        return [Call(*tree_map_only(Tensor, cast, (call.args, call.kwargs))) for call in calls]
+        return Call(*tree_map_only(Tensor, cast, (call.args, call.kwargs)))
+
+    def record_calls(self) -> None:
+        """Have all calls made while no block is there, whose bytes would come on top."""
+        levers, windows = self.plan.levers, self.shape.windows
+        for size in {1, *(min(n, windows) for n in (levers.batch, levers.reverse_batch))}:
+            self.streamer.calls(self.tokens[:size].long())
+            if rest := windows % size:
+                self.streamer.calls(self.tokens[:rest].long())
 
     def batches(self, stage: Stage, name: str, size: int) -> Iterator[tuple[int, int]]:
         """Start and stop of each micro-batch of ``size`` windows."""
@@ -217,7 +226,7 @@ class Workspace:
         with self.reading(source) as states, self.writing(target) as write:
             for start, stop in self.batches(stage, name, self.plan.levers.batch):
                 hidden = states.read(start, stop).to(self.device)
-                hidden = loaded.run(hidden, self.calls(stop - start)[number])
+                hidden = loaded.run(hidden, self.call(number, stop - start))
                 check_finite(hidden, loaded.name)
                 write(start, hidden)
 

@@ -321,7 +321,7 @@ def _update(
         work.reading(hidden_key(number, step.output)) as compressed,
     ):
         for start, stop in work.batches(stage, "updating", work.plan.levers.batch):
-            call = work.calls(stop - start)[number]
+            call = work.call(number, stop - start)
             with refit.dense():
                 loaded.run(dense.read(start, stop).to(work.device), call)
             with refit.compressed():
@@ -352,7 +352,7 @@ def _refine(
             work.shape.windows,
             lambda w: inputs.read(w, w + 1).to(work.device, run_dtype),
             lambda w: targets.read(w, w + 1),
-            work.calls(1, run_dtype)[number],
+            work.call(number, 1, run_dtype),
             read_output_gradient(work.folder, number, work.device) if recipe.two_sided else None,
         )
         refined = refine_block(

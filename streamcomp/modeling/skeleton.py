@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
@@ -31,7 +31,7 @@ from streamcomp.errors import (
 )
 from streamcomp.modeling.modules import FORMAT_VERSION, NameMap, install_factored
 
-__all__ = ["Call", "Skeleton", "check_same_calls"]
+__all__ = ["Call", "Skeleton", "call_bytes", "check_same_calls", "views_of_one"]
 
 # What a model's code raises that does not do with what it is given.
 _FAULTS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
@@ -44,6 +44,37 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+def call_bytes(calls: Sequence[Call]) -> int:
+    """Bytes of all tensors that ``calls`` hold, each storage counted once."""
+    leaves = tree_leaves([(call.args, call.kwargs) for call in calls])
+    storages = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def views_of_one(calls: list[Call], one: list[Call]) -> list[Call]:
+    """``calls`` of a batch as views of those of ``one`` window, as far as they are alike.
+
+    The masks of eager attention take 4 MiB for each window of 1024 tokens, and 64 for one of 4096.
+    """
+    known: dict[tuple[int, int], Any] = {}
+
+    def view(mine: Any, single: Any) -> Any:
+        if not isinstance(mine, Tensor) or not isinstance(single, Tensor):
+            return mine
+        key = id(mine), id(single)
+        if key not in known:
+            same = mine.dim() == single.dim() > 0 and single.shape[0] in (1, mine.shape[0])
+            same = same and single.shape[1:] == mine.shape[1:]
+            same = same and torch.equal(mine, single.expand_as(mine))
+            known[key] = single.expand_as(mine) if same else mine
+        return known[key]
+
+    return [
+        Call(*tree_map(view, (call.args, call.kwargs), (other.args, other.kwargs)))
+        for call, other in zip(calls, one, strict=True)
+    ]
 
 
 class Skeleton:
@@ -189,15 +220,19 @@ class Skeleton:
         ``tokens`` (batch, seq). Returns the hidden states entering the first block (batch,
         seq, hidden) and each block's call. The outer parameters must be in place.
         """
-        self._tape.start()
-        with self._tapped(), suppress(_Stop):
-            try:
-                self.model(input_ids=tokens, use_cache=False)
-            except _FAULTS as error:
-                raise UnsupportedModelError(
-                    f"{self.config.model_type}: its code cannot be run block by block "
-                    f"({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-                ) from error
+        known = self._tape.wrap
+        for wrap in (known,) if known else (None, tuple):
+            self._tape.wrap = wrap
+            self._tape.start()
+            fault = self._run_taps(tokens)
+            if fault is None:
+                break
+        if fault is not None:
+            self._tape.wrap = known
+            raise UnsupportedModelError(
+                f"{self.config.model_type}: its code cannot be run block by block "
+                f"({type(fault).__name__}: {str(fault).splitlines()[0][:120]})"
+            ) from fault
         if self._tape.hidden is None or self._tape.hidden.shape[:-1] != tokens.shape:
             raise UnsupportedModelError(
                 f"{self.config.model_type}: hidden states are not (batch, tokens, hidden)"
@@ -207,6 +242,15 @@ class Skeleton:
         for call in calls:
             _check_call(self.config.model_type, call)
         return hidden, calls
+
+    def _run_taps(self, tokens: Tensor) -> Exception | None:
+        """Run the model with its taps; what went wrong, if anything did."""
+        with self._tapped(), suppress(_Stop):
+            try:
+                self.model(input_ids=tokens, use_cache=False)
+            except _FAULTS as error:
+                return error
+        return None
 
     @cached_property
     def modules_before(self) -> set[str]:
@@ -510,6 +554,10 @@ class _Tape:
         self.hidden: Tensor | None = None
         self.calls: list[Call] = []
 
+    def wrapped(self, hidden: Tensor) -> Any:
+        """``hidden`` as a block returns it."""
+        return hidden if self.wrap is None else self.wrap((hidden,))
+
 
 class _Tap(nn.Module):
     """One block's place; other attributes are the block's own (``attention_type``)."""
@@ -524,11 +572,13 @@ class _Tap(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tape: _Tape = self.__dict__["tape"]
         if tape.final is not None:
-            return tape.final if tape.wrap is None else tape.wrap((tape.final,))
+            return tape.wrapped(tape.final)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if tape.hidden is None:
             tape.hidden = hidden
+        if hidden.shape != tape.hidden.shape:  # the model takes a part of what a tap returns
+            raise ValueError(f"a block is given {list(hidden.shape)}")
         tape.calls.append(Call(args[1:], kwargs))
         if len(tape.calls) == tape.blocks:
             raise _Stop
-        return hidden
+        return tape.wrapped(hidden)

@@ -24,7 +24,7 @@ from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.modeling.feed_forward import in_chunks, whole
 from streamcomp.modeling.modules import FactoredLinear
-from streamcomp.modeling.skeleton import Call, Skeleton
+from streamcomp.modeling.skeleton import Call, Skeleton, views_of_one
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
 
@@ -157,6 +157,7 @@ class BlockStreamer:
     ) -> None:
         self.skeleton, self.device = skeleton, device
         self._feed_forward_tokens = feed_forward_tokens
+        self._calls: dict[torch.Size, list[Call]] = {}
         wanted = skeleton.modules_before - {skeleton.embedding_name}
         _move_buffers(skeleton.model, device)
         self._load_outer(wanted)
@@ -168,6 +169,18 @@ class BlockStreamer:
         """
         with self._embedding_rows(tokens):
             return self.skeleton.record(tokens.to(self.device))
+
+    def calls(self, tokens: Tensor) -> list[Call]:
+        """Each block's call for ``tokens`` (batch, seq), which depends on their shape alone.
+
+        Kept for each shape; what a window is given alike in a larger batch is kept once.
+        """
+        if tokens.shape not in self._calls:
+            calls = self.record(tokens)[1]
+            if len(tokens) > 1:
+                calls = views_of_one(calls, self.calls(tokens[:1]))
+            self._calls[tokens.shape] = calls
+        return self._calls[tokens.shape]
 
     @contextmanager
     def block(self, number: int) -> Iterator[LoadedBlock]:

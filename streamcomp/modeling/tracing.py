@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from streamcomp.modeling.feed_forward import in_chunks
-from streamcomp.modeling.skeleton import Call
+from streamcomp.modeling.skeleton import Call, Skeleton, call_bytes
 
-__all__ = ["BlockTrace", "trace_block"]
+__all__ = ["BlockTrace", "RecordTrace", "trace_block", "trace_record"]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -43,6 +43,26 @@ class BlockTrace:
     autograd_bytes: int  # the same of a forward and the backward to the input behind it
     flops: int
     exact: bool  # False: the block could not be traced, and all of it is an estimate
+
+
+@dataclass(frozen=True)
+class RecordTrace:
+    """What the blocks are given beside the hidden states of one window: masks, positions."""
+
+    calls: list[Call]  # of each block; tensors without data
+    nbytes: int  # of all their tensors together
+    peak_bytes: int  # most alive while they are made, themselves among them
+
+
+def trace_record(skeleton: Skeleton, seq_len: int) -> RecordTrace:
+    """Have the model make the calls of its blocks for one window of ``seq_len`` tokens."""
+    with _LiveBytes([]) as live:
+        _, calls = skeleton.dry_record(1, seq_len)
+    empty = [
+        Call(*tree_map_only(Tensor, lambda t: t.to("meta"), (call.args, call.kwargs)))
+        for call in calls
+    ]
+    return RecordTrace(empty, call_bytes(calls), live.peak)
 
 
 def trace_block(
@@ -84,12 +104,12 @@ def _trace(
 
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
     try:
-        with torch.no_grad(), FakeTensorMode() as fake:
+        with torch.no_grad(), FakeTensorMode():
             state = {
                 name: torch.empty(value.shape, dtype=value.dtype)
                 for name, value in (*block.named_parameters(), *block.named_buffers())
             }
-            copied = tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
+            copied = tree_map_only(Tensor, _without_data, (call.args, call.kwargs))
             start = torch.empty(hidden.shape, dtype=hidden.dtype)
             counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
             with counter, _LiveBytes([start]) as live:
@@ -110,6 +130,10 @@ def _trace(
         counter.get_total_flops(),
         exact=True,
     )
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
 class _Backward(nn.Module):

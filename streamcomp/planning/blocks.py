@@ -14,7 +14,7 @@ from streamcomp.calibration.observe import MomentGroup, group_moments
 from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.tracing import BlockTrace, trace_block
+from streamcomp.modeling.tracing import BlockTrace, trace_block, trace_record
 from streamcomp.planning.cost import BlockCost, gradient_dtype
 from streamcomp.planning.levers import Levers
 from streamcomp.planning.outputs import can_be_factored
@@ -93,7 +93,7 @@ def plan_blocks(
     skeleton: Skeleton, recipe: Recipe, stream: StreamShape, *, on_device: bool = False
 ) -> list[BlockPlan]:
     """Linears and groups of every block; one trace per kind of block."""
-    _, calls = skeleton.dry_record(1, stream.seq_len)
+    record = trace_record(skeleton, stream.seq_len)
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
     traces: dict[tuple[Any, ...], Callable[[int], BlockTrace]] = {}
     chosen = chosen_blocks(recipe.blocks, len(skeleton))
@@ -106,7 +106,8 @@ def plan_blocks(
                 linear.name: skeleton.block(number).get_submodule(linear.name)
                 for linear in block.eligible
             }
-            trace_it = partial(trace_block, skeleton.block(number), modules, hidden, calls[number])
+            call = record.calls[number]
+            trace_it = partial(trace_block, skeleton.block(number), modules, hidden, call)
             scores = _score_bytes(skeleton, stream) if on_device else (0, 0)
             traces[kind] = cache(partial(_with_scores, trace_it, scores))
         trace = traces[kind](0)
@@ -122,6 +123,8 @@ def plan_blocks(
             trace.autograd_bytes,
             stream,
             groups,
+            record.nbytes,
+            record.peak_bytes,
         )
         name = skeleton.block_name(number)
         blocks.append(BlockPlan(number, name, block, groups, trace, known, traces[kind]))

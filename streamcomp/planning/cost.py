@@ -8,6 +8,7 @@ there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,8 @@ LATE_BYTES = 112 * 2**20
 # A tokenizer in memory, per byte of its file, and the records of one piece of text.
 _TOKENIZER_FACTOR = 20
 _PIECE_BYTES = 48 * 2**20
+# What blocks are given beside the hidden states.
+_CALLS = "masks and positions"
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,26 @@ class BlockCost:
     autograd_bytes: int  # most alive in a forward and backward of one window
     stream: StreamShape
     groups: tuple[MomentGroup, ...]
+    call_bytes: int  # masks and positions of one window, of all blocks
+    record_bytes: int  # most alive while the model makes those of one window
 
     # -- phases, in the order of a step's own --------------------------------------------
+
+    def record(self, batch: int) -> Phase:
+        """Masks and positions of ``batch`` windows, before a block is read; one window's are kept.
+
+        Those of the others are views of it, as soon as they are found alike.
+        """
+        return Phase("record", {_CALLS: batch * self.record_bytes})
+
+    def record_again_bytes(self, tokens: int) -> int:
+        """What the model makes of them for ``tokens`` positions on its way to the head."""
+        return math.ceil(self.record_bytes * (tokens / self.stream.seq_len) ** 2)
+
+    def beside_calls(self, phase: Phase) -> Phase:
+        """``phase``, and the masks and positions that are kept from the first step on."""
+        calls = phase.parts.get(_CALLS, 0) + self.call_bytes
+        return Phase(phase.name, {**phase.parts, _CALLS: calls})
 
     def load(self, factors: int = 0) -> Phase:
         """Reading the block, beside ``factors`` bytes of those that an earlier pass has made."""
@@ -120,7 +141,8 @@ class BlockCost:
                 "weights": self._cast_weights(run_dtype),
                 "moments": moments,
                 "activations": int(wider * batch * (self.autograd_bytes + states))
-                + 2 * self._cast_bytes(batch),
+                + 2 * self._cast_bytes(batch)
+                + self._cast_calls(run_dtype),
             },
         )
 
@@ -211,6 +233,7 @@ class BlockCost:
             "moments": 3 * self.output_gradient_bytes,
         }
         activations = 2 * (self.autograd_bytes + states) * self._widening
+        activations += self._cast_calls(run_dtype)
         balanced = (
             max(
                 _F64 * (3 * r * (m.rows + m.columns) + 5 * r * r),
@@ -251,6 +274,11 @@ class BlockCost:
         """The block's weights, and once more where they are cast to a wider ``run_dtype``."""
         wider = run_dtype.itemsize / self.stream.dtype.itemsize
         return self.weight_bytes + (int(wider * self.weight_bytes) if wider > 1 else 0)
+
+    def _cast_calls(self, run_dtype: torch.dtype) -> int:
+        """Those of one block cast to a wider ``run_dtype``; at most all."""
+        wider = run_dtype.itemsize / self.stream.dtype.itemsize
+        return int(wider * self.call_bytes) if wider > 1 else 0
 
     @property
     def _widening(self) -> int:
@@ -327,14 +355,16 @@ def factorization_bytes(rows: int, columns: int, rank: int, form: str, dtype: to
     return held + max(working, dtype.itemsize * 2 * rows * rank)
 
 
-def embed_bytes(stream: StreamShape, batch: int, vocabulary: int) -> int:
+def embed_bytes(stream: StreamShape, batch: int, vocabulary: int, record_bytes: int) -> int:
     """One row per distinct token, in the disk's dtype and the model's, and the states four times.
 
-    Before it, the weights outside of the blocks are checked, ``COPY_BYTES`` at a time.
+    Beside them ``record_bytes`` a window, of which its masks are made. Before it, the weights
+    outside of the blocks are checked, ``COPY_BYTES`` at a time.
     """
     row = stream.hidden * stream.dtype.itemsize
     distinct = min(vocabulary, batch * stream.seq_len)
-    return max(3 * COPY_BYTES, 2 * distinct * row + 4 * batch * stream.window_bytes)
+    embedded = 2 * distinct * row + batch * (4 * stream.window_bytes + record_bytes)
+    return max(3 * COPY_BYTES, embedded)
 
 
 def head_bytes(head_weight_bytes: int, vocabulary: int, tokens: int) -> int:
@@ -348,8 +378,11 @@ def head_bytes(head_weight_bytes: int, vocabulary: int, tokens: int) -> int:
 def head_gradient_bytes(
     head_weight_bytes: int, vocabulary: int, tokens: int, window_bytes: int
 ) -> int:
-    """As :func:`head_bytes`, with the logits' gradients, and three windows of hidden states."""
-    return head_weight_bytes + 4 * 4 * tokens * vocabulary + 3 * window_bytes
+    """As :func:`head_bytes`, with the logits' gradients, and three windows of hidden states.
+
+    Logits that are scaled or softly capped are kept for the backward: one more copy.
+    """
+    return head_weight_bytes + 5 * 4 * tokens * vocabulary + 3 * window_bytes
 
 
 def tokenize_bytes(tokenizer_file_bytes: int, windows: int, seq_len: int) -> int:

@@ -255,26 +255,27 @@ def make_evaluation_plan(
     baseline = resident_bytes() + (2 * stream.nbytes if memory_backed else 0)
     recipe = Recipe(seq_len=stream.seq_len, include=_NOTHING)
     blocks = plan_blocks(skeleton, recipe, stream, on_device=device_budget > 0)
-    vocabulary = skeleton.embedding_source.shape[0]
+    vocabulary, known = skeleton.embedding_source.shape[0], blocks[0].cost
+    twice = 1 + skeleton.compressed  # pivoted linears put their outputs in order
 
     def forward(batch: int) -> int:
-        return with_slack(
-            max(
-                max(
-                    b.cost.weight_bytes
-                    + max(
-                        b.cost.merge_bytes,
-                        2 * batch * (b.cost.activation_bytes + stream.window_bytes),
-                    )
-                    for b in blocks
-                ),
-                cost.embed_bytes(stream, batch, vocabulary),
+        running = max(
+            b.cost.weight_bytes
+            + max(
+                b.cost.merge_bytes,
+                twice * batch * (b.cost.activation_bytes + stream.window_bytes),
             )
+            for b in blocks
         )
+        embedding = cost.embed_bytes(stream, batch, vocabulary, known.record_bytes)
+        return with_slack(max(running, embedding) + known.call_bytes)
 
     def head(tokens: int) -> int:
         return with_slack(
-            cost.head_bytes(head_weight_bytes(skeleton), vocabulary, tokens) + stream.window_bytes
+            cost.head_bytes(head_weight_bytes(skeleton), vocabulary, tokens)
+            + stream.window_bytes
+            + known.record_again_bytes(tokens)
+            + known.call_bytes
         )
 
     least = max(forward(1), head(1))

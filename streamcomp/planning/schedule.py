@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from streamcomp.recipe import Recipe
 
 __all__ = [
+    "RUN_BLOCKS",
     "Step",
     "analysis_key",
     "can_be_analysed",
@@ -31,6 +32,9 @@ __all__ = [
     "redo_schedule",
     "schedule",
 ]
+
+# Kinds of steps in which windows run through blocks; a job may go on at any of them.
+RUN_BLOCKS = ("forward", "reverse", "analyse", "block")
 
 
 @dataclass(frozen=True)

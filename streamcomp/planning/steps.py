@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, moment_dtype
 from streamcomp.checkpoint.reader import COPY_BYTES
@@ -20,6 +22,7 @@ from streamcomp.planning.meter import CONTEXT_BYTES, WORKSPACE_BYTES
 from streamcomp.planning.outputs import Ranks, asked_ratios, block_saving, plan_output
 from streamcomp.planning.rates import MachineRates
 from streamcomp.planning.schedule import (
+    RUN_BLOCKS,
     Step,
     hidden_key,
     live_after,
@@ -36,6 +39,8 @@ _SLACK = 1.05
 # Disk for what is written beside the tensors: the plugin, the report, and their lines in it.
 _TEXT_BYTES, _TEXT_BYTES_PER_TENSOR = 256 * 2**10, 2 * 2**10
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+# Kinds of steps in which no block's masks and positions are known.
+_WITHOUT_CALLS = ("tokenize", "redo")
 # Kinds of steps that never use a GPU.
 _ON_HOST = ("tokenize", "ranks", "copy")
 
@@ -149,9 +154,11 @@ class StepPlanner:
         return sum(sum(self._bytes(step, self._peak(step, levers))) for step in self.schedule)
 
     def _peak(self, step: Step, levers: Levers) -> cost.Phase:
-        phases = getattr(self, f"_{step.kind}")(step, levers)
+        phases, known = list(getattr(self, f"_{step.kind}")(step, levers)), self.blocks[0].cost
+        if step.kind in RUN_BLOCKS:  # a job may go on there
+            phases.append(known.record(max(levers.batch, levers.reverse_batch)))
         peak: cost.Phase = max(phases, key=lambda phase: phase.nbytes)
-        return peak
+        return peak if step.kind in _WITHOUT_CALLS else known.beside_calls(peak)
 
     def _bytes(self, step: Step, peak: cost.Phase) -> tuple[int, int]:
         """What is resident at ``peak``, and what the GPU holds."""
@@ -176,7 +183,8 @@ class StepPlanner:
 
     def _embed(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         vocabulary = self.skeleton.embedding_source.shape[0]
-        held = cost.embed_bytes(self.stream, levers.batch, vocabulary)
+        made = self.blocks[0].cost.record_bytes
+        held = cost.embed_bytes(self.stream, levers.batch, vocabulary, made)
         yield cost.Phase("embed", {"embeddings": held})
 
     def _forward(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
@@ -186,14 +194,15 @@ class StepPlanner:
 
     def _loss(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         vocabulary = self.skeleton.embedding_source.shape[0]
+        run_dtype = gradient_dtype(self.stream.dtype)
         held = cost.head_gradient_bytes(
-            head_weight_bytes(self.skeleton),
+            head_weight_bytes(self.skeleton, run_dtype),
             vocabulary,
             levers.head_tokens,
-            self.stream.window_bytes,
+            self.stream.window_bytes * run_dtype.itemsize // self.stream.dtype.itemsize,
         )
-        wider = gradient_dtype(self.stream.dtype).itemsize / self.stream.dtype.itemsize
-        yield cost.Phase("loss", {"head and logits": int(wider * held)})
+        made = self.blocks[0].cost.record_again_bytes(levers.head_tokens)
+        yield cost.Phase("loss", {"head and logits": held + made})
 
     def _reverse(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         block = self.blocks[step.block]
@@ -414,9 +423,7 @@ def with_slack(counted: int) -> int:
     return int(_SLACK * counted) + cost.LATE_BYTES
 
 
-def head_weight_bytes(skeleton: Skeleton) -> int:
-    """The head as it runs, and as it is read where that is another dtype."""
-    numbers = skeleton.head.weight.numel()
-    read = skeleton.embedding_source.torch_dtype
-    other = read.itemsize if read != skeleton.dtype else 0
-    return int(numbers * (skeleton.dtype.itemsize + other))
+def head_weight_bytes(skeleton: Skeleton, run_dtype: torch.dtype | None = None) -> int:
+    """The head as it is read, in the model's dtype, and in ``run_dtype``: each that is another."""
+    dtypes = {skeleton.embedding_source.torch_dtype, skeleton.dtype, run_dtype or skeleton.dtype}
+    return int(skeleton.head.weight.numel() * sum(dtype.itemsize for dtype in dtypes))
