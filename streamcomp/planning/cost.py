@@ -154,16 +154,18 @@ class BlockCost:
         dropped: int,
         *,
         swsc: bool = False,
+        metric: bool = True,
         damped: bool = False,
         centred: bool = False,
     ) -> Phase:
         """One decomposition; ``moments`` bytes of them are there, ``dropped`` of weights not.
 
+        ``swsc`` shares channels, in the ``metric`` of the inputs or in none.
         The outputs' moment is ``damped`` where the recipe says so, or tokens are few. ``centred``
         makes a copy in fp64.
         """
         if swsc:
-            work = sharing_bytes(linear.rows, linear.columns)
+            work = sharing_bytes(linear.rows, linear.columns, metric=metric)
         else:
             work = decomposition_bytes(
                 linear.rows,
@@ -334,13 +336,15 @@ def analysis_bytes(rows: int, columns: int, gradients: bool, dtype: torch.dtype)
     return side * (_F64 + dtype.itemsize * side * bases)
 
 
-def sharing_bytes(rows: int, columns: int) -> int:
+def sharing_bytes(rows: int, columns: int, *, metric: bool = True) -> int:
     """Peak of ``linalg.channel_sharing.share_channels``: eight copies of the weight in fp64.
 
-    And the decomposition of the error on its smaller side.
+    And the decomposition of the error on its smaller side, and twice the moment of the inputs where
+    that is the ``metric``.
     """
     side = min(rows, columns)
-    return (8 * rows * columns + 2 * columns * columns + 6 * side * side) * _F64
+    moments = 2 * columns * columns if metric else 0
+    return (8 * rows * columns + moments + 6 * side * side) * _F64
 
 
 def factorization_bytes(rows: int, columns: int, rank: int, form: str, dtype: torch.dtype) -> int:

@@ -324,11 +324,16 @@ class StepPlanner:
         self, block: BlockPlan, linear: Linear, group: MomentGroup, moments: int, dropped: int
     ) -> cost.Phase:
         recipe = self.recipe
-        known, swsc = block.cost, recipe.method == "swsc"
-        centred = recipe.centred and recipe.statistics != "none"
-        damped = recipe.damping > 0 and not group.gradients
-        return known.decompose(
-            linear, group, moments, dropped, swsc=swsc, damped=damped, centred=centred
+        observed = recipe.statistics != "none"
+        return block.cost.decompose(
+            linear,
+            group,
+            moments,
+            dropped,
+            swsc=recipe.method == "swsc",
+            metric=observed,
+            damped=recipe.damping > 0 and not group.gradients,
+            centred=recipe.centred and observed,
         )
 
     def _most_ranks(self, step: Step) -> dict[Linear, int]:

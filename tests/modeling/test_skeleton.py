@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamcomp.errors import SourceError, UnsupportedModelError
-from streamcomp.modeling.skeleton import Call, check_same_calls
+from streamcomp.modeling.skeleton import Call, call_bytes, check_same_calls, views_of_one
 from tests.modeling.folders import edit_config, open_skeleton, save_edited
 from tests.pico import ARCHITECTURES, save_pico
 
@@ -80,6 +80,36 @@ def test_most_bytes_decide_the_dtype(tmp_path: Path) -> None:
     )
 
     assert open_skeleton(folder).dtype == torch.bfloat16
+
+
+def test_blocks_that_return_tuples_are_recorded_at_any_depth(tmp_path: Path) -> None:
+    # Each takes the first of what the one before returned: of a bare tensor, its first window.
+    skeleton = open_skeleton(save_pico(tmp_path, "gpt_neo", blocks=6))
+
+    hidden, calls = skeleton.dry_record(2, 10)
+
+    assert (hidden.shape, len(calls)) == ((2, 10, skeleton.hidden_size), 6)
+
+
+def test_calls_of_a_batch_are_views_of_those_of_one_window() -> None:
+    mask, positions = torch.randn(1, 1, 4, 4), torch.arange(4)[None]
+    own = torch.randn(3, 2)
+    one = [Call((mask,), {"positions": positions, "own": own[:1], "flag": True}) for _ in range(2)]
+    batch = [
+        Call((mask.repeat(3, 1, 1, 1),), {"positions": positions, "own": own, "flag": True})
+        for _ in range(2)
+    ]
+
+    shared = views_of_one(batch, one)
+
+    for call, made in zip(shared, batch, strict=True):
+        assert torch.equal(call.args[0], made.args[0])
+        assert call.args[0].untyped_storage().data_ptr() == mask.untyped_storage().data_ptr()
+        assert call.kwargs["own"] is own  # its windows differ
+        assert call.kwargs["flag"] is True
+    numbers = mask.nbytes + positions.nbytes + own.nbytes
+    assert call_bytes(shared) == numbers
+    assert call_bytes(batch) == numbers + 5 * mask.nbytes
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -67,6 +67,41 @@ MEASURED = JOBS_OF | {
 }
 KINDS = [("pico", "two-sided"), *(("mid-size", kind) for kind in MEASURED)]
 
+# Models of which something else than a block's weights is large: config, dtype and settings.
+_TINY: dict[str, Any] = {
+    "intermediate_size": 64,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4096,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+_GEMMA = _TINY | {"head_dim": 32, "sliding_window": 512, "num_hidden_layers": 2}
+LARGE_PARTS: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
+    "masks": (
+        transformers.Gemma2Config(**_GEMMA, vocab_size=VOCABULARY, hidden_size=64),
+        torch.float32,
+        {"samples": 2, "seq_len": 4096},
+    ),
+    "capped logits": (
+        transformers.Gemma2Config(**_GEMMA, vocab_size=200_000, hidden_size=64),
+        torch.float32,
+        {"samples": 2, "seq_len": 400},
+    ),
+    "a cast head": (
+        transformers.LlamaConfig(**_TINY, vocab_size=200_000, hidden_size=512, num_hidden_layers=1),
+        torch.float16,
+        {"samples": 2, "seq_len": 4},
+    ),
+    "positions": (
+        transformers.LlamaConfig(
+            **_TINY, vocab_size=VOCABULARY, hidden_size=64, head_dim=512, num_hidden_layers=12
+        ),
+        torch.float16,
+        {"samples": 1, "seq_len": 4096},
+    ),
+}
+
 # Runs each job of a list in a fork of its own, so that none finds memory that another one left
 # behind, and prints the list of what came of them. Levers among the settings are set to that.
 JOBS = """
@@ -226,6 +261,21 @@ def test_no_step_takes_more_than_was_predicted(
         assert names[-1].endswith("copy the rest")
     over = [step for step in steps if not 0 < step["peak_bytes"] <= step["predicted_bytes"]]
     assert not over
+
+
+@pytest.mark.parametrize("kind", LARGE_PARTS)
+def test_what_is_no_block_s_weight_is_predicted_too(kind: str, text: Path, tmp_path: Path) -> None:
+    """Masks of eager attention, capped logits, a head that is cast, positions of many blocks."""
+    config, dtype, settings = LARGE_PARTS[kind]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    files = {"model": str(tmp_path / "model"), "out": str(tmp_path / "out"), "text": str(text)}
+
+    (done,) = run_jobs([{**files, "max_ram": None, "method": "two-sided", **settings}])
+
+    steps = done["report"]["steps"]
+    assert not [step["step"] for step in steps if step["peak_bytes"] > step["predicted_bytes"]]
 
 
 def test_what_is_predicted_for_a_block_is_not_far_from_what_it_takes(
