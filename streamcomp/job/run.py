@@ -54,7 +54,7 @@ from streamcomp.planning.meter import (
 )
 from streamcomp.planning.plan import Plan, make_plan
 from streamcomp.planning.rates import MachineRates, measure_disk, measure_rates
-from streamcomp.planning.schedule import RUN_BLOCKS, Step, can_be_analysed, live_after
+from streamcomp.planning.schedule import Step, can_be_analysed, live_after, runs_windows
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = [
@@ -268,7 +268,7 @@ class Job:
             self._rank(results["ranks"])
 
     def _do(self, stage: Stage, step: Step) -> dict[str, Any]:
-        if step.kind in RUN_BLOCKS:
+        if runs_windows(step):
             self.space.record_calls()
         shard = self.folders.shard_of(step)
         if shard is not None:

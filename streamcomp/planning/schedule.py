@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from streamcomp.recipe import Recipe
 
 __all__ = [
-    "RUN_BLOCKS",
     "Step",
     "analysis_key",
     "can_be_analysed",
@@ -30,11 +29,11 @@ __all__ = [
     "live_after",
     "needs_analysis",
     "redo_schedule",
+    "runs_windows",
     "schedule",
 ]
 
-# Kinds of steps in which windows run through blocks; a job may go on at any of them.
-RUN_BLOCKS = ("forward", "reverse", "analyse", "block")
+_STREAMS = ("hidden", "gradient", "compressed")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,11 @@ class Step:
     output: int = -1
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+
+
+def runs_windows(step: Step) -> bool:
+    """Whether windows run through the block of ``step``; a job may go on there."""
+    return step.block >= 0 and any(key.startswith(_STREAMS) for key in step.reads)
 
 
 def hidden_key(block: int, output: int | None = None) -> str:

@@ -22,11 +22,11 @@ from streamcomp.planning.meter import CONTEXT_BYTES, WORKSPACE_BYTES
 from streamcomp.planning.outputs import Ranks, asked_ratios, block_saving, plan_output
 from streamcomp.planning.rates import MachineRates
 from streamcomp.planning.schedule import (
-    RUN_BLOCKS,
     Step,
     hidden_key,
     live_after,
     redo_schedule,
+    runs_windows,
     schedule,
 )
 from streamcomp.planning.seconds import Timing
@@ -155,7 +155,7 @@ class StepPlanner:
 
     def _peak(self, step: Step, levers: Levers) -> cost.Phase:
         phases, known = list(getattr(self, f"_{step.kind}")(step, levers)), self.blocks[0].cost
-        if step.kind in RUN_BLOCKS:  # a job may go on there
+        if runs_windows(step):
             phases.append(known.record(max(levers.batch, levers.reverse_batch)))
         peak: cost.Phase = max(phases, key=lambda phase: phase.nbytes)
         return peak if step.kind in _WITHOUT_CALLS else known.beside_calls(peak)
