@@ -120,7 +120,7 @@ def compress(
             job.run()
             folders = job.folders.outputs
             reports = [_publish(job, number) for number in range(len(folders))]
-    except OutputError:  # another process may have finished it after the first look
+    except (OutputError, JobLockedError):  # another process may have finished it meanwhile
         finished = _finished(index, out, recipe, resources)
         if finished is None:
             raise

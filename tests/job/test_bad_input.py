@@ -763,20 +763,25 @@ def test_a_job_that_another_process_finished_meanwhile_is_not_done_again(
     dense, plan = pico("llama"), run.make_plan
 
     for begun in (False, True):
-        out = tmp_path / f"begun{begun}"
+        out, left = tmp_path / f"begun{begun}", {}
         if begun:
             with pytest.raises(Interrupted):
                 compress(dense, out, text, progress=Interrupt(2))
 
-        def finished_meanwhile(*args: Any, out: Path = out, **kwargs: Any) -> Any:
+        def finished_meanwhile(
+            *args: Any, out: Path = out, left: dict[str, bytes] = left, **kwargs: Any
+        ) -> Any:
             with mock.patch.object(run, "make_plan", plan):
                 compress(dense, out, text)
+            left.update(tree(out))
             return plan(*args, **kwargs)
 
         with mock.patch.object(run, "make_plan", finished_meanwhile):
             done = run_compress(dense, out, text)
-        assert done.code in (6, 8), done
-        assert compress(dense, out, text).already_done
+        assert done.code == 0, done
+        assert "already done" in done.out
+        assert not (out / ".streamcomp").exists()
+        assert tree(out) == left
 
 
 def test_a_disk_with_too_little_space_is_refused_before_any_work(
