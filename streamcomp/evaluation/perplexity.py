@@ -22,7 +22,7 @@ from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import NonFiniteError
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.run import choose_device
-from streamcomp.modeling.skeleton import Skeleton, check_same_calls
+from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.streamer import BlockStreamer
 from streamcomp.planning.meter import (
     PeakMeter,
@@ -164,12 +164,7 @@ class _Run:
         source = HiddenStates(self.work / "hidden-0.bin", self.shape)
         source.create()
         for start, stop in self._batches():
-            tokens = self.tokens[start:stop].long()
-            known = self.streamer.calls(tokens)
-            hidden, calls = self.streamer.record(tokens)
-            check_same_calls(known, calls)
-            del calls
-            source.write(start, hidden)
+            source.write(start, self.streamer.embed(self.tokens[start:stop].long()))
         source.close()
         for number in range(len(self.skeleton)):
             started = time.perf_counter()

@@ -39,7 +39,7 @@ from streamcomp.job.journal import (
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.workspace import Stage, Workspace, check_finite
 from streamcomp.methods import find_method
-from streamcomp.modeling.skeleton import Skeleton, check_same_calls
+from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import (
     PeakMeter,
@@ -320,11 +320,7 @@ class Job:
         space = self.space
         with space.writing("hidden-00000") as write:
             for start, stop in space.batches(stage, "embedding", self.plan.levers.batch):
-                tokens = space.tokens[start:stop].long()
-                known = space.streamer.calls(tokens)
-                hidden, calls = space.streamer.record(tokens)
-                check_same_calls(known, calls)
-                del calls
+                hidden = space.streamer.embed(space.tokens[start:stop].long())
                 check_finite(hidden, "the embeddings")
                 write(start, hidden)
         return {}

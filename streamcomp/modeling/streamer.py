@@ -24,7 +24,7 @@ from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.modeling.feed_forward import in_chunks, whole
 from streamcomp.modeling.modules import FactoredLinear
-from streamcomp.modeling.skeleton import Call, Skeleton, views_of_one
+from streamcomp.modeling.skeleton import Call, Skeleton, check_same_calls, views_of_one
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
 
@@ -169,6 +169,16 @@ class BlockStreamer:
         """
         with self._embedding_rows(tokens):
             return self.skeleton.record(tokens.to(self.device))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states (batch, seq, hidden) of ``tokens`` as they enter the first block.
+
+        UnsupportedModelError where these tokens call a block otherwise than others of their shape.
+        """
+        known = self.calls(tokens)
+        hidden, calls = self.record(tokens)
+        check_same_calls(known, calls)
+        return hidden
 
     def calls(self, tokens: Tensor) -> list[Call]:
         """Each block's call for ``tokens`` (batch, seq), which depends on their shape alone.
