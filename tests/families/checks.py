@@ -1,0 +1,338 @@
+"""Everything that streamcomp must do with a tiny model of any type, or refuse with a reason.
+
+Nothing here knows an architecture. What comes out is compared with transformers' whole model, and
+with products of the stored factors that are computed without streamcomp.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import streamcomp
+from streamcomp import Resources
+from streamcomp.calibration.corpus import load_windows
+from streamcomp.checkpoint.index import read_index
+from streamcomp.errors import StreamcompError
+from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.modeling.skeleton import Skeleton
+from tests.families.tiny import NotBuiltError, save_tiny
+from tests.jobs import (
+    compress,
+    config_of,
+    factored_modules,
+    products,
+    quick_plan,
+    small_recipe,
+    stored_tensors,
+)
+from tests.modeling.folders import streamed_logits
+
+__all__ = ["Family", "Step", "check_family"]
+
+OK, REFUSED, WRONG, TRACEBACK, NOT_BUILT = "ok", "refused", "WRONG", "traceback", "not built"
+_WORST_FIRST = (NOT_BUILT, WRONG, TRACEBACK, REFUSED)
+
+# The recipes that every type goes through, by their names in the report.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "svd-llm uv": {"method": "svd-llm", "form": "uv"},
+}
+RATIO = 0.2
+
+_NLL = 2e-5  # largest relative difference of two negative log-likelihoods
+_LOGITS = 2e-5  # largest difference of logits in fp32, in parts of the largest logit
+_WEIGHTS = 1e-5  # the same of weights
+_MOVED = 1e-4  # by which compressing changes some logit at least
+
+_SEQ_LEN, _WINDOWS = 16, 6
+_ANSWER = 5  # tokens to generate
+_DETAIL = 400  # characters of a message that are kept
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing tried, and what came of it."""
+
+    name: str
+    outcome: str  # ok, refused, WRONG, traceback or not built
+    detail: str = ""  # the message
+    where: str = ""  # the line of code that an error came from
+    trace: str = ""
+
+
+@dataclass
+class Family:
+    """What streamcomp does with one type of model."""
+
+    kind: str
+    model_class: str = ""
+    parameters: int = 0
+    share: float | None = None  # of the numbers in the blocks' matrices that can be factored
+    dense: dict[str, float] = field(default_factory=dict)  # what cannot, and its share
+    exact: bool | None = None  # streamed logits have the bits of the whole model's
+    remarks: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        outcomes = {step.outcome for step in self.steps}
+        return next((outcome for outcome in _WORST_FIRST if outcome in outcomes), "works")
+
+    @property
+    def reason(self) -> Step | None:
+        """The first step of the outcome that decides the verdict."""
+        return next((step for step in self.steps if step.outcome == self.verdict), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"verdict": self.verdict, **asdict(self)}
+
+
+class _WrongError(Exception):
+    """A result that differs from what it must be."""
+
+
+def check_family(
+    kind: str, folder: Path, tell: Callable[[Family], None] = lambda family: None
+) -> Family:
+    """Build a tiny model of type ``kind`` below ``folder`` and do everything with it.
+
+    ``tell`` is called after each step.
+    """
+    checks = _Checks(kind, folder, tell)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checks.run()
+    return checks.family
+
+
+class _Checks:
+    """One type of model on its way through all steps."""
+
+    def __init__(self, kind: str, folder: Path, tell: Callable[[Family], None]) -> None:
+        self.family, self.folder, self.tell = Family(kind), folder, tell
+        self.source = folder / "source"
+        self.text = _write_text(folder / "text.txt", 3000)
+        # Like the text, without the first letters of the vocabulary, which may stand for padding.
+        self.tokens = torch.randint(16, 250, (2, 12), generator=torch.Generator().manual_seed(3))
+
+    def run(self) -> None:
+        if not self._step("build", self._build):
+            return
+        self._step("inspect", self._inspect)
+        self._step("plan", self._plan)
+        self._step("evaluate", self._evaluate_original)
+        for name, settings in RECIPES.items():
+            out = self.folder / name.replace(" ", "-")
+            if not self._step(f"compress, {name}", lambda o=out, s=settings: self._compress(o, s)):
+                continue
+            if self._step(f"reload, {name}", lambda o=out: self._reload(o)):
+                self._step(f"generate, {name}", lambda o=out: self._generate(o))
+                self._step(f"evaluate, {name}", lambda o=out: self._evaluate(o))
+
+    def _step(self, name: str, action: Callable[[], None]) -> bool:
+        """Run ``action`` and keep what came of it."""
+        try:
+            action()
+            step = Step(name, OK)
+        except _WrongError as error:
+            step = Step(name, WRONG, str(error))
+        except NotBuiltError as error:
+            step = Step(name, NOT_BUILT, str(error)[:_DETAIL])
+        except StreamcompError as error:
+            step = _failed(name, REFUSED, error, self.folder)
+        except Exception as error:  # a fault of streamcomp, whatever it is
+            step = _failed(name, TRACEBACK, error, self.folder)
+        self.family.steps.append(step)
+        self.tell(self.family)
+        return step.outcome == OK
+
+    # -- the original --------------------------------------------------------------------
+
+    def _build(self) -> None:
+        """The tiny model as transformers itself runs it, before and after it was saved."""
+        model = save_tiny(self.family.kind, self.source)
+        self.family.model_class = type(model).__name__
+        self.family.parameters = sum(parameter.numel() for parameter in model.parameters())
+        try:
+            made = _logits(model, self.tokens)
+            self.original = _logits(_load(self.source), self.tokens)
+        except Exception as error:  # whatever the model's own code raises
+            raise NotBuiltError(f"transformers cannot run it alone: {_message(error)}") from error
+        if not made.isfinite().all():
+            raise NotBuiltError("its logits are not finite")
+        lost = _difference(self.original, made)
+        if lost > _LOGITS:
+            self.family.remarks.append(f"transformers reloads it with other logits ({lost:.0e})")
+
+    def _inspect(self) -> None:
+        """What inspect says, in shares of the numbers in the blocks' matrices."""
+        inspection = streamcomp.inspect(self.source)
+        numbers = _matrices(Skeleton(read_index(self.source)))
+        total = sum(numbers.values())
+        reached = sum(f.rows * f.columns * f.count for f in inspection.families)
+        self.family.share = reached / total
+        self.family.dense = {
+            f"{name}: {why}": numbers.get(name, 0) / total
+            for name, (why, _) in inspection.left.items()
+        }
+
+    def _plan(self) -> None:
+        with quick_plan():
+            streamcomp.plan(self.source, small_recipe(self.text), Resources(threads=1))
+
+    def _evaluate_original(self) -> None:
+        """Run block by block, the model has the logits and the likelihood of the whole one."""
+        streamed = streamed_logits(self.source, self.tokens)
+        self.family.exact = torch.equal(streamed, self.original)
+        _must_agree("streamed and whole logits", streamed, self.original, _LOGITS)
+        self._evaluate(self.source)
+
+    # -- the compressed model ------------------------------------------------------------
+
+    def _compress(self, out: Path, settings: dict[str, Any]) -> None:
+        """All but the factored linears must be the original's, byte by byte."""
+        compress(self.source, out, self.text, ratio=RATIO, **settings)
+        names = tuple(f"{name}." for name in factored_modules(out))
+        before, after = stored_tensors(self.source), stored_tensors(out)
+        for name, tensor in before.items():
+            if not name.startswith(names) and not torch.equal(tensor, after.get(name, tensor[:0])):
+                raise _WrongError(f"{name} is not what it was")
+
+    def _reload(self, out: Path) -> None:
+        """transformers makes of the factors what it makes of their products."""
+        model = _load(out)
+        modules = factored_modules(out)
+        count = sum(isinstance(module, FactoredLinear) for module in model.modules())
+        if count != len(modules):
+            raise _WrongError(f"{count} factored linears are loaded, {len(modules)} were written")
+        dense = out.with_name(f"{out.name}-dense")
+        streamcomp.export(out, dense, form="dense")
+        stored = stored_tensors(dense)
+        for name, product in products(out).items():
+            weight = stored[f"{name}.weight"].double()
+            if weight.shape != product.shape:  # stored the other way round, as by Conv1D
+                product = product.T
+            _must_agree(f"{name} of the export and its product", weight, product, _WEIGHTS)
+        logits = _logits(model, self.tokens)
+        _must_agree("logits of factors and products", logits, _logits(_load(dense), self.tokens))
+        if _difference(logits, self.original) < _MOVED:
+            raise _WrongError("compressing changed no logit")
+        if _settings(out) != _settings(self.source):
+            raise _WrongError("config.json has other settings than the original")
+
+    def _generate(self, out: Path) -> None:
+        """As many tokens as asked for; a type that cannot even uncompressed is no fault of ours."""
+        try:
+            length = _spoken(_load(out), self.tokens[:1])
+        except Exception:
+            try:
+                _spoken(_load(self.source), self.tokens[:1])
+            except Exception as error:
+                remark = f"transformers cannot generate with it ({_message(error)})"
+                if remark not in self.family.remarks:
+                    self.family.remarks.append(remark)
+                return
+            raise
+        if length != _ANSWER:
+            raise _WrongError(f"{length} tokens generated instead of {_ANSWER}")
+
+    def _evaluate(self, folder: Path) -> None:
+        """The streamed perplexity is the whole model's."""
+        resources = Resources(threads=1)
+        evaluation = streamcomp.evaluate(
+            folder, str(self.text), seq_len=_SEQ_LEN, windows=_WINDOWS, resources=resources
+        )
+        windows = load_windows(folder, [str(self.text)], _WINDOWS, _SEQ_LEN, None).tokens.long()
+        logits = _logits(_load(folder), windows).double()
+        whole = float(
+            functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+        )
+        if not abs(evaluation.nll - whole) <= _NLL * whole:
+            raise _WrongError(f"streamed nll {evaluation.nll:.7f}, of the whole model {whole:.7f}")
+
+
+# -- helpers -----------------------------------------------------------------------------
+
+
+def _write_text(path: Path, tokens: int) -> Path:
+    """Random letters and digits, more kinds of them than a tiny model has channels."""
+    random = torch.Generator().manual_seed(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(torch.randint(48, 127, (tokens,), generator=random).tolist()))
+    return path
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    """The model as plain transformers loads it."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    for parameter in model.parameters():
+        # Views of the file's map start at odd addresses, and BLAS rounds by the address.
+        parameter.data = parameter.data.clone()
+    return model
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def _spoken(model: PreTrainedModel, prompt: Tensor) -> int:
+    """How many tokens the model adds to ``prompt`` when asked for ``_ANSWER``."""
+    answer = model.generate(
+        prompt, max_new_tokens=_ANSWER, min_new_tokens=_ANSWER, do_sample=False, pad_token_id=0
+    )
+    return int(answer.shape[1]) - prompt.shape[1]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference, in parts of the largest number of ``other``."""
+    return float((one - other).abs().max()) / (float(other.abs().max()) or 1.0)
+
+
+def _must_agree(what: str, one: Tensor, other: Tensor, within: float = _LOGITS) -> None:
+    difference = _difference(one, other)
+    if not difference <= within:  # NaN is none
+        raise _WrongError(f"{what} differ by {difference:.1e} of the largest")
+
+
+def _matrices(skeleton: Skeleton) -> dict[str, int]:
+    """Numbers in the matrices of all blocks, by the module's name as inspect writes it."""
+    numbers: dict[str, int] = {}
+    for number in range(len(skeleton)):
+        for name, module in skeleton.block(number).named_modules():
+            short = re.sub(r"\b\d+\b", "*", name)
+            matrices = (p for p in module.parameters(recurse=False) if p.dim() > 1)
+            numbers[short] = numbers.get(short, 0) + sum(p.numel() for p in matrices)
+    return numbers
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    ours = ("quantization_config", "auto_map")
+    return {name: value for name, value in config_of(folder).items() if name not in ours}
+
+
+def _message(error: BaseException) -> str:
+    """The error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_DETAIL]
+
+
+def _failed(name: str, outcome: str, error: BaseException, folder: Path) -> Step:
+    """A step that ended with ``error``; paths below ``folder`` are given without it."""
+    text = " ".join(str(error).replace(f"{folder}/", "").split())[:_DETAIL]
+    detail = text if outcome == REFUSED else f"{type(error).__name__}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/streamcomp/" in frame.filename] or frames[-1:]
+    where = f"{ours[-1].filename.rpartition('/streamcomp/')[2]}:{ours[-1].lineno}"
+    return Step(name, outcome, detail, where, "".join(traceback.format_exception(error))[-2000:])
