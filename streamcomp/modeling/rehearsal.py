@@ -24,6 +24,7 @@ from streamcomp.modeling.taps import (
     Stop,
     TapPanel,
     check_same_calls,
+    is_state,
 )
 from streamcomp.modeling.tracing import BlockUse, use_of_block
 
@@ -229,5 +230,7 @@ def _looks(leaf: Any) -> Hashable:
     """What of an argument may decide which code a block runs."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype
+    if is_state(leaf):
+        return object()  # every block is looked at: which use it, may be by its number
     plain = isinstance(leaf, str | bool | int | float | None)
     return leaf if plain else type(leaf).__name__

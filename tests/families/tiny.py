@@ -178,7 +178,24 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {**_GEMMA_ASSISTANT, "num_kv_shared_layers": 30}},
 }
 # Encoders that are decoders when told.
-_TOLD_TO_DECODE = ["bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"]
+_TOLD_TO_DECODE = [
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+]
 
 
 class NotBuiltError(Exception):
