@@ -245,17 +245,35 @@ def test_a_head_that_looks_at_earlier_blocks_is_refused(
     assert "its head is given what block 0 returned" in refusal(pico("llama"))
 
 
+@pytest.mark.parametrize("change", [Tensor.div, Tensor.div_])
 def test_hidden_states_that_change_between_blocks_are_refused(
-    monkeypatch: pytest.MonkeyPatch, pico: Callable[..., Path]
+    change: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, pico: Callable[..., Path]
 ) -> None:
     def loop(model: Any, hidden: Tensor, rotary: Any) -> Tensor:
         for layer in model.layers:
-            hidden = layer(hidden, position_embeddings=rotary) / 2
+            hidden = change(layer(hidden, position_embeddings=rotary), 2)
         return hidden
 
     llama_loop(monkeypatch, loop)
 
     assert "block 1 is given something else than what block 0 returned" in refusal(pico("llama"))
+
+
+def test_hidden_states_may_change_in_place_before_and_behind_the_blocks(
+    monkeypatch: pytest.MonkeyPatch, pico: Callable[..., Path]
+) -> None:
+    def loop(model: Any, hidden: Tensor, rotary: Any) -> Tensor:
+        hidden *= 2
+        for layer in model.layers:
+            hidden = layer(hidden, position_embeddings=rotary)
+        hidden *= 2
+        return hidden
+
+    folder = pico("llama")
+    llama_loop(monkeypatch, loop)
+
+    expected = whole_logits(folder, pico_tokens())
+    assert torch.equal(streamed_logits(folder, pico_tokens()), expected)
 
 
 def test_blocks_that_run_in_another_order_are_refused(
