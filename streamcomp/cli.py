@@ -252,15 +252,16 @@ _recipe = _options(
         "--calibration",
         multiple=True,
         metavar="SOURCE",
-        help="Text file, folder or hub dataset; repeat it to mix evenly.  "
+        help="File of text, .jsonl, .json, .csv or .tsv, a folder of them, or a hub dataset; "
+        "repeat it to mix evenly.  "
         "[default: Python's language reference]  Example: --calibration wiki.txt",
     ),
     click.option(
         "--chat",
         is_flag=True,
         default=None,
-        help="Render calibration texts through the model's chat template; .jsonl lines may hold "
-        "messages.",
+        help="Render calibration texts through the model's chat template; objects of a .jsonl or "
+        ".json may hold messages.",
     ),
     click.option(
         "--samples",
@@ -554,8 +555,8 @@ def status(out: Path, work_dir: Path | None, as_json: bool, quiet: bool) -> None
 @click.option(
     "--text",
     metavar="SOURCE",
-    help="Text file, folder or hub dataset.  [default: the part of Python's language reference "
-    "that calibration never sees]  Example: --text wiki.test.txt",
+    help="File, folder or hub dataset, as for --calibration.  [default: the part of Python's "
+    "language reference that calibration never sees]  Example: --text wiki.test.txt",
 )
 @click.option(
     "--seq-len",

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from streamcomp.calibration.corpus import check_text, load_windows
+from streamcomp.calibration.corpus import load_windows
 from streamcomp.checkpoint.atomic import make_folder
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.checkpoint.reader import check_finite_on_disk
@@ -100,8 +100,6 @@ class Job:
         self.budget = budget_bytes(self.resources.max_ram)
         device_budget = device_budget_bytes(self.device, self.resources.max_vram)
         self._settings: dict[str, Any] = {"device_budget": device_budget}
-        for source in self.recipe.calibration:
-            check_text(source)
         self.skeleton = Skeleton(self.index)
         self.skeleton.check_tensors(head=self.recipe.two_sided)
         gradients, training = self.recipe.two_sided, self.recipe.refine > 0
