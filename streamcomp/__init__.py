@@ -20,6 +20,7 @@ from streamcomp.errors import (
     SourceError,
     StreamcompError,
     UnsupportedModelError,
+    UnsupportedSystemError,
 )
 from streamcomp.integrations.on_import import register_with_transformers
 from streamcomp.recipe import Recipe, Resources
@@ -62,6 +63,7 @@ __all__ = [
     "SourceError",
     "StreamcompError",
     "UnsupportedModelError",
+    "UnsupportedSystemError",
     "compress",
     "evaluate",
     "export",

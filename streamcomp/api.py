@@ -32,6 +32,7 @@ from streamcomp.job.publish import (
 from streamcomp.job.redo import redo_linears
 from streamcomp.job.run import (
     Job,
+    check_system,
     choose_device,
     prepare_process,
     steps_of_output,
@@ -275,6 +276,7 @@ def export(
     ``form="dense"`` gives a plain checkpoint for tools that know no factors, as large as the
     original; ``"uv"`` keeps two factors per linear. One linear is in memory at a time.
     """
+    check_system()
     index = read_index(checkpoint_folder(model))
     extra = {PLUGIN: plugin_source()}
     return export_checkpoint(

@@ -9,6 +9,8 @@ its kernels add gradients of long windows up in no fixed order.)
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from streamcomp.errors import (
     JobLockedError,
     JobMismatchError,
     RecipeError,
+    UnsupportedSystemError,
 )
 from streamcomp.job import sweeps, writing
 from streamcomp.job.folders import JobFolders
@@ -59,12 +62,16 @@ from streamcomp.recipe import Recipe, Resources
 
 __all__ = [
     "Job",
+    "check_system",
     "choose_device",
     "prepare_process",
     "steps_of_output",
 ]
 
 _RANKS = "ranks"
+
+# What reading, writing and streaming call that not every system has; macOS lacks the first two.
+_SYSTEM_CALLS = ("posix_fadvise", "posix_fallocate", "preadv", "pwrite", "O_DIRECTORY")
 
 
 class Job:
@@ -329,8 +336,20 @@ def steps_of_output(steps: list[dict[str, Any]], output: int) -> list[dict[str, 
     return [step for step in steps if step.get("output", output) == output]
 
 
+def check_system() -> None:
+    """UnsupportedSystemError where the system lacks calls that are made once work has begun."""
+    missing = [call for call in _SYSTEM_CALLS if not hasattr(os, call)]
+    if missing:
+        raise UnsupportedSystemError(
+            f"streamcomp needs Linux: this system ({platform.system()}) has no "
+            f"{', '.join(missing)}; use a container or a virtual machine with Linux (inspect, "
+            "status and loading a compressed model with transformers work here too)"
+        )
+
+
 def prepare_process(resources: Resources) -> None:
-    """Set threads and the allocator, before anything large is allocated."""
+    """Check the system, and set threads and the allocator before anything large is allocated."""
+    check_system()
     if resources.threads:
         torch.set_num_threads(resources.threads)
     settle()
