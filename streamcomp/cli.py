@@ -370,7 +370,7 @@ def compress(
     Run it again with the same settings and it goes on where it stopped; on a finished OUT
     it prints the summary. --max-ram, --device and --threads may change in between.
 
-    Example: streamcomp compress meta-llama/Llama-3.3-70B out/ --max-ram 32G
+    Example: streamcomp compress meta-llama/Llama-3.3-70B-Instruct out/ --max-ram 32G
     """
     if redo is not None:
         _redo(model, out, redo, as_json, quiet, settings)
@@ -488,7 +488,7 @@ def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
 
     Reads headers only. Exits with 5 and the least budget where --max-ram is too small.
 
-    Example: streamcomp plan meta-llama/Llama-3.3-70B --max-ram 32G
+    Example: streamcomp plan meta-llama/Llama-3.3-70B-Instruct --max-ram 32G
     """
     recipe, resources = _make_recipe(settings), _make_resources(settings)
     made = streamcomp.plan(model, recipe, resources, revision=settings["revision"])
