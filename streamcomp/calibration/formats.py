@@ -81,7 +81,7 @@ class TextFile:
             next(records, None)
 
     def batches(self) -> Iterator[list[Record]]:
-        """What it holds, a megabyte or so at a time; a text that ends with its file is one record.
+        """What it holds, a megabyte or so at a time; of text as it stands each batch is one record.
 
         Holds some ``_BATCH_CHARS`` characters, and a record of as many again.
         """
