@@ -1,19 +1,12 @@
 """Memory-constrained, layer-streaming compression of large language models.
 
-Importing streamcomp teaches transformers to load what it writes.
+Importing streamcomp teaches transformers to load what it writes. It loads neither torch nor
+transformers: what needs them is imported when it is first used.
 """
 
-from streamcomp.api import (
-    CompressResult,
-    JobStatus,
-    compress,
-    evaluate,
-    export,
-    inspect,
-    plan,
-    redo,
-    status,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from streamcomp.errors import (
     BudgetError,
     CalibrationError,
@@ -27,11 +20,26 @@ from streamcomp.errors import (
     SourceError,
     StreamcompError,
     UnsupportedModelError,
+    UnsupportedSystemError,
 )
-from streamcomp.evaluation.inspection import Inspection
-from streamcomp.evaluation.perplexity import Evaluation
-from streamcomp.planning.plan import Plan
+from streamcomp.integrations.on_import import register_with_transformers
 from streamcomp.recipe import Recipe, Resources
+
+if TYPE_CHECKING:
+    from streamcomp.api import (
+        CompressResult,
+        JobStatus,
+        compress,
+        evaluate,
+        export,
+        inspect,
+        plan,
+        redo,
+        status,
+    )
+    from streamcomp.evaluation.inspection import Inspection
+    from streamcomp.evaluation.perplexity import Evaluation
+    from streamcomp.planning.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -55,6 +63,7 @@ __all__ = [
     "SourceError",
     "StreamcompError",
     "UnsupportedModelError",
+    "UnsupportedSystemError",
     "compress",
     "evaluate",
     "export",
@@ -63,3 +72,25 @@ __all__ = [
     "redo",
     "status",
 ]
+
+# The module that has each name that is imported when it is first used.
+_HOMES = {
+    "Evaluation": "streamcomp.evaluation.perplexity",
+    "Inspection": "streamcomp.evaluation.inspection",
+    "Plan": "streamcomp.planning.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, "streamcomp.api")), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -32,6 +32,7 @@ from streamcomp.job.publish import (
 from streamcomp.job.redo import redo_linears
 from streamcomp.job.run import (
     Job,
+    check_system,
     choose_device,
     prepare_process,
     steps_of_output,
@@ -110,6 +111,7 @@ def compress(
     recipe, resources = recipe or Recipe(), resources or Resources()
     out, progress = Path(out), progress or SilentProgress()
     prepare_process(resources)
+    _check_texts(recipe)
     index = read_index(checkpoint_folder(model, revision))
     finished = _finished(index, out, recipe, resources)
     if finished is not None:
@@ -127,6 +129,12 @@ def compress(
         return finished
     _clean(job.work, reports[0])
     return _result(folders, reports, already_done=False)
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Before a model is fetched: what can be no text is refused."""
+    for source in recipe.calibration:
+        check_text(source, chat=recipe.chat)
 
 
 def _finished(
@@ -211,8 +219,7 @@ def plan(
     prepare_process(resources)
     device = choose_device(resources.device)
     find_method(recipe.method)
-    for source in recipe.calibration:
-        check_text(source)
+    _check_texts(recipe)
     with headers_folder(model, revision) as folder:
         skeleton = Skeleton(read_index(folder))
         skeleton.check_tensors(head=recipe.two_sided)
@@ -249,6 +256,8 @@ def evaluate(
     """
     resources = resources or Resources()
     prepare_process(resources)
+    if text:
+        check_text(text, chat=chat)
     index = read_index(checkpoint_folder(model, revision))
     return evaluate_checkpoint(
         index, text, seq_len, windows, resources, progress or SilentProgress(), chat=chat
@@ -267,6 +276,7 @@ def export(
     ``form="dense"`` gives a plain checkpoint for tools that know no factors, as large as the
     original; ``"uv"`` keeps two factors per linear. One linear is in memory at a time.
     """
+    check_system()
     index = read_index(checkpoint_folder(model))
     extra = {PLUGIN: plugin_source()}
     return export_checkpoint(

@@ -1,10 +1,13 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print.
+
+What takes long to import (torch, transformers) is imported by the commands that use it, and after
+:func:`main` has set the environment that it reads then: ``--help`` and refusals are quick.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import sys
@@ -12,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -21,9 +24,6 @@ from rich.text import Text
 
 import streamcomp
 from streamcomp.errors import RecipeError, StreamcompError
-from streamcomp.evaluation.health import numerical_health
-from streamcomp.evaluation.inspection import Family, Inspection
-from streamcomp.job.publish import read_report
 from streamcomp.recipe import (
     ALLOCATIONS,
     AXES,
@@ -40,11 +40,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+if TYPE_CHECKING:
+    from streamcomp.evaluation.inspection import Family, Inspection
+    from streamcomp.job.progress import JobProgress
+
 __all__ = ["main"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _DEFAULT = Recipe()
+
+# How long OpenMP's threads spin at a barrier before they sleep. By default it is so long that with
+# a thread per core a job takes many times as long as soon as anything else wants one of the cores.
+_SPINNING = {
+    "GOMP_SPINCOUNT": "1000",  # rounds, of the OpenMP of GCC, which torch's wheels bring
+    "KMP_BLOCKTIME": "1",  # milliseconds, of that of LLVM and Intel
+}
+_OTHERS_SPINNING = ("OMP_WAIT_POLICY",)  # says the same to either
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -240,15 +252,16 @@ _recipe = _options(
         "--calibration",
         multiple=True,
         metavar="SOURCE",
-        help="Text file, folder or hub dataset; repeat it to mix evenly.  "
+        help="File of text, .jsonl, .json, .csv or .tsv, a folder of them, or a hub dataset; "
+        "repeat it to mix evenly.  "
         "[default: Python's language reference]  Example: --calibration wiki.txt",
     ),
     click.option(
         "--chat",
         is_flag=True,
         default=None,
-        help="Render calibration texts through the model's chat template; .jsonl lines may hold "
-        "messages.",
+        help="Render calibration texts through the model's chat template; objects of a .jsonl or "
+        ".json may hold messages.",
     ),
     click.option(
         "--samples",
@@ -357,20 +370,19 @@ def compress(
     Run it again with the same settings and it goes on where it stopped; on a finished OUT
     it prints the summary. --max-ram, --device and --threads may change in between.
 
-    Example: streamcomp compress meta-llama/Llama-3.3-70B out/ --max-ram 32G
+    Example: streamcomp compress meta-llama/Llama-3.3-70B-Instruct out/ --max-ram 32G
     """
-    from streamcomp.job.progress import console_progress
-
     if redo is not None:
-        _redo(model, out, redo, as_json, console_progress(quiet or as_json), settings)
+        _redo(model, out, redo, as_json, quiet, settings)
         return
+    recipe, resources = _make_recipe(settings), _make_resources(settings)
     result = streamcomp.compress(
         model,
         out,
-        _make_recipe(settings),
-        _make_resources(settings),
+        recipe,
+        resources,
         revision=settings["revision"],
-        progress=console_progress(quiet or as_json),
+        progress=_progress(quiet or as_json),
     )
     if as_json:
         _print_json(_with_others(result))
@@ -388,21 +400,28 @@ def _with_others(result: streamcomp.CompressResult) -> dict[str, Any]:
     return plain
 
 
+def _progress(quiet: bool) -> JobProgress:
+    from streamcomp.job.progress import console_progress
+
+    return console_progress(quiet)
+
+
 def _redo(
-    model: str, out: Path, pattern: str, as_json: bool, progress: Any, settings: dict[str, Any]
+    model: str, out: Path, pattern: str, as_json: bool, quiet: bool, settings: dict[str, Any]
 ) -> None:
     damping = _asked(settings).get("damping")
     if not damping:
         raise RecipeError("--redo needs the --damping to use, e.g. --damping 1e-3")
+    resources = _make_resources(settings)
     _check_same_recipe(out, settings)
     result = streamcomp.redo(
         model,
         out,
         pattern,
         damping=damping,
-        resources=_make_resources(settings),
+        resources=resources,
         revision=settings["revision"],
-        progress=progress,
+        progress=_progress(quiet or as_json),
     )
     if as_json:
         _print_json(_with_others(result))
@@ -413,6 +432,8 @@ def _redo(
 
 def _check_same_recipe(out: Path, settings: dict[str, Any]) -> None:
     """RecipeError where a setting beside --damping is another than that of the job in ``out``."""
+    from streamcomp.job.publish import read_report
+
     report = read_report(out)
     given = {name.replace("-", "_") for name in _asked(settings)} - {"damping"}
     if report is None or not given:
@@ -467,11 +488,10 @@ def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
 
     Reads headers only. Exits with 5 and the least budget where --max-ram is too small.
 
-    Example: streamcomp plan meta-llama/Llama-3.3-70B --max-ram 32G
+    Example: streamcomp plan meta-llama/Llama-3.3-70B-Instruct --max-ram 32G
     """
-    made = streamcomp.plan(
-        model, _make_recipe(settings), _make_resources(settings), revision=settings["revision"]
-    )
+    recipe, resources = _make_recipe(settings), _make_resources(settings)
+    made = streamcomp.plan(model, recipe, resources, revision=settings["revision"])
     if as_json:
         _print_json(made.to_dict())
         return
@@ -537,8 +557,8 @@ def status(out: Path, work_dir: Path | None, as_json: bool, quiet: bool) -> None
 @click.option(
     "--text",
     metavar="SOURCE",
-    help="Text file, folder or hub dataset.  [default: the part of Python's language reference "
-    "that calibration never sees]  Example: --text wiki.test.txt",
+    help="File, folder or hub dataset, as for --calibration.  [default: the part of Python's "
+    "language reference that calibration never sees]  Example: --text wiki.test.txt",
 )
 @click.option(
     "--seq-len",
@@ -575,17 +595,16 @@ def evaluate(
 
     Example: streamcomp eval out/ --text wiki.test.txt --max-ram 4G
     """
-    from streamcomp.job.progress import console_progress
-
+    resources = _make_resources(settings)
     found = streamcomp.evaluate(
         model,
         text,
         seq_len=seq_len,
         windows=windows,
         chat=chat,
-        resources=_make_resources(settings),
+        resources=resources,
         revision=settings["revision"],
-        progress=console_progress(quiet or as_json),
+        progress=_progress(quiet or as_json),
     )
     if as_json:
         _print_json(found.to_dict())
@@ -619,9 +638,7 @@ def export(out: str, dest: Path, form: str, as_json: bool, quiet: bool) -> None:
 
     Example: streamcomp export out/ dense/
     """
-    from streamcomp.job.progress import console_progress
-
-    path = streamcomp.export(out, dest, form=form, progress=console_progress(quiet or as_json))
+    path = streamcomp.export(out, dest, form=form, progress=_progress(quiet or as_json))
     if as_json:
         _print_json({"out": str(path), "form": form})
     else:
@@ -653,7 +670,7 @@ def inspect(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
 
 def main() -> None:
     """Entry point: errors of ours become one line and their exit code."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    _prepare_libraries()
     try:
         cli(standalone_mode=False)
     except StreamcompError as error:
@@ -672,6 +689,15 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: the finished steps are kept, the same command goes on", err=True)
         sys.exit(130)
+
+
+def _prepare_libraries() -> None:
+    """Set what OpenMP and transformers read when they are loaded, unless the user has."""
+    if "torch" in sys.modules:
+        return  # too late, and the environment is another program's
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not any(name in os.environ for name in (*_SPINNING, *_OTHERS_SPINNING)):
+        os.environ.update(_SPINNING)
 
 
 def _drop_output() -> None:
@@ -791,6 +817,8 @@ def _device_row(memory: dict[str, int]) -> dict[str, str]:
 
 
 def _print_summary(out: Path, report: dict[str, Any]) -> None:
+    from streamcomp.evaluation.health import numerical_health
+
     model, memory = report["model"], report["memory"]
     longest = sorted(report["stages"].items(), key=lambda stage: -stage[1])[:_STAGES_SHOWN]
     stages = ", ".join(f"{name} {format_seconds(spent)}" for name, spent in longest if spent >= 0.1)

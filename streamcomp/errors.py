@@ -14,6 +14,7 @@
       +-- JobMismatchError (7)        the folder holds another job
       +-- JobLockedError (8)          another process works on this job
       +-- CalibrationError (9)        the text cannot be used
+      +-- UnsupportedSystemError (10) the operating system lacks what a job needs
 
 The number in brackets is the exit code of the command line. A message says what is
 wrong, the numbers, and the remedy; it is meant to be read without a traceback.
@@ -34,6 +35,7 @@ __all__ = [
     "SourceError",
     "StreamcompError",
     "UnsupportedModelError",
+    "UnsupportedSystemError",
 ]
 
 
@@ -113,3 +115,9 @@ class CalibrationError(StreamcompError):
     """The calibration text is missing, unreadable or too short."""
 
     exit_code = 9
+
+
+class UnsupportedSystemError(StreamcompError):
+    """The operating system has no such calls as a job makes; Linux has them."""
+
+    exit_code = 10

@@ -17,6 +17,7 @@ import streamcomp
 from streamcomp import cli
 from streamcomp.planning.rates import MachineRates
 from tests.jobs import (
+    ENVIRONMENT,
     REPOSITORY,
     SMALL,
     Finished,
@@ -150,6 +151,96 @@ def test_what_follows_no_command_is_refused_in_one_line() -> None:
 
     assert refused.code == 2 and not refused.out
     assert "No such command 'compres'" in refused.err
+
+
+# -- before torch is imported ---------------------------------------------------------------
+
+# Runs the command line, then tells its exit code, what it imported, and its environment.
+WATCHED = """
+import json, os, sys
+from streamcomp.cli import main
+
+code = 0
+try:
+    main()
+except SystemExit as stop:
+    code = stop.code or 0
+imported = sorted({"torch", "transformers"} & sys.modules.keys())
+names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+settings = {name: os.environ[name] for name in names if name in os.environ}
+print(json.dumps([code, imported, settings]), file=sys.stderr)
+"""
+SPINNING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine's user has told OpenMP is not handed on."""
+    for name in (*SPINNING, "OMP_WAIT_POLICY"):
+        monkeypatch.delitem(ENVIRONMENT, name, raising=False)
+
+
+def watched(*arguments: object, **environment: str) -> list[Any]:
+    done = run_python("-c", WATCHED, *arguments, environment=environment)
+    told: list[Any] = json.loads(done.err.splitlines()[-1])
+    return told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--help",), 0),
+        (("compress", "--help"), 0),
+        (("--version",), 0),
+        (("compres",), 2),
+        (("plan",), 2),
+        (("plan", "model", "--samples", "many"), 2),
+        (("plan", "model", "--ratio", 2), 2),
+        (("compress", "model", "out", "--size", "5 apples"), 2),
+        (("compress", "model", "out", "--device", "tpu"), 2),
+        (("compress", "model", "out", "--redo", "mlp"), 2),
+        (("eval", "model", "--threads", 100_000), 2),
+    ],
+)
+def test_help_and_refused_settings_wait_for_no_large_import(
+    arguments: tuple[object, ...], code: int
+) -> None:
+    assert watched(*arguments)[:2] == [code, []]
+
+
+def test_the_completion_of_a_shell_waits_for_no_large_import() -> None:
+    script = f"import sys; sys.argv[0] = 'streamcomp'\n{WATCHED}"
+    typed = {"_STREAMCOMP_COMPLETE": "bash_complete", "COMP_WORDS": "streamcomp comp"}
+
+    done = run_python("-c", script, environment={**typed, "COMP_CWORD": "1"})
+
+    assert done.out == "plain,compress\n"
+    assert json.loads(done.err)[:2] == [0, []]
+
+
+def test_the_threads_of_openmp_are_told_not_to_spin_for_long(tmp_path: Path) -> None:
+    """By the time its library is loaded: it says itself what it has been told."""
+    done = run_python("-c", WATCHED, "status", tmp_path, environment={"OMP_DISPLAY_ENV": "VERBOSE"})
+
+    code, imported, settings = json.loads(done.err.splitlines()[-1])
+    assert code == 6 and "torch" in imported and settings == SPINNING
+    assert re.search(r"GOMP_SPINCOUNT = '1000'|KMP_BLOCKTIME=1\b", done.err)
+
+
+@pytest.mark.parametrize("name", [*SPINNING, "OMP_WAIT_POLICY"])
+def test_what_the_user_has_told_openmp_is_left_alone(name: str) -> None:
+    value = "active" if name == "OMP_WAIT_POLICY" else "7"
+
+    assert watched("--version", **{name: value})[2] == {name: value}
+
+
+def test_the_interface_of_python_leaves_the_waiting_of_openmp_alone(tmp_path: Path) -> None:
+    script = "import os, sys\nimport streamcomp\ntry:\n    streamcomp.status(sys.argv[1])\n"
+    script += "except streamcomp.OutputError:\n    print('torch' in sys.modules, *os.environ)\n"
+
+    told = run_python("-c", script, tmp_path).out.split()
+
+    assert told[0] == "True" and not {*SPINNING, "OMP_WAIT_POLICY"} & {*told}
 
 
 # -- where options stand --------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import streamcomp
+from tests.jobs import run_python
 
 PACKAGE = Path(streamcomp.__path__[0])
 
@@ -91,3 +92,35 @@ def test_the_ground_floor_needs_the_standard_library_alone(room: str) -> None:
 def test_the_order_of_rooms_has_no_circle() -> None:
     for room, below in ALLOWED.items():
         assert all(room not in ALLOWED[other] for other in below), room
+
+
+# -- what the package itself imports ----------------------------------------------------------
+
+
+def test_importing_the_package_or_the_command_line_imports_nothing_large() -> None:
+    script = """
+import sys
+import streamcomp, streamcomp.cli
+print(sorted({"numpy", "torch", "transformers"} & sys.modules.keys()))
+"""
+    assert run_python("-c", script).out == "[]\n"
+
+
+def test_each_public_name_is_found_where_it_is_made() -> None:
+    assert streamcomp.__all__ == sorted(streamcomp.__all__)
+    assert set(streamcomp.__all__) <= set(dir(streamcomp))
+    for name in streamcomp.__all__:
+        value = getattr(streamcomp, name)
+        assert value.__name__ == name
+        assert value is getattr(sys.modules[value.__module__], name)
+
+
+def test_a_public_name_can_be_imported_first() -> None:
+    assert run_python("-c", "from streamcomp import Plan").code == 0
+    refused = run_python("-c", "from streamcomp import plans")
+    assert refused.code == 1 and "cannot import name 'plans' from 'streamcomp'" in refused.err
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'streamcomp' has no attribute 'compres'"):
+        _ = streamcomp.compres  # type: ignore[attr-defined]

@@ -12,19 +12,26 @@ conversation moves to the front of the windows; one that marks every turn stays 
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from streamcomp.calibration.formats import (
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    Messages,
+    Record,
+    TextFile,
+)
 from streamcomp.errors import CalibrationError
 
 __all__ = [
@@ -41,20 +48,19 @@ __all__ = [
 REFERENCE = "python-reference"
 HELD_OUT = "python-reference:held-out"
 
-_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _HELD_OUT_EVERY = 4  # every fourth topic of the reference
 _PIECE_CHARS = 128 * 1024  # tokenised at a time: the tokenizer's own records are large
 # Text read per window at most, so that a source of any size is read in bounded time and
 # memory; windows are drawn from what was read.
 _MOST_CHARS_PER_SOURCE = 16 * 2**20
-_MOST_LINES, _LINES_CHARS = 4096, 2 * 2**20  # read at a time
+_MOST_CHECKED = 1000  # files of a folder, before any work; the others when they are read
+# Of a dataset on the hub: what is about the dataset.
+_ABOUT_A_DATASET = ("README.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 
 _PASSAGE_CHARS = 2000  # at most, in one answer
 _PASSAGE_ENDS = ("\n\n", "\n \n", "\n", " ")  # the first that stands in the latter half
 _PROMPT_CHARS = 200  # at most, in the question
-
-_Messages = Sequence[dict[str, Any]]  # each with role and content
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,12 @@ def load_windows(
 ) -> Windows:
     """``samples`` windows of ``seq_len`` tokens, evenly from all ``sources``.
 
-    A source is a text file, a folder of them, ``REFERENCE``, ``HELD_OUT`` or the name of a
-    dataset on the hub; none means ``REFERENCE``. The seed draws windows from the whole
-    source; without a seed they are the first ones. ``samples=0`` takes all there are. With
-    ``chat`` texts are rendered through the model's chat template. Raises CalibrationError
-    where a source yields no window at all, and where there is no template to render with.
+    A source is a text file (:mod:`streamcomp.calibration.formats`), a folder of them,
+    ``REFERENCE``, ``HELD_OUT`` or the name of a dataset on the hub; none means ``REFERENCE``.
+    The seed draws windows from the whole source; without a seed they are the first ones.
+    ``samples=0`` takes all there are. With ``chat`` texts are rendered through the model's chat
+    template. Raises CalibrationError where a source yields no window at all, and where there is
+    no template to render with.
     """
     tokenizer = _tokenizer(model_folder)
     template = _Template(tokenizer, model_folder) if chat else None
@@ -102,26 +109,43 @@ def load_windows(
                 f"{name} holds {len(tokens)} tokens, a window needs {seq_len - len(opening)}: "
                 "give more text or a smaller --seq-len"
             )
+        notes += _not_read(Path(name))
         if len(windows) < share:
             notes.append(f"{name} is short: {len(windows)} windows instead of {share}")
         parts.append(_draw(windows, share or len(windows), seed))
     return Windows(torch.cat(parts), tuple(notes))
 
 
-def check_text(source: str) -> None:
-    """CalibrationError where ``source`` can be no text: no file, no folder, no name on the hub."""
+def check_text(source: str, *, chat: bool = False) -> None:
+    """CalibrationError where ``source`` can be no text, as far as can be told before any work.
+
+    It is a file, a folder or a name on the hub; files are read a little, to tell their formats.
+    """
     path = Path(source)
     try:
-        if source in (REFERENCE, HELD_OUT) or path.is_file() or path.is_dir():
+        if source in (REFERENCE, HELD_OUT):
             return
-        if path.exists():
+        if path.is_file():
+            TextFile(path, chat).check()
+        elif path.is_dir():
+            _check_folder(path, chat)
+        elif path.exists():
             raise CalibrationError(f"{source} is neither a file nor a folder of texts")
-        if source.count("/") != 1:
+        elif source.count("/") != 1:
             raise ValueError("no name on the hub")
-        validate_repo_id(source)
+        else:
+            validate_repo_id(source)
     except (OSError, ValueError):  # too long, with a zero in it
         short = source if len(source) < 100 else f"{source[:100]}..."
         raise CalibrationError(f"{short}: no such file or folder") from None
+
+
+def _check_folder(folder: Path, chat: bool) -> None:
+    files = text_files(folder)
+    if not files:
+        raise CalibrationError(f"{folder} holds no text file ({', '.join(SUFFIXES)})")
+    for file in files[:_MOST_CHECKED]:
+        TextFile(file, chat).check()
 
 
 def reference_text(held_out: bool) -> list[str]:
@@ -145,13 +169,22 @@ def reference_text(held_out: bool) -> list[str]:
 
 def text_files(folder: Path) -> list[Path]:
     """The text files below ``folder``, in order; what is hidden is not looked at."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in _SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    return sorted(path for path in _files(folder) if path.suffix.lower() in SUFFIXES)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*") if folder.is_dir() else ():
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file():
+            yield path
+
+
+def _not_read(folder: Path) -> list[str]:
+    """A note of what a folder holds in formats that are not read; nothing of a file."""
+    found = Counter(path.suffix.lower() for path in _files(folder))
+    others = sorted(suffix for suffix in found if suffix in OTHER_SUFFIXES)
+    count = sum(found[suffix] for suffix in others)
+    return [f"{folder}: {count} files are not read ({', '.join(others)})"] if others else []
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -189,12 +222,12 @@ class _Template:
         text = self._render(_answer("a"))
         return [found.start() for found in re.finditer(re.escape(bos), text)] if bos else []
 
-    def render(self, messages: _Messages) -> str:
+    def render(self, messages: Messages) -> str:
         """The text of a conversation, without the BOS that opens it."""
         text = self._render(messages)
         return text.removeprefix(self.tokenizer.bos_token) if self.bos_places == [0] else text
 
-    def _render(self, messages: _Messages) -> str:
+    def _render(self, messages: Messages) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # templates fail in as many ways as there are of them
@@ -262,17 +295,14 @@ def _texts(source: str, enough: int, template: _Template | None) -> Iterator[str
     ``enough`` tokens bound what is fetched from the hub.
     """
     path = Path(source)
-    check_text(source)
+    check_text(source, chat=template is not None)
     if source in (REFERENCE, HELD_OUT):
         for text in reference_text(held_out=source == HELD_OUT):
             yield _rendered(text, template)
     elif path.is_file():
         yield from _read(path, template)
     elif path.is_dir():
-        files = text_files(path)
-        if not files:
-            raise CalibrationError(f"{source} holds no text file ({', '.join(_SUFFIXES)})")
-        for file in files:
+        for file in text_files(path):
             yield from _read(file, template)
     else:
         for file in _hub_files(source, enough):
@@ -280,60 +310,18 @@ def _texts(source: str, enough: int, template: _Template | None) -> Iterator[str
 
 
 def _read(path: Path, template: _Template | None) -> Iterator[str]:
-    """Lines of a text file in large pieces; of .jsonl what each line holds.
-
-    Holds some ``_LINES_CHARS`` characters, and a line of as many again.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
-            while lines := _lines(file):
-                if path.suffix == ".jsonl" and len(lines[-1]) >= _LINES_CHARS:
-                    raise CalibrationError(
-                        f"{path}: a line of {_LINES_CHARS:,} characters or more: split it"
-                    )
-                if path.suffix == ".jsonl":
-                    parsed = (json.loads(line) for line in lines if line.strip())
-                    yield "".join(_text_of(line, path, template) for line in parsed)
-                else:
-                    yield _rendered("".join(lines), template)
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is no UTF-8 text: {error.reason}") from None
-    except (json.JSONDecodeError, KeyError, RecursionError, TypeError):
-        messages = ' or {"messages": [{"role": "...", "content": "..."}]}' if template else ""
-        raise CalibrationError(f'{path}: every line must be {{"text": "..."}}{messages}') from None
+    """The texts of a file in large pieces."""
+    for batch in TextFile(path, chat=template is not None).batches():
+        yield "".join(_rendered(record, template) for record in batch)
 
 
-def _lines(file: TextIO) -> list[str]:
-    """The next lines of ``file``: some thousands, or fewer where they are long."""
-    lines: list[str] = []
-    chars = 0
-    while len(lines) < _MOST_LINES and chars < _LINES_CHARS:
-        line = file.readline(_LINES_CHARS)
-        if not line:
-            break
-        lines.append(line)
-        chars += len(line)
-    return lines
-
-
-def _text_of(line: Any, path: Path, template: _Template | None) -> str:
-    """What a line of a .jsonl file holds; KeyError or TypeError where it holds no text."""
-    if "messages" in line and template:
-        messages = line["messages"]
-        if not all({"role", "content"} <= set(message) for message in messages):
-            raise KeyError("role or content")
-        return template.render(messages)
-    if "messages" in line and "text" not in line:
-        raise CalibrationError(f'{path} holds conversations ("messages"): --chat renders them')
-    return _rendered(line["text"] + "\n\n", template)
-
-
-def _rendered(text: str, template: _Template | None) -> str:
+def _rendered(record: Record, template: _Template | None) -> str:
+    """A text, as passages of a conversation where there is a template; or a conversation."""
     if template is None:
-        return text
-    return "".join(template.render(_answer(passage)) for passage in _passages(text))
+        return str(record)
+    if not isinstance(record, str):
+        return template.render(record)
+    return "".join(template.render(_answer(passage)) for passage in _passages(record))
 
 
 def _passages(text: str) -> Iterator[str]:
@@ -349,7 +337,7 @@ def _passages(text: str) -> Iterator[str]:
         start = stop
 
 
-def _answer(passage: str) -> _Messages:
+def _answer(passage: str) -> Messages:
     """A conversation in which ``passage`` answers its own first sentence or line."""
     sentence = re.split(r"(?<=[.!?])\s|\n", passage, maxsplit=1)[0]
     return [
@@ -372,11 +360,13 @@ def _hub_files(name: str, enough: int) -> Iterator[Path]:
             ) from None
 
     files = fetched(lambda: HfApi().list_repo_files(name, repo_type="dataset"))
-    wanted = [file for file in files if file.endswith(_SUFFIXES)]
+    texts = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
+    wanted = [file for file in texts if Path(file).name not in _ABOUT_A_DATASET]
     if not wanted:
+        held = sorted({Path(file).suffix for file in files if Path(file).suffix} - {".md"})
         raise CalibrationError(
-            f"dataset {name} holds no text file ({', '.join(_SUFFIXES)}): save its text to "
-            "a file and give that"
+            f"dataset {name} holds no text file ({', '.join(SUFFIXES)}) but "
+            f"{', '.join(held) or 'nothing'}: save its text to a file and give that"
         )
     size = 0
     for file in wanted:

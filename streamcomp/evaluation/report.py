@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
+from streamcomp.methods import find_method
 from streamcomp.planning.plan import Plan
 from streamcomp.planning.rates import MachineRates
 from streamcomp.recipe import Recipe
@@ -148,7 +149,20 @@ through `streamcomp_plugin.py` in this folder. The licence of the original model
 | | |
 |---|---|
 | parameters | {model["parameters"]:,} -> {model["parameters_kept"]:,} |
+| methods | {", ".join(_sources(recipe))} |
 | calibration | {report["windows"]} windows of {recipe.seq_len} tokens |
 | peak memory while compressing | {format_bytes(memory["peak_bytes"])} |
 | details | `streamcomp_report.json`, `streamcomp_report.html` |
 """
+
+
+def _sources(recipe: Recipe) -> list[str]:
+    """Where that which made the model was published, each once."""
+    sources = [find_method(recipe.method).source]
+    if recipe.update:
+        sources.append(find_method("svd-llm").source)
+    if recipe.form == "pivot":
+        sources.append("PIFA (arXiv 2501.19090)")
+    if recipe.refine:
+        sources.append("AA-SVD (arXiv 2604.02119)")
+    return list(dict.fromkeys(sources))

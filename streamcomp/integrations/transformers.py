@@ -4,25 +4,27 @@ Importing this registers the quantisation method ``streamcomp``, and
 ``AutoModelForCausalLM.from_pretrained`` does the rest. Every output folder also carries this
 module and :mod:`streamcomp.modeling.modules` joined into one file, ``PLUGIN``, which
 ``trust_remote_code=True`` imports where streamcomp is not installed.
+
+It is imported while transformers itself is (:mod:`streamcomp.integrations.on_import`): what needs
+more than the table of quantisation methods is imported by the functions that use it.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from streamcomp.modeling import modules as runtime
-from streamcomp.modeling.modules import FORMAT_VERSION, FactoredLinear, install_factored
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "AUTO_MAP",
@@ -48,16 +50,18 @@ class StreamCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         modules: dict[str, dict[str, Any]] | None = None,
-        version: int = FORMAT_VERSION,
         quant_method: str = "streamcomp",
-        **unknown: Any,
+        **others: Any,
     ) -> None:
+        from streamcomp.modeling.modules import FORMAT_VERSION
+
+        version = others.pop("version", FORMAT_VERSION)
         if quant_method != "streamcomp" or version != FORMAT_VERSION:
             raise ValueError(
                 f"streamcomp: format version {version!r}, this reader knows {FORMAT_VERSION}"
             )
-        if unknown:
-            raise ValueError(f"streamcomp: unknown key {min(unknown)!r} in quantization_config")
+        if others:
+            raise ValueError(f"streamcomp: unknown key {min(others)!r} in quantization_config")
         self.quant_method = quant_method
         self.version = version
         self.modules = modules or {}
@@ -71,6 +75,8 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        from streamcomp.modeling.modules import install_factored
+
         install_factored(model, self.quantization_config.modules)
         return model
 
@@ -78,6 +84,8 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """transformers only warns of missing tensors; a missing factor is an error."""
+        from streamcomp.modeling.modules import FactoredLinear
+
         # what save_pretrained makes of this model has no plugin beside it for auto_map to name
         vars(model.config).pop("auto_map", None)
         for name, module in model.named_modules():
@@ -146,12 +154,14 @@ if "streamcomp" not in AUTO_QUANTIZER_MAPPING:
 
 def plugin_source() -> str:
     """The plugin file: both modules joined, with no import of streamcomp."""
+    from streamcomp.modeling import modules as runtime
+
     this = inspect.getsource(inspect.getmodule(plugin_source))  # type: ignore[arg-type]
-    head, _, rest = this.partition("# -- plugin begins")
-    imports = [
+    lines = [
         line
-        for line in head.partition('"""\n\nfrom __future__')[2].splitlines()[1:]
-        if "streamcomp" not in line
+        for line in this.partition('"""\n\nfrom __future__')[2].splitlines()[1:]
+        if not line.lstrip().startswith(("from streamcomp", "import streamcomp"))
     ]
-    body = "\n".join(imports).partition("__all__")[0] + rest.partition("# -- plugin ends")[0]
+    imports, _, rest = "\n".join(lines).partition("__all__")
+    body = imports + rest.partition("# -- plugin begins")[2].partition("# -- plugin ends")[0]
     return inspect.getsource(runtime) + "\n\n# -- loading with transformers\n" + body

@@ -9,7 +9,6 @@ it with the process, so nothing stale is left by SIGKILL.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -92,6 +91,8 @@ def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock on ``folder``; JobLockedError if another process has it."""
+    import fcntl  # not on every system; status, which takes no lock, is
+
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:

@@ -9,6 +9,8 @@ its kernels add gradients of long windows up in no fixed order.)
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from streamcomp.calibration.corpus import check_text, load_windows
+from streamcomp.calibration.corpus import load_windows
 from streamcomp.checkpoint.atomic import make_folder
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.checkpoint.reader import check_finite_on_disk
@@ -26,6 +28,7 @@ from streamcomp.errors import (
     JobLockedError,
     JobMismatchError,
     RecipeError,
+    UnsupportedSystemError,
 )
 from streamcomp.job import sweeps, writing
 from streamcomp.job.folders import JobFolders
@@ -59,12 +62,16 @@ from streamcomp.recipe import Recipe, Resources
 
 __all__ = [
     "Job",
+    "check_system",
     "choose_device",
     "prepare_process",
     "steps_of_output",
 ]
 
 _RANKS = "ranks"
+
+# What reading, writing and streaming call that not every system has; macOS lacks the first two.
+_SYSTEM_CALLS = ("posix_fadvise", "posix_fallocate", "preadv", "pwrite", "O_DIRECTORY")
 
 
 class Job:
@@ -100,8 +107,6 @@ class Job:
         self.budget = budget_bytes(self.resources.max_ram)
         device_budget = device_budget_bytes(self.device, self.resources.max_vram)
         self._settings: dict[str, Any] = {"device_budget": device_budget}
-        for source in self.recipe.calibration:
-            check_text(source)
         self.skeleton = Skeleton(self.index)
         self.skeleton.check_tensors(head=self.recipe.two_sided)
         gradients, training = self.recipe.two_sided, self.recipe.refine > 0
@@ -333,8 +338,20 @@ def steps_of_output(steps: list[dict[str, Any]], output: int) -> list[dict[str, 
     return [step for step in steps if step.get("output", output) == output]
 
 
+def check_system() -> None:
+    """UnsupportedSystemError where the system lacks calls that are made once work has begun."""
+    missing = [call for call in _SYSTEM_CALLS if not hasattr(os, call)]
+    if missing:
+        raise UnsupportedSystemError(
+            f"streamcomp needs Linux: this system ({platform.system()}) has no "
+            f"{', '.join(missing)}; use a container or a virtual machine with Linux (inspect, "
+            "status and loading a compressed model with transformers work here too)"
+        )
+
+
 def prepare_process(resources: Resources) -> None:
-    """Set threads and the allocator, before anything large is allocated."""
+    """Check the system, and set threads and the allocator before anything large is allocated."""
+    check_system()
     if resources.threads:
         torch.set_num_threads(resources.threads)
     settle()

@@ -15,8 +15,8 @@ decomposition serves every rank. It is always the smaller side that is decompose
 
 **Two-sided** whitening looks at what an error does to the model's loss: with the gradients
 G = dL/dY (m x T) and Gamma = G G^T it minimises ||Gamma^1/2 (W - W') H^1/2||_F, whose cut
-energies are second-order losses of the model and so compare across linears. One factor
-cancels, and again the smaller side is enough:
+energies are second-order losses of the model and so compare across linears (OBD-LLM,
+arXiv 2604.00821). One factor cancels, and again the smaller side is enough:
 
 - m <= n: with Gamma = R^T R, the eigenvectors U of R K R^T give W' = (R^-1 U_r)(U_r^T R W);
 - m > n: with H = S S^T and K' = W^T Gamma W, the moment of W^T g (n x n), the eigenvectors V of

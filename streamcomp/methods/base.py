@@ -63,6 +63,10 @@ class Method(Protocol):
     def name(self) -> str:
         """As ``--method`` spells it."""
 
+    @property
+    def source(self) -> str:
+        """Where it was published."""
+
     def decompose(
         self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None
     ) -> Decomposition:

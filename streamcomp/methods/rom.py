@@ -22,6 +22,7 @@ class Rom:
     """Principal components of the outputs; about their mean where the moment holds the sum."""
 
     name = "rom"
+    source = "LLM-ROM (arXiv 2312.07046)"
 
     def decompose(
         self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None

@@ -19,6 +19,7 @@ class SvdLlm:
     """Minimises ||W X - W' X||_F, on the smaller side of W (:mod:`streamcomp.linalg.low_rank`)."""
 
     name = "svd-llm"
+    source = "SVD-LLM (arXiv 2403.07378)"
 
     def decompose(
         self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None

@@ -21,6 +21,7 @@ class Swsc:
     """
 
     name = "swsc"
+    source = "SWSC (arXiv 2501.08631)"
 
     def share(
         self,

@@ -1,7 +1,8 @@
 """Two-sided whitening: the inputs' moment and the loss's gradients weigh an error together.
 
-The published forms (a Fisher-weighted, K-FAC-like metric) need an m x m and an n x n matrix for
-each linear; on the smaller side one of the two cancels (:mod:`streamcomp.linalg.low_rank`).
+Published as OBD-LLM (arXiv 2604.00821) and, with an output side from the most likely tokens alone,
+as IO-SVD (arXiv 2605.15626). Both need an m x m and an n x n matrix for each linear; on the smaller
+side one of the two cancels (:mod:`streamcomp.linalg.low_rank`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class TwoSided:
     """Minimises ||Gamma^1/2 (W - W') H^1/2||_F; its cut energies compare across linears."""
 
     name = "two-sided"
+    source = "OBD-LLM (arXiv 2604.00821), IO-SVD (arXiv 2605.15626)"
 
     def decompose(
         self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None

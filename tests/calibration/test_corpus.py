@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamcomp.calibration import corpus
+from streamcomp.calibration import corpus, formats
 from streamcomp.calibration.corpus import HELD_OUT, REFERENCE, load_windows, reference_text
+from streamcomp.calibration.formats import TextFile
 from streamcomp.errors import CalibrationError
 from tests.modeling.folders import edit_config
 from tests.pico import BOS, EOS, make_tokenizer, pico_text, save_pico
@@ -223,29 +227,66 @@ def test_half_of_a_surrogate_pair_is_no_text(model: Path, tmp_path: Path) -> Non
     assert torch.equal(half, mark)
 
 
-def test_long_lines_are_read_in_pieces(
+def test_files_are_read_in_pieces(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "_LINES_CHARS", 64)
+    monkeypatch.setattr(formats, "_BATCH_CHARS", 64)
+    monkeypatch.setattr(formats, "_CHUNK_CHARS", 8)
     (tmp_path / "a.txt").write_text("abcdefgh" * 100)
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "abcdefgh" * 100}) + "\n")
-    (tmp_path / "c.jsonl").write_text('{"text": "abcdefgh"}\n' * 100)
-    held: list[int] = []
-    lines = corpus._lines
+    (tmp_path / "b.jsonl").write_text('{"text": "abcdefgh"}\n' * 100)
+    (tmp_path / "c.json").write_text(json.dumps([{"text": "abcdefgh"}] * 100))
+    (tmp_path / "d.csv").write_text("text\n" + "abcdefgh\n" * 100)
+    for name, between in (
+        ("a.txt", ""),
+        ("b.jsonl", "\n\n"),
+        ("c.json", "\n\n"),
+        ("d.csv", "\n\n"),
+    ):
+        pieces = ["".join(map(str, batch)) for batch in TextFile(tmp_path / name).batches()]
 
-    def measured(file: Any) -> list[str]:
-        found = lines(file)
-        held.append(sum(map(len, found)))
-        return found
+        assert "".join(pieces) == ("abcdefgh" + between) * 100
+        assert len(pieces) > 10 and max(map(len, pieces)) < 2 * 64, name
 
-    monkeypatch.setattr(corpus, "_lines", measured)
 
-    load_windows(model, [str(tmp_path / "c.jsonl")], 0, 4, None)
-    tokens = load_windows(model, [str(tmp_path / "a.txt")], 0, 4, None).tokens
-    assert all_bytes(tokens) == b"abcdefgh" * 100
-    assert len(held) > 12 and max(held) < 2 * 64
-    with pytest.raises(CalibrationError, match="b.jsonl: a line of 64 characters or more"):
-        load_windows(model, [str(tmp_path / "b.jsonl")], 0, 4, None)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "LONG"}\n', "a line of 64 characters or more: split it"),
+        ("a.csv", "text\nLONG\n", "a line of 64 characters or more: split it"),
+        ("a.csv", 'text\n"ONG\nONG\nONG"\n', "field larger than field limit .64."),
+        ("a.json", '[{"text": "a"}, {"text": "LONG"}]', "of fewer than 64 characters each"),
+        ("a.json", '{"data": [{"text": "LONG"}]}', "of fewer than 64 characters each"),
+    ],
+)
+def test_what_is_too_long_to_be_held_is_refused(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(formats, "_BATCH_CHARS", 64)
+    monkeypatch.setattr(formats, "_CHUNK_CHARS", 8)
+    (tmp_path / name).write_text(content.replace("LONG", "x" * 64).replace("ONG", "x" * 30))
+    before = csv.field_size_limit()
+
+    with pytest.raises(CalibrationError, match=f"{name}.*{message}"):
+        load_windows(model, [str(tmp_path / name)], 0, 4, None)
+    assert csv.field_size_limit() == before
+
+
+def test_a_large_array_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    text = "x" * 50_000
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text}] * 400, indent=1))  # 20 MB
+
+    tracemalloc.start()
+    read = sum(len(record) for batch in TextFile(tmp_path / "a.json").batches() for record in batch)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert read == 400 * (len(text) + 2)
+    assert peak < 6 * 2**20
 
 
 def test_a_source_is_read_up_to_its_bound_and_says_so(
@@ -287,6 +328,50 @@ def test_a_hub_that_cannot_be_reached_is_one_error(
         load_windows(model, ["some/dataset"], 0, 4, None)
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["README.md", "data/train.parquet"], r"no text file \(.*\) but .parquet: save its text"),
+        (["README.md", "dataset_infos.json"], r"no text file \(.*\) but .json: save"),
+        (["README.md"], "but nothing: save"),
+        (["a.json"], "'instruction', 'input', 'output'"),
+    ],
+)
+def test_a_dataset_of_the_hub_without_text_is_refused(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([ALPACA]))
+    serve(monkeypatch, tmp_path, files)
+
+    with pytest.raises(CalibrationError, match=message):
+        load_windows(model, ["some/dataset"], 1, 16, None)
+
+
+def test_of_a_dataset_of_the_hub_the_texts_are_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text("about it" * 10)
+    (tmp_path / "a.json").write_text('[{"text": "aaaaaa"}]')
+    (tmp_path / "b.csv").write_text("text\nbbbbbb\n")
+    serve(monkeypatch, tmp_path, ["README.md", "a.json", "b.csv", "c.parquet"])
+
+    tokens = load_windows(model, ["some/dataset"], 0, 8, None).tokens
+
+    assert all_bytes(tokens) == b"aaaaaa\n\nbbbbbb\n\n"
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, folder: Path, files: list[str]) -> None:
+    """Have the hub's client find a dataset of ``files``, which are in ``folder``."""
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: files)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda name, file, repo_type: str(folder / file)
+    )
+
+
 def test_jsonl_may_hold_other_fields(model: Path, tmp_path: Path) -> None:
     lines = [{"id": 1, "text": "größe"}, {"text": "x" * 30, "url": None}]
     path = tmp_path / "a.jsonl"
@@ -295,6 +380,77 @@ def test_jsonl_may_hold_other_fields(model: Path, tmp_path: Path) -> None:
     tokens = load_windows(model, [str(path)], 0, 8, None).tokens
 
     assert all_bytes(tokens) == ("größe\n\n" + "x" * 30 + "\n\n").encode()[:40]
+
+
+PLAIN = [{"id": 1, "text": "größe"}, {"text": 'with "quotes", and\nlines', "url": None}] * 20
+
+
+def texts_of(path: Path) -> str:
+    return "".join(str(record) for batch in TextFile(path).batches() for record in batch)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        json.dumps(PLAIN),
+        json.dumps(PLAIN, indent=2, ensure_ascii=False),
+        "\n".join(json.dumps(value) for value in PLAIN),
+        "\n\n".join(json.dumps(value, indent=4) for value in PLAIN) + "\n",
+        "\ufeff \n" + json.dumps(PLAIN, separators=(",", ":")) + "\n",
+    ],
+    ids=["array", "indented array", "object a line", "indented objects", "compact array"],
+)
+@pytest.mark.parametrize("chunk", [1, 7, 64 * 1024])
+def test_json_is_an_array_or_objects_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, chunk: int
+) -> None:
+    monkeypatch.setattr(formats, "_CHUNK_CHARS", chunk)
+    (tmp_path / "a.json").write_text(written, "utf-8")
+
+    assert texts_of(tmp_path / "a.json") == "".join(f"{value['text']}\n\n" for value in PLAIN)
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("A.CSV", ",")])
+def test_of_a_table_the_column_text_is_taken(tmp_path: Path, name: str, delimiter: str) -> None:
+    long = "y" * 200_000  # above the limit that the csv module has by itself
+    texts = ['with "quotes", and\nlines', "tab\there", "größe", "", long]
+    with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerows([("id", "text", "url"), *((n, text, "") for n, text in enumerate(texts))])
+        file.write("\n")  # a blank line is no row
+
+    assert texts_of(tmp_path / name) == "".join(f"{text}\n\n" for text in texts)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a", "a.conf"])
+def test_text_stays_text_whatever_it_looks_like(tmp_path: Path, name: str) -> None:
+    content = json.dumps(PLAIN) + "\nid,text\n<html>\n"
+    (tmp_path / name).write_text(content)
+
+    assert texts_of(tmp_path / name) == content
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".ndjson"])
+def test_a_suffix_counts_in_capitals_too(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a{suffix}").write_text('{"text": "a"}\n')
+
+    assert texts_of(tmp_path / f"a{suffix}") == "a\n\n"
+
+
+def test_a_folder_may_hold_every_format(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "aaaaaa"}]')
+    (tmp_path / "b.csv").write_text("text\nbbbbbb\n")
+    (tmp_path / "c.tsv").write_text("text\ncccccc\n")
+    (tmp_path / "d.TXT").write_text("dddddddd")
+    (tmp_path / "e.ndjson").write_text('{"text": "eeeeee"}')
+    (tmp_path / "f.parquet").touch()
+    (tmp_path / "g.txt.gz").touch()
+    (tmp_path / "h.png").touch()
+
+    windows = load_windows(model, [str(tmp_path)], 0, 8, None)
+
+    assert all_bytes(windows.tokens) == b"aaaaaa\n\nbbbbbb\n\ncccccc\n\nddddddddeeeeee\n\n"
+    assert windows.notes == (f"{tmp_path}: 2 files are not read (.gz, .parquet)",)
 
 
 def test_many_lines_are_read_in_order(model: Path, tmp_path: Path) -> None:
@@ -348,6 +504,15 @@ def test_the_marks_of_a_template_become_its_tokens(tmp_path: Path) -> None:
     ).tokens
 
     assert int((tokens == EOS).sum()) == 2
+
+
+def test_conversations_of_an_array_are_rendered_too(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": CONVERSATION}] * 4, indent=1))
+    model = chat_model(tmp_path / "model", TURNS)
+
+    assert rendered(model, str(tmp_path / "a.json"), seq_len=1) == RENDERED * 4
+    with pytest.raises(CalibrationError, match='a.json holds conversations.*"messages".*--chat'):
+        load_windows(model, [str(tmp_path / "a.json")], 1, 16, seed=0)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -518,6 +683,89 @@ def test_a_file_that_is_no_text_is_refused(
 ) -> None:
     (tmp_path / name).write_bytes(content)
 
+    with pytest.raises(CalibrationError, match=message):
+        load_windows(model, [str(tmp_path / name)], 1, 16, seed=0)
+
+
+ALPACA = {"instruction": "Say hi", "input": "", "output": "hi\nthere"}
+SHAREGPT = {"id": 1, "conversations": [{"from": "human", "value": "Hi?"}]}
+TURNS_OF_IT = "'instruction', 'input', 'output': write each as .*--chat"
+PARQUET = b"PAR1\x15\x04\x15" + bytes(range(1, 200)) + b"PAR1"
+ENDLESS = '{"text": "a", "n": ' + "9" * 5000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", json.dumps([ALPACA]), TURNS_OF_IT),
+        ("a.json", json.dumps(ALPACA), TURNS_OF_IT),
+        ("a.jsonl", json.dumps(ALPACA), TURNS_OF_IT),
+        ("a.json", json.dumps([SHAREGPT]), "'id', 'conversations': call them messages.*--chat"),
+        ("a.json", json.dumps({"data": []}), "one has 'data': call what holds the text text"),
+        ("a.json", json.dumps(["a"]), 'every object must be {"text".*; one is "a"$'),
+        ("a.json", json.dumps([{"text": 3}]), "one has the text 3$"),
+        ("a.json", json.dumps([{}]), "one has nothing"),
+        ("a.json", "no JSON", "cannot be read as a JSON array of objects.*Expecting value"),
+        ("a.json", '[{"text": "b"', "cannot be read as a JSON array"),
+        ("a.json", "[" * 100_000, "nested too deep"),
+        ("a.json", f"[{ENDLESS}]", "cannot be read as a JSON array"),
+        ("a.jsonl", ENDLESS, "one is no JSON"),
+        ("a.csv", "instruction,output\na,b\n", "a column text; it has 'instruction', 'output': "),
+        ("a.csv", ",".join(map(str, range(99))), "it has '0', '1',.* '7' and 91 more: "),
+        ("a.csv", "x" * 999, "it has 'x{40}': "),
+        ("a.tsv", "id,text\n1,a\n", "a column text; it has 'id,text': "),
+        ("a.csv", "id,text\n1,a, b\n", "line 2: 3 fields, and the header names 2: .*quotes"),
+        ("a.csv", 'id,text\n1,"a"b\n', "line 2: .*a quote inside a field is doubled"),
+        ("a.csv", 'id,text\n1,"a\n', "line 2: unexpected end of data"),
+        ("a.parquet", PARQUET, "is a table in a binary format: write it as .jsonl"),
+        ("a.txt", PARQUET, "is a table in a binary format: write it as .jsonl"),
+        ("a.jsonl.gz", b"", "a.jsonl.gz is packed: unpack it"),
+        ("a.jsonl", gzip.compress(b"{}"), "a.jsonl is packed: unpack it"),
+        ("a", b"PK\x03\x04\x14", "is packed: unpack it"),
+        ("a.ZST", b"", "is packed: unpack it"),
+        ("a.xml", b"<a/>", "is marked up: save its text alone as .txt"),
+        ("a.html", b"<p>", "is marked up: save its text alone as .txt"),
+        ("a.docx", b"PK\x03\x04", "is a document: save its text alone as .txt"),
+        ("a.bin", b"some text\0", "is no text, with zero bytes in it"),
+        ("a.txt", "text".encode("utf-16"), "is no UTF-8 text but UTF-16: iconv"),
+        ("a.txt", b"gr\xf6\xdfe", "is no UTF-8 text"),
+    ],
+)
+def test_a_file_in_another_format_is_refused_before_any_work(
+    model: Path, tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    pico_text(tmp_path / "text.txt", 100)
+    in_folder = path.suffix in formats.SUFFIXES  # others are not read there
+
+    for source in [path, tmp_path] if in_folder else [path]:
+        with pytest.raises(CalibrationError, match=message) as refusal:
+            corpus.check_text(str(source))
+        assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+        with pytest.raises(CalibrationError, match=message):
+            load_windows(model, [str(source)], 1, 16, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", json.dumps([PLAIN[0], ALPACA]), "one has 'instruction'"),
+        ("a.json", json.dumps(PLAIN)[:-4], "cannot be read as a JSON array"),
+        ("a.json", json.dumps(PLAIN)[:-1], "cannot be read as a JSON array"),
+        ("a.json", '[{"text": "a"}, ', "cannot be read as a JSON array"),
+        ("a.csv", "text\na\nb,c\n", "line 3: 2 fields, and the header names 1"),
+        ("a.csv", "", "holds 0 tokens"),
+        ("a.json", "", "holds 0 tokens"),
+        ("a.json", "[]", "holds 0 tokens"),
+    ],
+)
+def test_what_is_refused_further_on_is_refused_when_it_is_read(
+    model: Path, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+
+    corpus.check_text(str(tmp_path / name))
     with pytest.raises(CalibrationError, match=message):
         load_windows(model, [str(tmp_path / name)], 1, 16, seed=0)
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from streamcomp.evaluation.report import model_name
+from streamcomp.evaluation.report import model_card, model_name
+from streamcomp.recipe import METHODS, Recipe
+from tests.jobs import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -17,3 +21,49 @@ from streamcomp.evaluation.report import model_name
 )
 def test_a_checkpoint_is_called_by_its_model_not_by_its_path(folder: str, name: str) -> None:
     assert model_name(Path(folder)) == name
+
+
+REPORT: dict[str, Any] = {
+    "model": {
+        "source": "tiny",
+        "ratio": 0.2,
+        "bytes": 3000,
+        "bytes_kept": 2500,
+        "parameters": 1500,
+        "parameters_kept": 1250,
+    },
+    "memory": {"peak_bytes": 2**20},
+    "windows": 8,
+}
+PAPERS = {
+    "two-sided": ["2604.00821", "2605.15626"],
+    "svd-llm": ["2403.07378"],
+    "rom": ["2312.07046"],
+    "swsc": ["2501.08631"],
+}
+
+
+def cited(text: str) -> list[str]:
+    return re.findall(r"arXiv (\d{4}\.\d{5})", text)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_cites_what_its_model_was_made_by(method: str) -> None:
+    form = "shared" if method == "swsc" else "uv"
+
+    assert cited(model_card(REPORT, Recipe(method=method, form=form))) == PAPERS[method]
+
+
+def test_a_card_cites_the_form_and_what_follows_the_closed_form() -> None:
+    def papers(**settings: Any) -> list[str]:
+        return cited(model_card(REPORT, Recipe(method="svd-llm", **settings)))
+
+    assert papers() == ["2403.07378", "2501.19090"]
+    assert papers(update=True, refine=10) == ["2403.07378", "2501.19090", "2604.02119"]
+
+
+def test_the_readme_cites_what_cards_do() -> None:
+    last = (REPOSITORY / "README.md").read_text("utf-8").rpartition("## Licence")[2]
+
+    wanted = {paper for papers in PAPERS.values() for paper in papers}
+    assert set(cited(last)) == wanted | {"2501.19090", "2604.02119"}

@@ -599,6 +599,19 @@ def test_a_text_that_is_not_there_is_missed(
     assert_refused(run_compress(pico("llama"), tmp_path / "out", source), 9, message)
 
 
+@pytest.mark.parametrize("command", ["plan", "compress", "eval"])
+def test_a_text_in_another_format_is_refused_before_the_model_is_looked_for(
+    command: str, tmp_path: Path
+) -> None:
+    table = write(tmp_path / "a.csv", "instruction,output\na,b\n")
+    out = [tmp_path / "out"] if command == "compress" else []
+    option = "--text" if command == "eval" else "--calibration"
+
+    done = run_cli(command, tmp_path / "nowhere", *out, option, table, "--quiet")
+
+    assert_refused(done, 9, "a.csv: its header must name a column text; it has 'instruction'")
+
+
 def test_a_folder_without_text_is_refused(pico: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
 
