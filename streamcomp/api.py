@@ -224,7 +224,7 @@ def plan(
         skeleton = Skeleton(read_index(folder))
         skeleton.check_tensors(head=recipe.two_sided)
         gradients, training = recipe.two_sided, recipe.refine > 0
-        warm_up(device, skeleton.dtype, gradients=gradients, training=training)
+        kernels = warm_up(device, skeleton.dtype, gradients=gradients, training=training)
         return make_plan(
             skeleton,
             recipe,
@@ -232,6 +232,7 @@ def plan(
             measure_rates(device, skeleton.dtype),
             analysis=resources.keep_work and can_be_analysed(recipe),
             keep_work=resources.keep_work,
+            kernel_bytes=kernels,
             memory_backed=resources.work_dir is not None and is_memory_backed(resources.work_dir),
             device_budget=device_budget_bytes(device, resources.max_vram),
         )

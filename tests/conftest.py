@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the suite asks no network
+# Before torch is imported: threads that share a busy core wait for each other at each barrier. So
+# says the environment of what tests start, too.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -29,11 +29,15 @@ REPOSITORY = Path(__file__).parents[1]
 # Small, and yet more tokens (128) than the widest input of a pico model has channels (48).
 SMALL: dict[str, Any] = {"samples": 8, "seq_len": 16}
 
-# What a run of another process needs to be as fast as one in this process, and as quiet.
+# Memory for a job: enough for each of them beside what this process holds, also on a machine of
+# 2 GiB, and the same however much others leave. One with another budget names it.
+BUDGET = "1500M"
+RESOURCES = Resources(BUDGET, threads=1)
+_TAKE_A_BUDGET = ("compress", "plan", "eval")
+
+# What a run of another process needs to be as quiet as one in this process.
 ENVIRONMENT = {
     **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
@@ -48,7 +52,7 @@ def compress(
     out: Path,
     text: Path | str,
     *,
-    max_ram: str | None = None,
+    max_ram: str = BUDGET,
     work_dir: Path | None = None,
     keep_work: bool = False,
     progress: Any = None,
@@ -115,7 +119,12 @@ class Finished:
 
 
 def run_cli(*arguments: object) -> Finished:
-    """The command line in this process; an exception that is none of ours goes through."""
+    """The command line in this process; an exception that is none of ours goes through.
+
+    With ``BUDGET`` where the command takes one and none is given.
+    """
+    if "--max-ram" not in arguments and any(name in arguments for name in _TAKE_A_BUDGET):
+        arguments = ("--max-ram", BUDGET, *arguments)
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with (
@@ -141,7 +150,6 @@ def run_python(
         env={**ENVIRONMENT, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=480,
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)

@@ -88,7 +88,7 @@ def evaluate_checkpoint(
     device_budget = device_budget_bytes(device, resources.max_vram)
     skeleton = Skeleton(index)
     skeleton.check_tensors(head=True)
-    warm_up(device, skeleton.dtype)
+    kernels = warm_up(device, skeleton.dtype)
     text = text or HELD_OUT
     tokens = load_windows(index.folder, [text], windows, seq_len, None, chat=chat)
     for note in (*skeleton.notes, *tokens.notes):
@@ -100,6 +100,7 @@ def evaluate_checkpoint(
             skeleton,
             shape,
             budget,
+            kernel_bytes=kernels,
             memory_backed=is_memory_backed(work),
             device_budget=device_budget,
         )

@@ -69,7 +69,7 @@ def redo_linears(
         )
     device = choose_device(resources.device)
     skeleton = Skeleton(index)
-    warm_up(device, skeleton.dtype)
+    kernels = warm_up(device, skeleton.dtype)
     plan = make_plan(
         skeleton,
         recipe,
@@ -77,6 +77,7 @@ def redo_linears(
         measure_rates(device, skeleton.dtype),
         analysis=True,
         keep_work=True,
+        kernel_bytes=kernels,
         memory_backed=is_memory_backed(folder),
         output_in_memory=is_memory_backed(out),
         device_budget=device_budget_bytes(device, resources.max_vram),

@@ -106,11 +106,11 @@ class Job:
         """Plan, make the folders, take the lock, and begin or continue the journal."""
         self.budget = budget_bytes(self.resources.max_ram)
         device_budget = device_budget_bytes(self.device, self.resources.max_vram)
-        self._settings: dict[str, Any] = {"device_budget": device_budget}
         self.skeleton = Skeleton(self.index)
         self.skeleton.check_tensors(head=self.recipe.two_sided)
         gradients, training = self.recipe.two_sided, self.recipe.refine > 0
-        warm_up(self.device, self.skeleton.dtype, gradients=gradients, training=training)
+        kernels = warm_up(self.device, self.skeleton.dtype, gradients=gradients, training=training)
+        self._settings: dict[str, Any] = {"device_budget": device_budget, "kernel_bytes": kernels}
         self.folders = JobFolders(
             self.index.folder, self.out, self.resources.work_dir, self.recipe, len(self.skeleton)
         )

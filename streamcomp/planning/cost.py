@@ -310,7 +310,9 @@ def decomposition_bytes(
 
     Bytes per entry of the small matrix: ``eigh`` 24 in fp64, 12 in fp32, and 8 for the Cholesky
     factor beside it where there is one; before it that, the result and what it is made of. For
-    a fp64 weight K is kept beside it where it was computed from H, or ``damped``.
+    a fp64 weight K is kept beside it where it was computed from H, or ``damped``, for others in its
+    own dtype where it came as that of the outputs and was ``damped``. Beside them
+    ``PANEL`` rows of the moment, and three times as many of the weight, or of the products.
     """
     small = min(rows, columns)
     narrow = solve_dtype(dtype) == torch.float32 and small >= SMALL
@@ -320,12 +322,14 @@ def decomposition_bytes(
     else:
         own = 8 if damped or side == "inputs" else 0
         factor = 8 if gradients else 0
-        kept = own if solve_dtype(dtype) == torch.float64 else 0
+        copied = moment_dtype(dtype).itemsize if damped and side == "outputs" else 0
+        kept = own if solve_dtype(dtype) == torch.float64 else copied
         entry = max(2 * own, own + factor + 8, kept + factor + solver)
         if damped:
             entry = max(entry, own + factor + 12)
     wide = columns if side == "inputs" else small if gradients else 0
-    panels = (4 * wide + (2 * small if narrow else 0)) * min(PANEL, small)
+    rows = min(PANEL, small)
+    panels = wide * (3 * rows + min(PANEL, wide)) + (2 * small * rows if narrow else 0)
     return entry * small * small + _F64 * panels
 
 

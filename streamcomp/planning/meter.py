@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from streamcomp.errors import BudgetError, RecipeError
+from streamcomp.linalg.symmetric import exact_products
 from streamcomp.units import parse_bytes
 
 __all__ = [
@@ -47,6 +48,11 @@ _CLEAR = Path("/proc/self/clear_refs")
 _DEFAULT_SHARE = 0.8  # of what is available, where no budget is given
 _DEFAULT_DEVICE_SHARE = 0.9  # the same of a GPU
 _SAMPLE_SECONDS = 0.01
+_MiB = 2**20
+
+# Products that make the buffers of a BLAS as large as jobs do, in 34 MiB and some 50 ms: a tall
+# one (rows, inner, columns), and the moment of so many rows and columns.
+_TALL, _MOMENT = (16384, 256, 16), (1024, 2048)
 
 # glibc's mallopt: blocks from this size on are mapped one by one and returned when freed, their
 # pages made anew each time. Smaller ones come from a heap, which keeps as much as this of what is
@@ -70,7 +76,7 @@ class PeakMeter:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._gpu = device if device is not None and device.type == "cuda" else None
-        self._exact = self._reset_kernel_mark()
+        self._exact = self.reset_mark()
         self._sampled = 0
         if not self._exact:
             threading.Thread(target=self._sample, daemon=True).start()
@@ -81,7 +87,7 @@ class PeakMeter:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._gpu)
         if self._exact:
-            self._reset_kernel_mark()
+            self.reset_mark()
         else:
             self._sampled = resident_bytes()
 
@@ -95,7 +101,8 @@ class PeakMeter:
         return CONTEXT_BYTES + torch.cuda.max_memory_reserved(self._gpu)
 
     @staticmethod
-    def _reset_kernel_mark() -> bool:
+    def reset_mark() -> bool:
+        """Set the kernel's own mark back; False where it has none."""
         try:
             _CLEAR.write_text("5")
             return _status_bytes("VmHWM") > 0
@@ -235,10 +242,11 @@ def is_memory_backed(folder: Path) -> bool:
 
 def warm_up(
     device: torch.device, dtype: torch.dtype, *, gradients: bool = False, training: bool = False
-) -> None:
+) -> int:
     """Touch the kernels that a job uses, so that their code and buffers are resident.
 
-    ``gradients`` are those of the loss in a reverse sweep, ``training`` is a refinement's.
+    ``gradients`` are those of the loss in a reverse sweep, ``training`` is a refinement's. Returns
+    the bytes that products take beside their operands and give back, measured on this machine.
     """
     square = torch.eye(64, dtype=dtype, device=device)
     torch.nn.functional.linear(square, square)
@@ -255,6 +263,32 @@ def warm_up(
     torch.cholesky_solve(wide, wide)
     if gradients or training:
         _warm_up_gradients(square.detach().clone().requires_grad_(), training)
+    return _product_bytes(device, dtype, torch.get_num_threads())
+
+
+@cache
+def _product_bytes(device: torch.device, dtype: torch.dtype, threads: int) -> int:
+    """Have BLAS make the buffers that it keeps; whole MiB that a product takes and gives back.
+
+    Seen on x86: MKL packs operands into up to 10 MiB a thread, full after one tall product in
+    fp64, and keeps them for every dtype. oneDNN takes 0.6 MiB a thread where a bf16 operand is
+    transposed, and gives them back. LAPACK's workspaces are the formulas' of ``planning.cost``.
+    """
+    rows, inner, columns = _TALL
+    torch.ones(rows, inner, dtype=torch.float64, device=device).mm(
+        torch.ones(inner, columns, dtype=torch.float64, device=device)
+    )
+    left = torch.ones(_MOMENT, dtype=torch.float32, device=device)
+    result = torch.ones(_MOMENT[1], _MOMENT[1], dtype=torch.float32, device=device)
+    taken = 0
+    for _ in range(2):  # what the first one keeps does not count
+        if not PeakMeter.reset_mark():
+            return 0
+        before = resident_bytes()
+        with exact_products(dtype):
+            torch.mm(left.T, left, out=result)
+        taken = max(0, _status_bytes("VmHWM") - before)
+    return -(-taken // _MiB) * _MiB
 
 
 def _warm_up_gradients(start: torch.Tensor, training: bool) -> None:

@@ -47,7 +47,7 @@ class Plan:
     minimum_bytes: int  # the least budget that some plan fits
     device_budget_bytes: int  # the same two of the GPU; 0 without one
     device_minimum_bytes: int
-    baseline_bytes: int  # resident before the first step
+    baseline_bytes: int  # resident before the first step, and what products take for a while
     stream: StreamShape
     disk_bytes: int  # outputs, streams, analysis and journal together, at most
     work_bytes: int  # those of them that lie in the work folder
@@ -152,6 +152,7 @@ def make_plan(
     analysis: bool = False,
     keep_work: bool = False,
     baseline: int | None = None,
+    kernel_bytes: int = 0,
     memory_backed: bool = False,
     output_in_memory: bool = False,
     device_budget: int = 0,
@@ -167,7 +168,8 @@ def make_plan(
     spectra have led to, ``blocks`` those of an earlier plan: they are traced on the CPU, which
     takes seconds, and outer weights that are not on a GPU yet. ``analysis`` keeps decompositions
     also where one output alone needs none, ``keep_work`` keeps them and the moments behind the
-    end. ``memory_backed`` says that the work folder lies in memory, so that what is in it counts
+    end. ``kernel_bytes`` are what :func:`~streamcomp.planning.meter.warm_up` measured.
+    ``memory_backed`` says that the work folder lies in memory, so that what is in it counts
     in the budget, ``output_in_memory`` the same of OUT. ``redo`` plans no compression but new
     factors for those blocks, from kept moments.
     """
@@ -177,7 +179,7 @@ def make_plan(
         )
     check_seq_len(skeleton, recipe.seq_len)
     release()
-    baseline = resident_bytes() if baseline is None else baseline
+    baseline = resident_bytes() + kernel_bytes if baseline is None else baseline
     stream = StreamShape(recipe.samples, recipe.seq_len, skeleton.hidden_size, skeleton.dtype)
     if blocks is None:
         blocks = plan_blocks(skeleton, recipe, stream, on_device=device_budget > 0)
@@ -246,6 +248,7 @@ def make_evaluation_plan(
     stream: StreamShape,
     budget_bytes: int,
     *,
+    kernel_bytes: int = 0,
     memory_backed: bool = False,
     device_budget: int = 0,
 ) -> tuple[int, int, int]:
@@ -255,7 +258,7 @@ def make_evaluation_plan(
     """
     check_seq_len(skeleton, stream.seq_len)
     release()
-    baseline = resident_bytes() + (2 * stream.nbytes if memory_backed else 0)
+    baseline = resident_bytes() + kernel_bytes + (2 * stream.nbytes if memory_backed else 0)
     recipe = Recipe(seq_len=stream.seq_len, include=_NOTHING)
     blocks = plan_blocks(skeleton, recipe, stream, on_device=device_budget > 0)
     vocabulary, known = skeleton.embedding_source.shape[0], blocks[0].cost

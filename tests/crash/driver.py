@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from streamcomp.checkpoint import writer
 from streamcomp.job.journal import JOURNAL, Journal
+from streamcomp.planning.meter import warm_up
 from tests.jobs import compress, tree
 
 # Of the first, every point is tried; of the others, those between the embeddings and the rest,
@@ -226,6 +227,7 @@ def main() -> None:
     driver = Driver(model, text, folder, sys.argv[4])
     AutoModelForCausalLM.from_pretrained(model)  # imports what every job would import
     torch.set_num_threads(1)
+    warm_up(torch.device("cpu"), torch.float32, gradients=True, training=True)
     driver.whole()
 
     def tell(kind: str, result: dict[str, Any]) -> None:

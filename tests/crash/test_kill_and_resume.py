@@ -23,6 +23,7 @@ from tests.crash.driver import KINDS
 from tests.jobs import (
     ENVIRONMENT,
     REPOSITORY,
+    RESOURCES,
     Interrupt,
     Interrupted,
     Notes,
@@ -63,7 +64,7 @@ def driven(
     }
     told = {}
     for kind, process in running.items():
-        out, err = process.communicate(timeout=900)
+        out, err = process.communicate()
         assert process.returncode == 0, err[-3000:]
         told[kind] = [json.loads(line) for line in out.splitlines()]
     return told
@@ -321,7 +322,7 @@ def test_a_smaller_budget_that_forces_another_batch_says_so_and_goes_on(
         mock.patch("streamcomp.planning.cost.COPY_BYTES", 0),
         mock.patch("streamcomp.planning.steps.COPY_BYTES", 0),
     ):
-        ample = plan(dense, recipe)
+        ample = plan(dense, recipe, RESOURCES)
         small = str(ample.minimum_bytes)
         tight = plan(dense, recipe, streamcomp.Resources(small))
         assert (ample.levers.batch, tight.levers.batch) == (8, 1)

@@ -13,7 +13,14 @@ import torch
 
 import streamcomp
 from streamcomp import BudgetError, Recipe, Resources
-from tests.jobs import Interrupt, Interrupted, products, tree, varied_text
+from tests.jobs import (
+    BUDGET,
+    Interrupt,
+    Interrupted,
+    products,
+    tree,
+    varied_text,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -50,12 +57,12 @@ def _compress(
 ) -> streamcomp.CompressResult:
     recipe = Recipe(calibration=(str(text),), samples=8, seq_len=32, **settings)
     return streamcomp.compress(
-        model, out, recipe, Resources(threads=1, device=device), progress=progress
+        model, out, recipe, Resources(BUDGET, threads=1, device=device), progress=progress
     )
 
 
 def _evaluate(model: Path, text: Path, device: str) -> float:
-    resources = Resources(threads=1, device=device)
+    resources = Resources(BUDGET, threads=1, device=device)
     return streamcomp.evaluate(
         model, str(text), seq_len=32, windows=8, resources=resources
     ).perplexity
@@ -126,10 +133,10 @@ def test_the_budget_of_the_gpu_is_kept(
     recipe = Recipe(calibration=(str(text),), samples=8, seq_len=32, **settings)
     model, out = pico("llama", dtype=torch.bfloat16), tmp_path / "out"
     with pytest.raises(BudgetError, match="--max-vram") as caught:
-        streamcomp.compress(model, out, recipe, Resources(device="cuda", max_vram="64M"))
+        streamcomp.compress(model, out, recipe, Resources(BUDGET, device="cuda", max_vram="64M"))
     least = str(caught.value.minimum_bytes)
 
-    done = streamcomp.compress(model, out, recipe, Resources(device="cuda", max_vram=least))
+    done = streamcomp.compress(model, out, recipe, Resources(BUDGET, device="cuda", max_vram=least))
 
     memory = done.report["memory"]
     assert 0 < memory["device_peak_bytes"] <= memory["device_predicted_bytes"]

@@ -16,7 +16,7 @@ from torch import Generator
 from transformers import AutoModel, AutoModelForCausalLM
 
 import streamcomp
-from streamcomp import OutputError, RecipeError, Resources, UnsupportedModelError
+from streamcomp import OutputError, RecipeError, UnsupportedModelError
 from streamcomp.evaluation import export
 from streamcomp.linalg.channel_sharing import AXES, share_channels
 from streamcomp.methods.factors import factor_tensors, shared_tensors
@@ -27,6 +27,7 @@ from streamcomp.modeling.modules import (
     SharedLinear,
 )
 from tests.jobs import (
+    RESOURCES,
     Interrupted,
     compress,
     config_of,
@@ -192,9 +193,7 @@ def test_an_exported_model_has_the_perplexity_of_its_source(
     streamcomp.export(out, dest)
 
     first, second = (
-        streamcomp.evaluate(
-            folder, str(text), seq_len=16, windows=4, resources=Resources(threads=1)
-        )
+        streamcomp.evaluate(folder, str(text), seq_len=16, windows=4, resources=RESOURCES)
         for folder in (out, dest)
     )
 

@@ -19,6 +19,8 @@ import streamcomp
 from streamcomp import Evaluation, NonFiniteError, Resources
 from streamcomp.calibration.corpus import HELD_OUT, load_windows
 from tests.jobs import (
+    BUDGET,
+    RESOURCES,
     compress,
     load_dense,
     logits_of,
@@ -53,7 +55,7 @@ def evaluate(model: Path, text: Path | None, batch: int = 0, head: int = 0) -> E
             None if text is None else str(text),
             seq_len=SEQ_LEN,
             windows=WINDOWS,
-            resources=Resources(threads=1),
+            resources=RESOURCES,
         )
 
 
@@ -155,7 +157,7 @@ def test_without_a_text_it_is_the_held_out_part_of_the_reference(
 
 def test_no_number_of_windows_is_all_of_them(pico: Callable[..., Path], text: Path) -> None:
     found = streamcomp.evaluate(
-        pico("llama"), str(text), seq_len=SEQ_LEN, windows=0, resources=Resources(threads=1)
+        pico("llama"), str(text), seq_len=SEQ_LEN, windows=0, resources=RESOURCES
     )
 
     assert found.windows == 2000 // SEQ_LEN
@@ -171,7 +173,7 @@ def test_nothing_is_left_in_the_work_folder(
         str(text),
         seq_len=SEQ_LEN,
         windows=WINDOWS,
-        resources=Resources(threads=1, work_dir=work),
+        resources=Resources(BUDGET, threads=1, work_dir=work),
     )
 
     assert list(work.iterdir()) == []
@@ -193,7 +195,7 @@ from streamcomp import BudgetError, Resources, evaluate
 
 folder, text, budget = sys.argv[1:]
 try:
-    resources = Resources(budget or None, threads=1)
+    resources = Resources(budget, threads=1)
     found = evaluate(folder, text, seq_len=128, windows=16, resources=resources)
     print(json.dumps(found.to_dict()))
 except BudgetError as error:
@@ -201,7 +203,7 @@ except BudgetError as error:
 """
 
 
-def measure(folder: Path, text: Path, budget: str = "") -> dict[str, Any]:
+def measure(folder: Path, text: Path, budget: str) -> dict[str, Any]:
     """One evaluation in a process of its own, or the least budget that it names."""
     done = run_python("-c", MEASURE, folder, text, budget)
     assert done.code == 0, done.err[-2000:]

@@ -26,6 +26,7 @@ from streamcomp.planning import plan
 from streamcomp.planning.blocks import BlockPlan, plan_blocks
 from streamcomp.planning.levers import Levers
 from tests.jobs import (
+    BUDGET,
     SMALL,
     Interrupt,
     Interrupted,
@@ -129,7 +130,7 @@ def run(
         least, largest = choose(*given)
         return least, replace(largest, **(levers or {}))
 
-    resources = Resources(threads=1, keep_work=True)
+    resources = Resources(BUDGET, threads=1, keep_work=True)
     recipe = small_recipe(text, **{"ratio": 0.4, **settings})
     with quick_plan(), mock.patch.object(plan, "_choose_levers", chosen):
         return streamcomp.compress(folder, out, recipe, resources, progress=progress)

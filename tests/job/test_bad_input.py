@@ -25,6 +25,7 @@ import streamcomp
 from streamcomp import BudgetError, OutputError
 from streamcomp.checkpoint.index import SINGLE_FILE
 from tests.jobs import (
+    RESOURCES,
     SMALL,
     Finished,
     Interrupt,
@@ -996,7 +997,7 @@ def test_a_gpu_that_is_full_ends_the_job_and_keeps_what_is_done(
         mock.patch("streamcomp.evaluation.perplexity._Run.nll", side_effect=full),
         pytest.raises(BudgetError, match="evaluation needs more of the GPU"),
     ):
-        streamcomp.evaluate(out, str(text), seq_len=32)
+        streamcomp.evaluate(out, str(text), seq_len=32, resources=RESOURCES)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import streamcomp
-from streamcomp import JobMismatchError, OutputError, RecipeError, Resources
+from streamcomp import JobMismatchError, OutputError, RecipeError
 from streamcomp.calibration.corpus import load_windows
 from tests.jobs import (
+    RESOURCES,
     SMALL,
     Interrupt,
     Interrupted,
@@ -196,9 +197,7 @@ def test_a_linear_that_no_rank_makes_smaller_stays_dense_and_the_others_make_up_
     assert set(factored_modules(out)) == set(linears) - gates
     assert model["linear_parameters"] == sum(m.weight.numel() for m in linears.values())
     assert model["ratio"] == pytest.approx(0.3, abs=0.01) and model["ratio"] >= 0.3
-    found = streamcomp.evaluate(
-        out, str(text), seq_len=16, windows=2, resources=Resources(threads=1)
-    )
+    found = streamcomp.evaluate(out, str(text), seq_len=16, windows=2, resources=RESOURCES)
     assert found.perplexity > 1
 
 

@@ -19,6 +19,8 @@ from streamcomp.job import run
 from streamcomp.job.journal import locked
 from streamcomp.modeling.skeleton import Skeleton
 from tests.jobs import (
+    BUDGET,
+    RESOURCES,
     Interrupt,
     Interrupted,
     Notes,
@@ -255,7 +257,7 @@ def test_each_disk_needs_room_for_what_lies_on_it(
     """OUT and the work folder on two disks, of which one after the other is too small."""
     dense, out, work = pico("llama"), tmp_path / "out", tmp_path / "work"
     with quick_plan():
-        made = plan(dense, small_recipe(text), Resources(threads=1, work_dir=work))
+        made = plan(dense, small_recipe(text), Resources(BUDGET, threads=1, work_dir=work))
     outputs = made.disk_bytes - made.work_bytes
     assert 0 < made.work_bytes < made.disk_bytes
     other = tmp_path.stat().st_dev + 1
@@ -317,13 +319,12 @@ def test_one_of_several_outputs_is_redone_from_the_work_beside_it(
 ) -> None:
     dense, out = pico("llama"), tmp_path / "out"
     compress(dense, out, text, ratio=(0.2, 0.4), keep_work=True)
-    resources = Resources(threads=1)
 
     with pytest.raises(OutputError, match=r"several outputs: --redo one of them, .*out/ratio-0.2"):
-        redo(dense, out, "q_proj", damping=0.3, resources=resources)
-    report = redo(dense, out / "ratio-0.4", "q_proj", damping=0.3, resources=resources).report
+        redo(dense, out, "q_proj", damping=0.3, resources=RESOURCES)
+    report = redo(dense, out / "ratio-0.4", "q_proj", damping=0.3, resources=RESOURCES).report
 
     assert report["redone"][0]["damping"] == 0.3
     shutil.move(out / "ratio-0.4", tmp_path / "moved")
     with pytest.raises((RecipeError, JobMismatchError)):
-        redo(dense, tmp_path / "moved", "q_proj", damping=0.3, resources=resources)
+        redo(dense, tmp_path / "moved", "q_proj", damping=0.3, resources=RESOURCES)

@@ -31,6 +31,8 @@ from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning import plan
 from streamcomp.planning.levers import Levers
 from tests.jobs import (
+    BUDGET,
+    RESOURCES,
     Interrupt,
     Interrupted,
     Notes,
@@ -451,11 +453,12 @@ def test_a_job_goes_on_at_the_head_before_any_block_has_run(
 # -- done again --------------------------------------------------------------------------
 
 
-def redo(model: Path, out: Path, pattern: str, damping: float, **more: Any) -> Any:
+def redo(
+    model: Path, out: Path, pattern: str, damping: float, max_ram: str = BUDGET, **more: Any
+) -> Any:
+    resources = Resources(max_ram, threads=1, **more)
     with quick_plan():
-        return streamcomp.redo(
-            model, out, pattern, damping=damping, resources=Resources(threads=1, **more)
-        )
+        return streamcomp.redo(model, out, pattern, damping=damping, resources=resources)
 
 
 DONE_AGAIN: dict[str, tuple[Settings, float]] = {  # settings, their damping
@@ -778,9 +781,7 @@ def test_every_dtype_goes_through_all_sweeps(
     assert all(bool(tensor.isfinite().all()) for tensor in floating)
     nll = next(step["nll"] for step in result.report["steps"] if "nll" in step)
     assert 0 < nll < 100
-    found = streamcomp.evaluate(
-        out, str(text), seq_len=16, windows=4, resources=Resources(threads=1)
-    )
+    found = streamcomp.evaluate(out, str(text), seq_len=16, windows=4, resources=RESOURCES)
     assert 1 < found.perplexity < float("inf")
 
 

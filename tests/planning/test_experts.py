@@ -10,16 +10,17 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import streamcomp
-from tests.jobs import run_python, small_recipe, varied_text
+from tests.jobs import RESOURCES, run_python, small_recipe, varied_text
 from tests.pico import make_tokenizer
 
 MEASURE = """
 import json, sys
-from streamcomp import Recipe, Resources, compress
+from streamcomp import Recipe, compress
+from tests.jobs import RESOURCES
 
 model, out, text = sys.argv[1:]
 recipe = Recipe(samples=32, seq_len=128, batch=2, calibration=(text,))
-report = compress(model, out, recipe, Resources(threads=1)).report
+report = compress(model, out, recipe, RESOURCES).report
 print(json.dumps([[s["step"], s["peak_bytes"], s["predicted_bytes"]] for s in report["steps"]]))
 """
 
@@ -30,7 +31,7 @@ def test_tensors_that_become_one_parameter_are_held_beside_it(
     text = varied_text(tmp_path / "text.txt", 100)
 
     costs = [
-        streamcomp.plan(pico(name), small_recipe(text)).blocks[0].cost
+        streamcomp.plan(pico(name), small_recipe(text), RESOURCES).blocks[0].cost
         for name in ("mixtral", "llama")
     ]
 

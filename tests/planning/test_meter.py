@@ -24,11 +24,14 @@ from streamcomp.planning.meter import (
     limit_device,
     machine_bytes,
     resident_bytes,
+    warm_up,
 )
 from tests.jobs import REPOSITORY, run_python
 
 MiB = 2**20
 GiB = 2**30
+
+needs_a_mark = pytest.mark.skipif(not PeakMeter.reset_mark(), reason="this kernel tells no peak")
 
 # Prints, in MiB: the peak above the start while nothing happened, after 200 MiB came and went,
 # and after a restart; then whether the kernel's own mark was read.
@@ -44,7 +47,7 @@ def come_and_go():
     with mmap.mmap(-1, size) as memory:
         for start in range(0, size, 4096):
             memory[start] = 1
-        if sys.argv[1] == "damaged":  # a sample has to fall in between
+        if not watch._exact:  # a sample has to fall in between
             while watch._sampled < start + size // 2:
                 meter.threading.Event().wait(0.01)
 
@@ -124,6 +127,49 @@ def test_the_mark_is_read_in_kibibytes(tmp_path: Path, monkeypatch: pytest.Monke
 
     assert PeakMeter().peak() == 1234 * 1024
     assert (tmp_path / "clear_refs").read_text() == "5"
+
+
+# -- what products take ---------------------------------------------------------------------
+
+
+def product_bytes() -> int:
+    return meter._product_bytes.__wrapped__(torch.device("cpu"), torch.float32, 1)
+
+
+def touched(nbytes: int) -> torch.Tensor:
+    return torch.ones(nbytes, dtype=torch.uint8)
+
+
+@needs_a_mark
+def test_what_a_product_gives_back_is_counted_and_what_it_keeps_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meter.settle()  # or the heap keeps what is given back
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(torch, "mm", lambda *_, out: len(touched(24 * MiB)))
+    assert 24 * MiB <= product_bytes() <= 26 * MiB
+
+    def keeping(*_: torch.Tensor, out: torch.Tensor) -> None:
+        if not kept:
+            kept.append(touched(24 * MiB))
+
+    monkeypatch.setattr(torch, "mm", keeping)
+    assert product_bytes() <= 2 * MiB
+    assert kept
+
+
+def test_without_the_kernel_s_mark_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PeakMeter, "reset_mark", lambda: False)
+
+    assert product_bytes() == 0
+
+
+def test_a_process_measures_its_products_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    taken = warm_up(cpu, torch.float32)
+    monkeypatch.setattr(torch, "mm", lambda *_, out: pytest.fail("measured again"))
+
+    assert warm_up(cpu, torch.float32, gradients=True) == taken >= 0
 
 
 # -- what may be held -----------------------------------------------------------------------

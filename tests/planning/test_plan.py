@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,16 @@ from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import CONTEXT_BYTES, WORKSPACE_BYTES
 from streamcomp.planning.plan import Plan, make_evaluation_plan, make_plan
 from streamcomp.planning.rates import MachineRates
-from tests.jobs import REPOSITORY, SMALL, compress, run_python, stored_tensors, varied_text
+from tests.jobs import (
+    BUDGET,
+    REPOSITORY,
+    RESOURCES,
+    SMALL,
+    compress,
+    run_python,
+    stored_tensors,
+    varied_text,
+)
 from tests.pico import BOS, EOS, LONGEST, VOCABULARY, make_tokenizer
 
 MiB = 2**20
@@ -187,13 +197,13 @@ def finished(
     "refused", and with the least that this one named, "least"."""
     folder = tmp_path_factory.mktemp("jobs")
 
-    def job(model: str, max_ram: str | None, **settings: Any) -> dict[str, Any]:
+    def job(model: str, max_ram: str, **settings: Any) -> dict[str, Any]:
         name = f"{model} {len(settings)} {max_ram} {settings}".replace("/", "")[:200]
         files = {"model": str(models[model]), "out": str(folder / name), "text": str(text)}
         return {**files, "max_ram": max_ram, **SETTINGS, **settings}
 
     jobs: dict[tuple[str, ...], dict[str, Any]] = {
-        (model, kind): job(model, None, **MEASURED[kind]) for model, kind in KINDS
+        (model, kind): job(model, BUDGET, **MEASURED[kind]) for model, kind in KINDS
     }
     for model in MODELS:
         jobs[model, "refused"] = job(model, "1M")
@@ -214,6 +224,7 @@ def planned(
     folder: Path,
     budget: int = PLENTY,
     *,
+    kernel_bytes: int = 0,
     memory_backed: bool = False,
     output_in_memory: bool = False,
     keep_work: bool = False,
@@ -232,6 +243,7 @@ def planned(
             Recipe(**settings),
             budget,
             RATES,
+            kernel_bytes=kernel_bytes,
             memory_backed=memory_backed,
             output_in_memory=output_in_memory,
             analysis=keep_work,
@@ -272,7 +284,7 @@ def test_what_is_no_block_s_weight_is_predicted_too(kind: str, text: Path, tmp_p
     make_tokenizer().save_pretrained(tmp_path / "model")
     files = {"model": str(tmp_path / "model"), "out": str(tmp_path / "out"), "text": str(text)}
 
-    (done,) = run_jobs([{**files, "max_ram": None, "method": "two-sided", **settings}])
+    (done,) = run_jobs([{**files, "max_ram": BUDGET, "method": "two-sided", **settings}])
 
     steps = done["report"]["steps"]
     assert not [step["step"] for step in steps if step["peak_bytes"] > step["predicted_bytes"]]
@@ -477,11 +489,51 @@ def test_an_output_in_memory_raises_every_peak_by_what_it_holds(models: dict[str
     assert on_disk.disk_bytes - on_disk.work_bytes > on_disk.output_bytes
 
 
+def test_what_products_take_on_this_machine_raises_every_peak(models: dict[str, Path]) -> None:
+    without, counted = (planned(models["mid-size"], kernel_bytes=n) for n in (0, 7 * MiB))
+    for before, after in zip(without.steps, counted.steps, strict=True):
+        assert after.peak_bytes - before.peak_bytes == 7 * MiB
+
+    skeleton = Skeleton(read_index(models["mid-size"]))
+    shape = StreamShape(64, LONGEST, skeleton.hidden_size, skeleton.dtype)
+    with mock.patch("streamcomp.planning.plan.resident_bytes", return_value=BASELINE):
+        peaks = [
+            make_evaluation_plan(skeleton, shape, PLENTY, kernel_bytes=n)[2] for n in (0, 7 * MiB)
+        ]
+    assert peaks[1] - peaks[0] == 7 * MiB
+
+
+@pytest.mark.parametrize("caller", ["job.run", "api", "job.redo", "evaluation.perplexity"])
+def test_what_was_measured_of_products_is_planned_for(
+    caller: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    model, out, text = models["pico"], tmp_path / "out", varied_text(tmp_path / "text.txt", 4096)
+    if caller == "job.redo":
+        compress(model, out, text, keep_work=True)
+    calls: dict[str, Callable[[], object]] = {
+        "job.run": lambda: compress(model, out, text),
+        "api": lambda: streamcomp.plan(model, Recipe(**SETTINGS), RESOURCES),
+        "job.redo": lambda: streamcomp.redo(model, out, "q_proj", damping=0.1, resources=RESOURCES),
+        "evaluation.perplexity": lambda: streamcomp.evaluate(
+            model, str(text), seq_len=16, windows=2, resources=RESOURCES
+        ),
+    }
+    calls[caller]()  # it fits
+
+    if caller == "job.run":
+        shutil.rmtree(out)
+    with (
+        mock.patch(f"streamcomp.{caller}.warm_up", return_value=PLENTY),
+        pytest.raises(BudgetError),
+    ):
+        calls[caller]()
+
+
 @pytest.mark.parametrize("memory_backed", [False, True])
 def test_plan_asks_where_the_work_folder_lies(
     models: dict[str, Path], tmp_path: Path, memory_backed: bool
 ) -> None:
-    resources = Resources(threads=1, work_dir=tmp_path)
+    resources = Resources(BUDGET, threads=1, work_dir=tmp_path)
     with (
         mock.patch("streamcomp.api.is_memory_backed", return_value=memory_backed) as asked,
         mock.patch("streamcomp.api.measure_rates", return_value=RATES),
@@ -491,7 +543,8 @@ def test_plan_asks_where_the_work_folder_lies(
 
     asked.assert_called_once_with(tmp_path)
     expected = {"memory_backed": memory_backed, "analysis": False, "keep_work": False}
-    assert made.call_args.kwargs == expected | {"device_budget": 0}
+    expected |= {"device_budget": 0, "kernel_bytes": mock.ANY}
+    assert made.call_args.kwargs == expected
 
 
 def test_a_job_asks_where_its_folders_lie(models: dict[str, Path], tmp_path: Path) -> None:
