@@ -486,6 +486,8 @@ def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
         )
     console = _console()
     console.print(table)
+    for note in made.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     _print_rows(
         console,
         {

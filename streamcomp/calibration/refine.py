@@ -29,8 +29,8 @@ from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.methods import factor_tensors
 from streamcomp.modeling.modules import FactoredLinear, LowRankLinear
-from streamcomp.modeling.skeleton import Call
 from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.modeling.taps import Call
 
 __all__ = ["Refined", "TrainingData", "refine_block"]
 

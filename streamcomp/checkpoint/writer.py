@@ -126,6 +126,8 @@ class _Write:
 
 def _tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     flat = tensor.detach().contiguous().cpu().view(-1)
+    if flat.stride() != (1,):  # one number, cut out of a row, counts as contiguous
+        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
     if not flat.numel():
         return
     data = flat.view(torch.uint8).numpy().data

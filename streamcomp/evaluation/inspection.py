@@ -14,7 +14,7 @@ from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.modeling.linears import find_linears
 from streamcomp.modeling.modules import FactoredLinear, SharedLinear
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.tracing import trace_block, trace_record
+from streamcomp.modeling.tracing import trace_block, trace_calls
 
 __all__ = ["Family", "Inspection", "inspect_checkpoint"]
 
@@ -146,7 +146,7 @@ def _range(numbers: Iterable[int | None]) -> tuple[int, int] | None:
 
 def _shared_inputs(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:
     """For each linear, the others of its block that are fed the same tensor."""
-    calls = trace_record(skeleton, _TRACED_TOKENS).calls
+    calls = trace_calls(lambda: skeleton.dry_record(1, _TRACED_TOKENS)[1]).calls
     stream = StreamShape(1, _TRACED_TOKENS, skeleton.hidden_size, skeleton.dtype)
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
     found: dict[str, tuple[str, ...]] = {}

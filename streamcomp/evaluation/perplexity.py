@@ -91,7 +91,7 @@ def evaluate_checkpoint(
     warm_up(device, skeleton.dtype)
     text = text or HELD_OUT
     tokens = load_windows(index.folder, [text], windows, seq_len, None, chat=chat)
-    for note in tokens.notes:
+    for note in (*skeleton.notes, *tokens.notes):
         progress.note(note)
     release()
     shape = StreamShape(len(tokens.tokens), seq_len, skeleton.hidden_size, skeleton.dtype)

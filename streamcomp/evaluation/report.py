@@ -20,7 +20,9 @@ from streamcomp.units import format_bytes
 __all__ = ["job_report", "model_card", "model_name"]
 
 # What a step's line in the journal holds beside its figures.
-_BULKY = ("linears", "analysis", "ranks", "refined")
+_BULKY = ("linears", "analysis", "ranks", "refined", "unreached")
+# Why a linear stays dense that the plan would have factored.
+_UNREACHED = "no calibration token reached it"
 
 
 def job_report(
@@ -39,7 +41,9 @@ def job_report(
     """
     linears = [linear for step in steps for linear in step.get("linears", [])]
     factored = {linear["name"] for linear in linears}
-    eligible = sum(linear.numel for linear in plan.linears)
+    unreached = {name for step in steps for name in step.get("unreached", [])}
+    reached = [linear for linear in plan.linears if linear.disk_name not in unreached]
+    eligible = sum(linear.numel for linear in reached)
     removed = index.numel - sum(info.numel for info in written if _counts(info))
     return {
         "model": {
@@ -74,13 +78,13 @@ def job_report(
         "linears": linears,
         "dense": [
             {"name": linear.disk_name, "rows": linear.rows, "columns": linear.columns}
-            for linear in plan.linears
+            for linear in reached
             if linear.disk_name not in factored
         ],
         "refined": [
             {"block": step["block"], **step["refined"]} for step in steps if "refined" in step
         ],
-        "left": plan.left,
+        "left": plan.left | dict.fromkeys(sorted(unreached), _UNREACHED),
         "steps": [{k: v for k, v in step.items() if k not in _BULKY} for step in steps],
     }
 

@@ -117,6 +117,8 @@ class Job:
             holder = self.out if self.folders.works_inside else self.work
             with locked(holder):  # a job that runs there is no "other job" to be removed
                 check_fingerprint(found.header["fingerprint"], self.fingerprint, holder)
+        for note in self.skeleton.notes:
+            self.progress.note(note)
         if unused := self.skeleton.blocks_unused:
             self.progress.note(
                 f"config.json has {len(self.skeleton)} blocks: {len(unused)} tensors of others are "

@@ -91,15 +91,15 @@ def reverse(work: Workspace, stage: Stage, step: Step) -> Results:
     for key in (key for key in step.writes if key.startswith("hidden")):
         _again(work, stage, int(key.partition("-")[2]) - 1)
     below = next((key for key in step.writes if key == gradient_key(number)), None)
-    linears: list[Results] = []
+    analysed: Results = {}
     for turn, groups in enumerate(work.passes(step)):
         with work.block(stage, number) as loaded:
             observer = _differentiate(
                 work, stage, number, loaded, groups, below, outputs=bool(groups) and turn == 0
             )
             below = None
-            linears += _decompose(work, stage, step, loaded, observer, groups)
-    return {"block": number, "digest": loaded.digest, "analysis": linears}
+            _decompose(work, stage, step, loaded, observer, groups, analysed)
+    return {"block": number, "digest": loaded.digest, **analysed}
 
 
 def analyse(work: Workspace, stage: Stage, step: Step) -> Results:
@@ -109,14 +109,14 @@ def analyse(work: Workspace, stage: Stage, step: Step) -> Results:
     """
     number = step.block
     target = next((key for key in step.writes if key.startswith("hidden")), None)
-    linears: list[Results] = []
+    analysed: Results = {}
     for groups in work.passes(step):
         with work.block(stage, number) as loaded:
             with Observer(loaded.module, loaded.name, groups, work.device) as observer:
                 work.propagate(stage, "observing", loaded, number, hidden_key(number), target)
             target = None
-            linears += _decompose(work, stage, step, loaded, observer, groups)
-    return {"block": number, "digest": loaded.digest, "analysis": linears}
+            _decompose(work, stage, step, loaded, observer, groups, analysed)
+    return {"block": number, "digest": loaded.digest, **analysed}
 
 
 def ranks(work: Workspace, stage: Stage, step: Step) -> Results:
@@ -125,18 +125,21 @@ def ranks(work: Workspace, stage: Stage, step: Step) -> Results:
     Holds all spectra, 8 bytes for each direction of each linear, and their hulls.
     """
     stage("sharing")
-    plan, recipe = work.plan, work.recipe
+    plan, recipe, unreached = work.plan, work.recipe, work.unreached
     if recipe.allocation == "uniform":
-        return {"ranks": [dict(output.ranks) for output in plan.outputs]}
+        dense = {m.full_name: None for m in plan.chosen if m.disk_name in unreached}
+        return {"ranks": [{**output.ranks, **dense} for output in plan.outputs]}
+    eligible, chosen = (
+        [linear for linear in linears if linear.disk_name not in unreached]
+        for linears in (plan.linears, plan.chosen)
+    )
     spectra = [
         read_spectrum(work.folder, block.number, linear)
         for block in plan.blocks
         for linear in block.targets
+        if linear.disk_name not in unreached
     ]
-    found = [
-        allocate(recipe, output.asked, plan.linears, plan.chosen, spectra)
-        for output in plan.outputs
-    ]
+    found = [allocate(recipe, output.asked, eligible, chosen, spectra) for output in plan.outputs]
     return {"ranks": found, "notes": [] if recipe.two_sided else [_ONE_SIDED]}
 
 
@@ -193,18 +196,25 @@ def _decompose(
     loaded: LoadedBlock,
     observer: Observer,
     groups: tuple[MomentGroup, ...],
-) -> list[Results]:
+    results: Results,
+) -> None:
     """Every linear of ``groups``, one at a time; what is found goes to the work folder.
 
-    All other weights are dropped before, its moments and its own weight behind it.
+    All other weights are dropped before, its moments and its own weight behind it. ``results``
+    take the figures of each, and the names of those that no token reached.
     """
     assert not isinstance(work.method, Swsc)
     for linear in work.block_plan(step.block).others(groups):
         loaded.drop(linear.name)
-    found = []
+    found, unreached = results.setdefault("analysis", []), results.setdefault("unreached", [])
     for group in groups:
         moment = observer.take(group)
         gradients = {}
+        if moment.is_empty:
+            for linear in group.linears:
+                unreached.append(linear.disk_name)
+                loaded.drop(linear.name)
+            continue
         for linear in group.linears:
             stage(f"decomposing {linear.name.rpartition('.')[2]}")
             if group.gradients:
@@ -221,4 +231,3 @@ def _decompose(
                 gradients.clear()
         if work.keeps_work:
             write_moment(work.folder, step.block, group, moment, gradients)
-    return found

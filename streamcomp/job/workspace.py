@@ -23,8 +23,9 @@ from streamcomp.errors import JobMismatchError, NonFiniteError
 from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.progress import JobProgress
 from streamcomp.methods import Method, Swsc
-from streamcomp.modeling.skeleton import Call, Skeleton
+from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
+from streamcomp.modeling.taps import Call
 from streamcomp.planning.blocks import BlockPlan, passes_of_step
 from streamcomp.planning.cost import gradient_dtype
 from streamcomp.planning.meter import release
@@ -242,6 +243,11 @@ class Workspace:
                 continue
             if not (self.keeps_work and (key.startswith("analysis-") or key == hidden_key(0))):
                 path.unlink(missing_ok=True)
+
+    @property
+    def unreached(self) -> set[str]:
+        """Linears, by their names on disk, that no calibration token reached."""
+        return {name for step in self.journal.steps for name in step.get("unreached", [])}
 
     def results(self, kind: str, block: int) -> dict[str, Any] | None:
         """What the journal holds of the step of ``kind`` on ``block``."""

@@ -90,10 +90,19 @@ def block(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
         "output": step.output,
         "digest": loaded.digest,
         "linears": linears,
+        "unreached": _unreached(work, step, found),
         "detail": detail,
         "notes": notes,
         **({"refined": refined} if refined else {}),
     }
+
+
+def _unreached(work: Workspace, step: Step, found: list[Factored]) -> list[str]:
+    """Linears that were to be factored, and stay dense since no calibration token reached them."""
+    ranks = work.plan.outputs[step.output].ranks
+    done = {item.linear for item in found}
+    targets = work.block_plan(step.block).targets
+    return [m.disk_name for m in targets if ranks[m.full_name] is not None and m not in done]
 
 
 def copy(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
@@ -165,6 +174,10 @@ def _factorize_groups(
     spare = _spare(output, before)  # goes from one linear to the next
     for group in groups:
         moment = observer.take(group) if observer else None
+        if moment is not None and moment.is_empty:
+            for linear in () if runs_again else group.linears:
+                loaded.drop(linear.name)
+            continue
         for linear in group.linears:
             rank, numbers = output.ranks[linear.full_name], output.numbers[linear.full_name]
             if rank is None or numbers is None:

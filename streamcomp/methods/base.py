@@ -42,6 +42,11 @@ class Moment:
     gradient: GradientMoment | None = None
     least: float = 0.0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing ever ran through the linear: then it says nothing of its weights."""
+        return self.rows == 0
+
     def leaves_open(self, directions: int) -> bool:
         """Whether it has fewer rows than there are ``directions``, and so says nothing of some."""
         return 0 < self.rows < directions

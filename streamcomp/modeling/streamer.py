@@ -7,7 +7,7 @@ only the rows in use are read. A block's weights live inside a ``with``, and so 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -24,7 +24,8 @@ from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.modeling.feed_forward import in_chunks, whole
 from streamcomp.modeling.modules import FactoredLinear
-from streamcomp.modeling.skeleton import Call, Skeleton, check_same_calls, views_of_one
+from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.modeling.taps import Call, check_same_calls, hidden_of, views_of_one
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
 
@@ -39,15 +40,14 @@ _OLDER_ARGUMENTS = (
 class LoadedBlock:
     """A block with its weights: ``module`` to run and hook, ``digest`` of the bytes read."""
 
-    def __init__(self, module: nn.Module, name: str, digest: str, skeleton: Skeleton) -> None:
-        self.module, self.name, self.digest = module, name, digest
-        self._skeleton = skeleton
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name, self.digest = module, name, ""
         self._replaced: dict[str, nn.Module] = {}
 
     @torch.no_grad()
     def run(self, hidden: Tensor, call: Call) -> Tensor:
         """Hidden states (batch, seq, hidden) through the block."""
-        return self._skeleton.unwrap(self.module(hidden, *call.args, **call.kwargs))
+        return hidden_of(self.module(hidden, *call.args, **call.kwargs))
 
     @torch.enable_grad()
     def differentiate(self, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class LoadedBlock:
         the linears see theirs.
         """
         start = hidden.detach().requires_grad_()
-        output = self._skeleton.unwrap(self.module(start, *call.args, **call.kwargs))
+        output = hidden_of(self.module(start, *call.args, **call.kwargs))
         found: Tensor = torch.autograd.grad(output, start, gradient)[0]
         return found
 
@@ -73,7 +73,7 @@ class LoadedBlock:
         output = torch.func.functional_call(
             self.module, rounded, (hidden, *call.args), dict(call.kwargs)
         )
-        return self._skeleton.unwrap(output)
+        return hidden_of(output)
 
     @contextmanager
     def cast(self, dtype: torch.dtype) -> Iterator[None]:
@@ -158,7 +158,7 @@ class BlockStreamer:
         self.skeleton, self.device = skeleton, device
         self._feed_forward_tokens = feed_forward_tokens
         self._calls: dict[torch.Size, list[Call]] = {}
-        wanted = skeleton.modules_before - {skeleton.embedding_name}
+        wanted = skeleton.rehearsal.before - {skeleton.embedding_name}
         _move_buffers(skeleton.model, device)
         self._load_outer(wanted)
 
@@ -197,7 +197,7 @@ class BlockStreamer:
         """A block with its weights; they are dropped at the end of the ``with``."""
         name = self.skeleton.block_name(number)
         module = self.skeleton.block(number)
-        loaded = LoadedBlock(module, name, "", self.skeleton)
+        loaded = LoadedBlock(module, name)
         try:
             loaded.digest = self._load(lambda parameter: parameter.startswith(name + "."))
             _check_loaded(name, module)
@@ -214,33 +214,37 @@ class BlockStreamer:
 
         It runs in ``dtype``, by default the model's own, and can be differentiated.
         """
-        module = self.skeleton.head
-        outer = self.skeleton.modules_behind(self.device) - {self.skeleton.embedding_name}
+        outer = self.skeleton.rehearsal.behind - {self.skeleton.embedding_name}
         token = torch.zeros(1, 1, dtype=torch.int64)
         try:
-            self._load_outer(outer, but=module if self.skeleton.tied else None)
-            if self.skeleton.tied:
-                with TensorReader() as reader:
-                    weight = reader.read(self.skeleton.embedding_source)
-                weight = weight.to(self.device, self.skeleton.dtype)
-                module.weight = nn.Parameter(weight, requires_grad=False)
+            self._load_outer(outer)
             if dtype not in (None, self.skeleton.dtype):
-                for name in outer | {self.skeleton.head_name}:
+                for name in outer:
                     self.skeleton.model.get_submodule(name).to(dtype)
             self.skeleton.model.requires_grad_(False)
             with self._embedding_rows(token, any_tokens=True):
                 yield self.skeleton.finish
         finally:
-            for name in outer | {self.skeleton.head_name}:
+            for name in outer:
                 _free(self.skeleton.model.get_submodule(name))
 
-    def _load_outer(self, names: set[str], but: nn.Module | None = None) -> None:
-        """Load modules that lie in no block; all their tensors must be there, but ``but``'s."""
+    def _load_outer(self, names: Set[str]) -> None:
+        """Load modules that lie in no block; all their tensors must be there."""
         self._load(lambda parameter: parameter.rpartition(".")[0] in names)
+        for parameter in self.skeleton.ties:
+            if parameter.rpartition(".")[0] in names:
+                self._load_tied(parameter)
         for name in sorted(names):
-            module = self.skeleton.model.get_submodule(name)
-            if module is not but:
-                _check_loaded(name, module)
+            _check_loaded(name, self.skeleton.model.get_submodule(name))
+
+    def _load_tied(self, parameter: str) -> None:
+        """Load a parameter from the tensor of the one that it is tied to."""
+        name, _, leaf = parameter.rpartition(".")
+        with TensorReader() as reader:
+            value = reader.read(self.skeleton.source_of(parameter))
+        module = self.skeleton.model.get_submodule(name)
+        value = value.to(self.device, self.skeleton.dtype)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     @contextmanager
     def _embedding_rows(self, tokens: Tensor, any_tokens: bool = False) -> Iterator[None]:

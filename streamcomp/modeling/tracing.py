@@ -1,14 +1,15 @@
 """What a block's forward would do, found without weights and without computing.
 
 The block runs on fake tensors: shapes, dtypes and the choice of kernels are real, the data
-is not there. One such forward tells which linears are fed the same tensor, how many bytes
-are alive at the peak, and how many floating-point operations it takes.
+is not there. One such forward tells which linears are called and which are fed the same tensor, how
+many bytes are alive at the peak, and how many floating-point operations it takes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
+from streamcomp.errors import UnsupportedModelError
 from streamcomp.modeling.feed_forward import in_chunks
-from streamcomp.modeling.skeleton import Call, Skeleton, call_bytes
+from streamcomp.modeling.taps import Call, Returned, Unstreamed, call_bytes, hidden_of
 
-__all__ = ["BlockTrace", "RecordTrace", "trace_block", "trace_record"]
+__all__ = ["BlockTrace", "BlockUse", "RecordTrace", "trace_block", "trace_calls", "use_of_block"]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -46,23 +48,104 @@ class BlockTrace:
 
 
 @dataclass(frozen=True)
+class BlockUse:
+    """How a block's forward goes."""
+
+    called: frozenset[str]  # its linears that it calls: of others it reads the weight, or nothing
+    returned: Returned
+
+
+@dataclass(frozen=True)
 class RecordTrace:
-    """What the blocks are given beside the hidden states of one window: masks, positions."""
+    """What the blocks are given besides the hidden states of one window: masks, positions."""
 
     calls: list[Call]  # of each block; tensors without data
     nbytes: int  # of all their tensors together
     peak_bytes: int  # most alive while they are made, themselves among them
 
 
-def trace_record(skeleton: Skeleton, seq_len: int) -> RecordTrace:
-    """Have the model make the calls of its blocks for one window of ``seq_len`` tokens."""
+def trace_calls(make: Callable[[], list[Call]]) -> RecordTrace:
+    """Have ``make`` record the calls of all blocks for one window."""
     with _LiveBytes([]) as live:
-        _, calls = skeleton.dry_record(1, seq_len)
+        calls = make()
     empty = [
         Call(*tree_map_only(Tensor, lambda t: t.to("meta"), (call.args, call.kwargs)))
         for call in calls
     ]
     return RecordTrace(empty, call_bytes(calls), live.peak)
+
+
+def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | None:
+    """Which linears ``block`` calls, and what it returns; None where it cannot run without data.
+
+    UnsupportedModelError where the block makes use of a state that is not streamed.
+    """
+    called: set[str] = set()
+    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    error: Exception | None = None
+    for choice in (None, "batched_mm"):  # the kernel of grouped experts knows no fake fp32 tensors
+        called.clear()
+        with ExitStack() as stack:
+            for name, linear in linears.items():
+                hook = linear.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+                stack.callback(hook.remove)
+            stack.enter_context(_experts_run_by(block, choice))
+            stack.enter_context(_quiet())
+            try:
+                with torch.no_grad(), FakeTensorMode():
+                    state, start, args, kwargs = _faked(block, hidden, call)
+                    output = torch.func.functional_call(block, state, (start, *args), kwargs)
+                return BlockUse(frozenset(called), Returned.of(output))
+            except UnsupportedModelError:
+                raise
+            except Exception as fault:  # whatever the model's own code raises on fake tensors
+                error = fault
+    if any(isinstance(leaf, Unstreamed) for leaf in call.leaves):
+        raise UnsupportedModelError(
+            "a block is given what the block before it returned besides its hidden states, and "
+            "cannot be run without it: not supported yet"
+        ) from error
+    return None
+
+
+@contextmanager
+def _experts_run_by(block: nn.Module, implementation: str | None) -> Iterator[None]:
+    """Experts by one of transformers' implementations; None: as the config says."""
+    configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}
+    name = "_experts_implementation_internal"
+    before = [(c, getattr(c, name)) for c in configs.values() if hasattr(c, name)]
+    try:
+        for config, _ in before:
+            if implementation is not None:
+                setattr(config, name, implementation)
+        yield
+    finally:
+        for config, value in before:
+            setattr(config, name, value)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is logged of every kernel that knows no fake tensors."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _faked(
+    block: nn.Module, hidden: Tensor, call: Call
+) -> tuple[dict[str, Tensor], Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Weights, hidden states and the rest of the call without data; in a FakeTensorMode."""
+    state = {
+        name: torch.empty(value.shape, dtype=value.dtype)
+        for name, value in (*block.named_parameters(), *block.named_buffers())
+    }
+    args, kwargs = tree_map_only(Tensor, _without_data, (call.args, call.kwargs))
+    return state, torch.empty(hidden.shape, dtype=hidden.dtype), args, kwargs
 
 
 def trace_block(
@@ -75,16 +158,11 @@ def trace_block(
     A block whose code depends on the data (a mixture's routing) cannot be traced: then no
     sharing is assumed, and bytes and operations are estimated from its linears.
     """
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # it tells of every kernel that knows no fake tensors
     try:
-        with in_chunks(block, tokens):
+        with _quiet(), in_chunks(block, tokens):
             return _trace(block, linears, hidden, call)
     except Exception:  # whatever the model's own code raises on fake tensors
         return _estimate(block, linears, hidden)
-    finally:
-        log.setLevel(level)
 
 
 def _trace(
@@ -105,21 +183,16 @@ def _trace(
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
     try:
         with torch.no_grad(), FakeTensorMode():
-            state = {
-                name: torch.empty(value.shape, dtype=value.dtype)
-                for name, value in (*block.named_parameters(), *block.named_buffers())
-            }
-            copied = tree_map_only(Tensor, _without_data, (call.args, call.kwargs))
-            start = torch.empty(hidden.shape, dtype=hidden.dtype)
+            state, start, args, kwargs = _faked(block, hidden, call)
             counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
             with counter, _LiveBytes([start]) as live:
-                torch.func.functional_call(block, state, (start, *copied[0]), copied[1])
+                torch.func.functional_call(block, state, (start, *args), kwargs)
             for hook in hooks:
                 hook.remove()
             with torch.enable_grad(), _LiveBytes([start]) as both:
                 named = {f"block.{name}": value for name, value in state.items()}
                 start.requires_grad_()
-                torch.func.functional_call(_Backward(block), named, (start, *copied[0]), copied[1])
+                torch.func.functional_call(_Backward(block), named, (start, *args), kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -144,10 +217,9 @@ class _Backward(nn.Module):
         self.block = block
 
     def forward(self, start: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = self.block(start, *args, **kwargs)
-        output = output[0] if isinstance(output, tuple | list) else output
-        found: Tensor = torch.autograd.grad(output, start, torch.ones_like(output))[0]
-        return found
+        output = hidden_of(self.block(start, *args, **kwargs))
+        gradient: Tensor = torch.autograd.grad(output, start, torch.ones_like(output))[0]
+        return gradient
 
 
 def _estimate(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor) -> BlockTrace:

@@ -14,7 +14,7 @@ from streamcomp.calibration.observe import MomentGroup, group_moments
 from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.tracing import BlockTrace, trace_block, trace_record
+from streamcomp.modeling.tracing import BlockTrace, trace_block, trace_calls
 from streamcomp.planning.cost import BlockCost, gradient_dtype
 from streamcomp.planning.levers import Levers
 from streamcomp.planning.outputs import can_be_factored
@@ -93,7 +93,7 @@ def plan_blocks(
     skeleton: Skeleton, recipe: Recipe, stream: StreamShape, *, on_device: bool = False
 ) -> list[BlockPlan]:
     """Linears and groups of every block; one trace per kind of block."""
-    record = trace_record(skeleton, stream.seq_len)
+    record = trace_calls(lambda: skeleton.dry_record(1, stream.seq_len)[1])
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
     traces: dict[tuple[Any, ...], Callable[[int], BlockTrace]] = {}
     chosen = chosen_blocks(recipe.blocks, len(skeleton))

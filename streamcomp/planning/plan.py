@@ -52,6 +52,7 @@ class Plan:
     disk_bytes: int  # outputs, streams, analysis and journal together, at most
     work_bytes: int  # those of them that lie in the work folder
     levers_seconds: float  # what levers cost that compute or read anything again
+    notes: tuple[str, ...]  # what of the source is not followed
 
     @property
     def peak_bytes(self) -> int:
@@ -135,6 +136,7 @@ class Plan:
                 for output in self.outputs
             ],
             "left": self.left,
+            "notes": list(self.notes),
         }
 
 
@@ -235,6 +237,7 @@ def _assembled(
         planner.disk_bytes,
         planner.work_bytes,
         sum(step.seconds for step in steps) - planner.seconds(at_once),
+        planner.skeleton.notes,
     )
 
 

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from streamcomp.errors import UnsupportedModelError
 from streamcomp.modeling.feed_forward import in_chunks, whole
-from streamcomp.modeling.skeleton import Call
 from streamcomp.modeling.streamer import BlockStreamer
+from streamcomp.modeling.taps import Call
 from streamcomp.modeling.tracing import BlockTrace, trace_block
 from tests.modeling.folders import CPU, open_skeleton
 from tests.pico import ARCHITECTURES, pico_tokens

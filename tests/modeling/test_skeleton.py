@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamcomp.errors import SourceError, UnsupportedModelError
-from streamcomp.modeling.skeleton import Call, call_bytes, check_same_calls, views_of_one
+from streamcomp.modeling.taps import Call, call_bytes, check_same_calls, views_of_one
 from tests.modeling.folders import edit_config, open_skeleton, save_edited
 from tests.pico import ARCHITECTURES, save_pico
 
@@ -68,7 +68,7 @@ def test_the_modules_that_run_before_the_blocks_are_found(
 ) -> None:
     skeleton = open_skeleton(pico(architecture))
 
-    assert skeleton.modules_before == before
+    assert skeleton.rehearsal.before == before
     assert all(value.is_meta for value in skeleton.model.parameters())
 
 
