@@ -28,7 +28,7 @@ from streamcomp.errors import StreamcompError
 from streamcomp.modeling.modules import FactoredLinear
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.rates import MachineRates
-from tests.families.tiny import NotBuiltError, save_tiny
+from tests.families.tiny import NotBuiltError, default_model, save_tiny
 from tests.jobs import (
     compress,
     config_of,
@@ -79,8 +79,12 @@ class Family:
     kind: str
     model_class: str = ""
     parameters: int = 0
-    share: float | None = None  # of the numbers in the blocks' matrices that can be factored
-    dense: dict[str, float] = field(default_factory=dict)  # what cannot, and its share
+    # Of the numbers in the blocks' matrices, the share that can be factored: of the tiny model, and
+    # of one as large as the type's default config; and the shares of what cannot, in the larger.
+    share: float | None = None
+    default_share: float | None = None
+    default_parameters: int = 0
+    dense: dict[str, float] = field(default_factory=dict)
     exact: bool | None = None  # streamed logits have the bits of the whole model's
     remarks: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -179,14 +183,16 @@ class _Checks:
     def _inspect(self) -> None:
         """What inspect says, in shares of the numbers in the blocks' matrices."""
         inspection = streamcomp.inspect(self.source)
-        numbers = _matrices(Skeleton(read_index(self.source)))
-        total = sum(numbers.values())
-        reached = sum(f.rows * f.columns * f.count for f in inspection.families)
-        self.family.share = reached / total
-        self.family.dense = {
-            f"{name}: {why}": numbers.get(name, 0) / total
-            for name, (why, _) in inspection.left.items()
-        }
+        skeleton = Skeleton(read_index(self.source))
+        family, layers = self.family, skeleton.layers_name
+        left = {name: why for name, (why, _) in inspection.left.items()}
+        family.share, family.dense = _shares(skeleton.model, layers, left)
+        original = default_model(family.kind)
+        if original is not None:
+            family.default_parameters = sum(
+                parameter.numel() for parameter in original.parameters()
+            )
+            family.default_share, family.dense = _shares(original, layers, left)
 
     def _plan(self) -> None:
         rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)  # measuring them takes seconds
@@ -310,15 +316,23 @@ def _must_agree(what: str, one: Tensor, other: Tensor, within: float = _LOGITS) 
         raise _WrongError(f"{what} differ by {difference:.1e} of the largest")
 
 
-def _matrices(skeleton: Skeleton) -> dict[str, int]:
-    """Numbers in the matrices of all blocks, by the module's name as inspect writes it."""
+def _shares(
+    model: PreTrainedModel, layers: str, left: dict[str, str]
+) -> tuple[float, dict[str, float]]:
+    """Shares of the numbers in the matrices of the blocks ``layers``.
+
+    First of those that can be factored, then of each module in ``left``, which has the reasons
+    why it cannot, by the name that ``inspect`` gives it.
+    """
     numbers: dict[str, int] = {}
-    for number in range(len(skeleton)):
-        for name, module in skeleton.block(number).named_modules():
+    for block in model.get_submodule(layers):
+        for name, module in block.named_modules():
             short = re.sub(r"\b\d+\b", "*", name)
             matrices = (p for p in module.parameters(recurse=False) if p.dim() > 1)
             numbers[short] = numbers.get(short, 0) + sum(p.numel() for p in matrices)
-    return numbers
+    total = sum(numbers.values())
+    dense = {f"{name}: {why}": numbers.get(name, 0) / total for name, why in left.items()}
+    return 1 - sum(dense.values()), dense
 
 
 def _settings(folder: Path) -> dict[str, Any]:

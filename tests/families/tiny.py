@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 
 from tests.pico import BOS, EOS, HIDDEN, LONGEST, VOCABULARY, make_tokenizer
 
-__all__ = ["NotBuiltError", "causal_types", "save_tiny", "tiny_config"]
+__all__ = ["NotBuiltError", "causal_types", "default_model", "save_tiny", "tiny_config"]
 
 _MOST_PARAMETERS = 3_000_000
 _MOST_BLOCKS = 4
@@ -220,11 +220,14 @@ def causal_types() -> dict[str, str]:
 
 def tiny_config(kind: str) -> PretrainedConfig:
     """The default config of type ``kind`` with all sizes small."""
-    config_class = CONFIG_MAPPING[kind]
-    changes = _shrunk(config_class(**_DEFAULTS.get(kind, {})))
+    changes = _shrunk(_default_config(kind))
     if kind in _TOLD_TO_DECODE:
         changes["is_decoder"] = True
-    return config_class(**_merged(changes, _OWN.get(kind, {})))  # type: ignore[no-any-return]
+    return CONFIG_MAPPING[kind](**_merged(changes, _OWN.get(kind, {})))  # type: ignore[no-any-return]
+
+
+def _default_config(kind: str) -> PretrainedConfig:
+    return CONFIG_MAPPING[kind](**_DEFAULTS.get(kind, {}))  # type: ignore[no-any-return]
 
 
 def _merged(changes: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
@@ -369,6 +372,18 @@ def save_tiny(kind: str, folder: Path) -> PreTrainedModel:
         config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return model
+
+
+def default_model(kind: str) -> PreTrainedModel | None:
+    """The model of type ``kind`` as large as its default config says, without weights.
+
+    None where transformers cannot build that.
+    """
+    try:
+        with torch.device("meta"):
+            return _model(_default_config(kind))
+    except Exception:  # whatever the model's code raises: some defaults lack a setting
+        return None
 
 
 def _model(config: PretrainedConfig) -> PreTrainedModel:
