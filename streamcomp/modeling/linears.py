@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from dataclasses import dataclass
 
@@ -90,13 +91,20 @@ def _reason(
         return "a router"
     block, name = skeleton.place_of(full_name)
     called = skeleton.rehearsal.called[block]
-    if called is not None and name not in called:
+    if name not in called if called is not None else _is_read(skeleton, full_name):
         return "not called by its block"
     if include and not re.search(include, full_name):
         return "not included"
     if exclude and re.search(exclude, full_name):
         return "excluded"
     return ""
+
+
+def _is_read(skeleton: Skeleton, full_name: str) -> bool:
+    """Whether the code around a linear names its weight; for blocks that cannot be tried."""
+    owner, _, leaf = full_name.rpartition(".")
+    code = inspect.getsource(type(skeleton.model.get_submodule(owner)))
+    return re.search(rf"\.{re.escape(leaf)}\.weight\b", code) is not None
 
 
 def _computes_a_linear(module: nn.Linear) -> bool:

@@ -207,13 +207,14 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Where no list has that many, since a block counts as two layers or so, one of such types alone.
     """
     config = model.config.get_text_config(decoder=True)
+    count = getattr(config, "num_hidden_layers", None)
     whole = set(model._no_split_modules or ())
     decoder = set(model.get_decoder().modules())  # beside it may stand a tower for images
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     lists = [pair for pair in lists if pair[1] in decoder] or lists  # or the head is called decoder
     for name, layers in lists:
         named = re.search(r"(^|\.)(layers|h|blocks)$", name) is not None
-        if len(layers) == config.num_hidden_layers and (type(layers[0]).__name__ in whole or named):
+        if len(layers) == count and (type(layers[0]).__name__ in whole or named):
             return name, layers
     for name, layers in lists:
         if all(type(block).__name__ in whole for block in layers):

@@ -24,6 +24,7 @@ from streamcomp.modeling.taps import (
     Stop,
     TapPanel,
     check_same_calls,
+    is_state,
 )
 from streamcomp.modeling.tracing import BlockUse, use_of_block
 
@@ -110,7 +111,7 @@ def _perform(
 
     def embed(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         of_tokens = args and isinstance(args[0], Tensor) and torch.equal(args[0].cpu(), tokens)
-        return output.detach().requires_grad_() if of_tokens else None
+        return output.detach().requires_grad_().clone() if of_tokens else None
 
     panel.conductor = actors
     with ExitStack() as hooks, torch.enable_grad():
@@ -137,6 +138,8 @@ class _Actors:
         self.uses: list[BlockUse | None] = []
         self.calls: list[Call] = []
         self.leaves: list[Tensor] = []
+        self._output: Tensor | None = None  # of the block before; models may change it in place
+        self._version = 0
 
     @property
     def finished(self) -> bool:
@@ -152,14 +155,15 @@ class _Actors:
     def returns(self) -> list[Returned]:
         return [use.returned if use else self._guess for use in self.uses]
 
-    def answer(self, number: int, hidden: Tensor, call: Call) -> Tensor:
+    def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
         if number != len(self.calls):
             raise UnsupportedModelError("its blocks run in another order than they are listed in")
         if hidden.dim() != 3 or self.leaves and hidden.shape != self.leaves[0].shape:
             raise UnsupportedModelError(
                 f"hidden states are not (batch, tokens, hidden) but {list(hidden.shape)}"
             )
-        if self.leaves and hidden is not self.leaves[-1]:
+        changed = hidden is not self._output or hidden._version != self._version
+        if self.leaves and changed:
             raise UnsupportedModelError(
                 f"block {number} is given something else than what block {number - 1} returned: "
                 "not supported yet"
@@ -173,8 +177,9 @@ class _Actors:
         self.calls.append(call)
         self.uses.append(self._use(number, hidden, call))
         self.leaves.append(hidden.detach().clone().requires_grad_())
-        returned: Tensor = self.returns[-1].around(self.leaves[-1])
-        return returned
+        self._output = self.leaves[-1].clone()
+        self._version = self._output._version
+        return self.returns[-1].around(self._output)
 
     def check_head(self, arrived: list[Tensor]) -> None:
         """The head depends on what the last block returned, and on no other block."""
@@ -229,5 +234,7 @@ def _looks(leaf: Any) -> Hashable:
     """What of an argument may decide which code a block runs."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype
+    if is_state(leaf):
+        return object()  # every block is looked at: which use it, may be by its number
     plain = isinstance(leaf, str | bool | int | float | None)
     return leaf if plain else type(leaf).__name__

@@ -29,6 +29,7 @@ __all__ = [
     "call_bytes",
     "check_same_calls",
     "hidden_of",
+    "is_state",
     "views_of_one",
 ]
 
@@ -175,6 +176,11 @@ class _WriteOnly(MutableMapping[Any, Any]):
         raise UnsupportedModelError(
             f"a block reads the state {self._name!r} that others have written: not supported yet"
         )
+
+
+def is_state(leaf: Any) -> bool:
+    """Whether an argument stands for a state that could pass from block to block."""
+    return isinstance(leaf, Unstreamed | _WriteOnly)
 
 
 def _sealed(name: str, value: Any) -> Any:

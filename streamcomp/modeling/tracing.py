@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from streamcomp.errors import UnsupportedModelError
 from streamcomp.modeling.feed_forward import in_chunks
-from streamcomp.modeling.taps import Call, Returned, Unstreamed, call_bytes, hidden_of
+from streamcomp.modeling.taps import Call, Returned, call_bytes, hidden_of, is_state
 
 __all__ = ["BlockTrace", "BlockUse", "RecordTrace", "trace_block", "trace_calls", "use_of_block"]
 
@@ -100,10 +100,10 @@ def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | Non
                 raise
             except Exception as fault:  # whatever the model's own code raises on fake tensors
                 error = fault
-    if any(isinstance(leaf, Unstreamed) for leaf in call.leaves):
+    if any(map(is_state, call.leaves)):
         raise UnsupportedModelError(
-            "a block is given what the block before it returned besides its hidden states, and "
-            "cannot be run without it: not supported yet"
+            "a block is given a state besides the hidden states, and cannot be run without data to "
+            "see whether it uses it: not supported yet"
         ) from error
     return None
 

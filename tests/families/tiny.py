@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 
 from tests.pico import BOS, EOS, HIDDEN, LONGEST, VOCABULARY, make_tokenizer
 
-__all__ = ["NotBuiltError", "causal_types", "default_model", "save_tiny", "tiny_config"]
+__all__ = ["NotBuiltError", "causal_types", "default_model", "save_tiny", "tiny_config", "variants"]
 
 _MOST_PARAMETERS = 3_000_000
 _MOST_BLOCKS = 4
@@ -161,6 +161,26 @@ _OWN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n": {"text_config": {"num_kv_shared_layers": 2}},
     "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma4": {
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": HIDDEN,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "position_embedding_size": 16,
+        },
+        "audio_config": {
+            "model_type": "gemma4_audio",
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "subsampling_conv_channels": [8, 4],
+            "output_proj_dims": HIDDEN,
+        },
+    },
     "gemma4_assistant": {"text_config": _GEMMA_ASSISTANT},
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 2}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
@@ -180,6 +200,37 @@ _OWN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {**_SHARED_TRANSFORMER, "use_mamba_kernels": False},
     "zamba2": {**_SHARED_TRANSFORMER, "hybrid_layer_ids": [1, 3], "use_mem_rope": True},
+}
+# Settings of well-known models that the default config of their type does not have.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "bamba+recurrent": {"attn_layer_indices": None},  # without a block of attention
+    "falcon+new": {"new_decoder_architecture": True, "multi_query": False},
+    "gemma4_text+plain": {"hidden_size_per_layer_input": 0},
+    "gemma4_text+experts": {
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    },
+    "gemma4_text+shared": {  # keys and values of the first blocks serve the last ones
+        "hidden_size_per_layer_input": 0,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}},
+        "num_kv_shared_layers": 2,
+    },
+    "glm_moe_dsa+shared": {"indexer_types": ["full", "shared"]},
+    "mixtral+sliding": {"sliding_window": 8},
+    "phi3+longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 2.1, 2.2, 2.3],
+        },
+        "original_max_position_embeddings": 8,  # so that the windows of the checks are long
+    },
 }
 # What a default config must be given to be there at all.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -210,24 +261,32 @@ class NotBuiltError(Exception):
     """There is no tiny model of this type; the message says why."""
 
 
-def causal_types() -> dict[str, str]:
-    """Every type of causal language model of the installed transformers, and its class."""
-    return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def causal_types() -> list[str]:
+    """Every type of causal language model of the installed transformers."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def variants() -> list[str]:
+    """Types with settings that their default config does not have: "type+variant"."""
+    return [name for name in _VARIANTS if name.partition("+")[0] in causal_types()]
 
 
 # -- the config --------------------------------------------------------------------------
 
 
 def tiny_config(kind: str) -> PretrainedConfig:
-    """The default config of type ``kind`` with all sizes small."""
-    changes = _shrunk(_default_config(kind))
-    if kind in _TOLD_TO_DECODE:
+    """The default config of a type or variant with all sizes small."""
+    base = kind.partition("+")[0]
+    changes = _shrunk(_default_config(base))
+    if base in _TOLD_TO_DECODE:
         changes["is_decoder"] = True
-    return CONFIG_MAPPING[kind](**_merged(changes, _OWN.get(kind, {})))  # type: ignore[no-any-return]
+    for own in (_OWN.get(base, {}), _VARIANTS.get(kind, {})):
+        changes = _merged(changes, own)
+    return CONFIG_MAPPING[base](**changes)  # type: ignore[no-any-return]
 
 
-def _default_config(kind: str) -> PretrainedConfig:
-    return CONFIG_MAPPING[kind](**_DEFAULTS.get(kind, {}))  # type: ignore[no-any-return]
+def _default_config(base: str) -> PretrainedConfig:
+    return CONFIG_MAPPING[base](**_DEFAULTS.get(base, {}))  # type: ignore[no-any-return]
 
 
 def _merged(changes: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
@@ -377,8 +436,10 @@ def save_tiny(kind: str, folder: Path) -> PreTrainedModel:
 def default_model(kind: str) -> PreTrainedModel | None:
     """The model of type ``kind`` as large as its default config says, without weights.
 
-    None where transformers cannot build that.
+    None of a variant, or where transformers cannot build it.
     """
+    if kind in _VARIANTS:
+        return None
     try:
         with torch.device("meta"):
             return _model(_default_config(kind))
