@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests.families import checks
 from tests.families.checks import OK, RECIPES, REFUSED, TRACEBACK, WRONG, Family, check_family
 from tests.families.tiny import NotBuiltError, causal_types, save_tiny, tiny_config
-from tests.jobs import logits_of, stored_tensors
+from tests.jobs import logits_of, products, stored_tensors
 from tests.modeling.folders import streamed_logits
 
 # Type -> what is difficult about it.
@@ -44,11 +44,11 @@ WORKS = {
 }
 # Type -> the reason.
 REFUSES = {
-    "deepseek_v4": r"hidden states are not \(batch, tokens, hidden\)",
+    "deepseek_v4": "hands the state 'position_embeddings'",
     "gemma3n_text": r"hidden states are not \(batch, tokens, hidden\)",
     "gemma4_text": "depends on the tokens",
     "inkling2_text": "depends on the tokens",
-    "reformer": "cannot be run block by block",
+    "reformer": "depends on the tokens",
     "zamba2": "is the same weight as",
 }
 
@@ -61,10 +61,11 @@ def only_known(kinds: dict[str, str]) -> list[Any]:
 
 @pytest.mark.parametrize("kind", only_known(WORKS))
 def test_it_works(kind: str, tmp_path: Path) -> None:
-    family = check_family(kind, tmp_path)
+    recipes = RECIPES if kind in ("mamba", "bart", "falcon") else {"default": RECIPES["default"]}
+    family = check_family(kind, tmp_path, recipes=recipes)
 
     assert family.verdict == "works", family.reason
-    assert family.steps[-1].name == f"evaluate, {list(RECIPES)[-1]}"
+    assert family.steps[-1].name == f"evaluate, {list(recipes)[-1]}"
     assert family.share is not None and 0.05 < family.share <= 1
 
 
@@ -82,8 +83,8 @@ def test_it_is_refused_with_a_reason(kind: str, tmp_path: Path) -> None:
 
 def checked_llama(folder: Path, recipes: dict[str, Any], **patches: Any) -> Family:
     """A sound model with something in the checks, or in streamcomp, replaced."""
-    with mock.patch.object(checks, "RECIPES", recipes), mock.patch.multiple(checks, **patches):
-        return check_family("llama", folder)
+    with mock.patch.multiple(checks, **patches):
+        return check_family("llama", folder, recipes=recipes)
 
 
 def test_logits_that_are_not_the_whole_models_are_wrong(tmp_path: Path) -> None:
@@ -92,18 +93,17 @@ def test_logits_that_are_not_the_whole_models_are_wrong(tmp_path: Path) -> None:
 
     family = checked_llama(tmp_path, {}, streamed_logits=slightly_off)
 
-    assert family.verdict == WRONG and family.exact is False
+    assert family.verdict == WRONG and family.difference is not None and family.difference > 5e-5
     assert family.reason is not None and "streamed and whole logits" in family.reason.detail
     assert [step.outcome for step in family.steps] == [OK, OK, OK, WRONG]
 
 
 def test_an_export_that_is_not_the_product_is_wrong(tmp_path: Path) -> None:
     def others(folder: Path) -> dict[str, Tensor]:
-        products = checks_products(folder)
-        products["model.layers.1.mlp.up_proj"] = products["model.layers.1.mlp.up_proj"] * 1.001
-        return products
+        found = products(folder)
+        found["model.layers.1.mlp.up_proj"] = found["model.layers.1.mlp.up_proj"] * 1.001
+        return found
 
-    checks_products = checks.products
     family = checked_llama(tmp_path, {"default": {}}, products=others)
 
     assert family.verdict == WRONG

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -214,7 +213,6 @@ _VARIANTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
     },
     "gemma4_text+shared": {  # keys and values of the first blocks serve the last ones
-        "hidden_size_per_layer_input": 0,
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}},
@@ -282,11 +280,11 @@ def tiny_config(kind: str) -> PretrainedConfig:
         changes["is_decoder"] = True
     for own in (_OWN.get(base, {}), _VARIANTS.get(kind, {})):
         changes = _merged(changes, own)
-    return CONFIG_MAPPING[base](**changes)  # type: ignore[no-any-return]
+    return CONFIG_MAPPING[base](**changes)
 
 
 def _default_config(base: str) -> PretrainedConfig:
-    return CONFIG_MAPPING[base](**_DEFAULTS.get(base, {}))  # type: ignore[no-any-return]
+    return CONFIG_MAPPING[base](**_DEFAULTS.get(base, {}))
 
 
 def _merged(changes: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
@@ -294,8 +292,10 @@ def _merged(changes: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
     merged = dict(changes)
     for name, value in own.items():
         held = merged.get(name)
-        both = isinstance(value, dict) and isinstance(held, dict)
-        merged[name] = _merged(held, value) if both else value
+        if isinstance(value, dict) and isinstance(held, dict):
+            merged[name] = _merged(held, value)
+        else:
+            merged[name] = value
     return merged
 
 
@@ -450,16 +450,16 @@ def default_model(kind: str) -> PreTrainedModel | None:
 def _model(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of ``config``; some classes take the config's text part."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if model_class.config_class is (config.sub_configs or {}).get("text_config"):
+    if model_class.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return model_class(config).eval()  # type: ignore[no-any-return]
+        return model_class(config).eval()
 
 
 @torch.no_grad()
-def fill(model: nn.Module, seed: int = 0) -> None:
+def fill(model: PreTrainedModel, seed: int = 0) -> None:
     """Random weights so large that every part of the model shows in the logits.
 
     A matrix makes about as large what it is given. Vectors (norms, biases, decays) get noise on
