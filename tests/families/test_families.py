@@ -39,7 +39,6 @@ WORKS = {
     "mamba": "a linear whose weight its block reads without calling it",
     "modernbert-decoder": "a head that is named decoder",
     "qwen3_next": "linear attention next to softmax, gates, experts that share a block with one",
-    "recurrent_gemma": "a recurrence",
     "roberta": "a bias of the head that is stored once and used twice",
 }
 # Type -> the reason.
