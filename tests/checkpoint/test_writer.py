@@ -30,6 +30,7 @@ def mixed() -> dict[str, Tensor]:
         "scalar": torch.tensor(2.5),
         "empty": torch.zeros(0, 4),
         "turned": torch.randn(4, 6, generator=random).T,
+        "one of a row": torch.randn(1, 6, generator=random)[:, 2:3].as_strided((1, 1), (6, 6)),
     }
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.families.tiny import save_tiny
+from tests.jobs import compress, factored_modules
 from tests.modeling.folders import streamed_logits
-from tests.pico import ARCHITECTURES, TUPLES, pico_tokens, whole_logits
+from tests.pico import ARCHITECTURES, TUPLES, pico_text, pico_tokens, whole_logits
 
 
 @pytest.mark.parametrize("shard_size", ["20KB", "1GB"], ids=["sharded", "single"])
@@ -82,3 +84,19 @@ def test_the_pico_models_differ_from_seed_to_seed(pico: Callable[..., Path]) -> 
     first, second = (whole_logits(pico("llama", seed=seed), pico_tokens()) for seed in (0, 1))
 
     assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("kind", ["falcon_mamba", "jamba"])
+def test_they_are_where_code_asks_whether_the_model_is_quantised(kind: str, tmp_path: Path) -> None:
+    # Then they call dt_proj, else they read its weight.
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_tiny(kind, source)
+    tokens = pico_tokens(2, 12).clamp(16, 250)
+    compress(source, out, pico_text(tmp_path / "text.txt", 4000), method="svd-llm", form="uv")
+
+    streamed, whole = streamed_logits(out, tokens), whole_logits(out, tokens)
+
+    assert not any("dt_proj" in name for name in factored_modules(out))
+    rounding = 1e-5 * float(whole.abs().max())
+    assert torch.allclose(streamed, whole, atol=rounding, rtol=0)
+    assert not torch.allclose(whole_logits(source, tokens), whole, atol=100 * rounding, rtol=0)
