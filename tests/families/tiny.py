@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -158,7 +159,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": _DOTS_NOTE},
     "dots3_note_text": _DOTS_NOTE,
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n": {"text_config": {"num_kv_shared_layers": 2}},
+    "gemma3n": {
+        "text_config": {"num_kv_shared_layers": 2},
+        "vision_config": {"architecture": "test_efficientnet"},  # the smallest of timm
+    },
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "gemma4": {
         "vision_config": {
@@ -418,6 +422,9 @@ def save_tiny(kind: str, folder: Path) -> PreTrainedModel:
     try:
         config = tiny_config(kind)
         model = _model(config)
+    except ImportError as error:
+        packages = sorted(set(re.findall(r"requires the (\w+) library", str(error))))
+        raise NotBuiltError(f"needs {', '.join(packages) or error}: not installed") from error
     except Exception as error:  # whatever a config that fits nothing makes the model's code raise
         raise NotBuiltError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
