@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import re
+import sys
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -19,6 +22,8 @@ __all__ = ["BlockLinears", "Linear", "find_linears"]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # How configs of mixture models call their number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# A line of code that multiplies.
+_PRODUCT = re.compile(r"@|\b(linear|matmul|mm|einsum)\(")
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,11 @@ def _reason(
     if _is_router(skeleton, full_name, module.weight.shape[0]):
         return "a router"
     block, name = skeleton.place_of(full_name)
+    owner, _, leaf = full_name.rpartition(".")
+    if leaf in _multiplied(skeleton.model.get_submodule(owner)):
+        return "its weight is read by other code"
     called = skeleton.rehearsal.called[block]
-    if name not in called if called is not None else _is_read(skeleton, full_name):
+    if called is not None and name not in called:
         return "not called by its block"
     if include and not re.search(include, full_name):
         return "not included"
@@ -100,11 +108,24 @@ def _reason(
     return ""
 
 
-def _is_read(skeleton: Skeleton, full_name: str) -> bool:
-    """Whether the code around a linear names its weight; for blocks that cannot be tried."""
-    owner, _, leaf = full_name.rpartition(".")
-    code = inspect.getsource(type(skeleton.model.get_submodule(owner)))
-    return re.search(rf"\.{re.escape(leaf)}\.weight\b", code) is not None
+def _multiplied(owner: nn.Module) -> frozenset[str]:
+    """Names of the linears whose weight the code of ``owner`` multiplies by itself.
+
+    Perhaps in a branch that this machine does not take: with other kernels, or in another release
+    of transformers, the same model does.
+    """
+    return _weights_in_products(type(owner).__module__, type(owner).__qualname__)
+
+
+@cache
+def _weights_in_products(module: str, name: str) -> frozenset[str]:
+    """Every ``leaf`` of which a line in the class's code multiplies ``leaf.weight``."""
+    try:
+        code = inspect.getsource(operator.attrgetter(name)(sys.modules[module]))
+    except (AttributeError, KeyError, OSError, TypeError):  # a class without code of its own
+        return frozenset()
+    lines = [line for line in code.splitlines() if _PRODUCT.search(line)]
+    return frozenset(leaf for line in lines for leaf in re.findall(r"\.(\w+)\.weight\b", line))
 
 
 def _computes_a_linear(module: nn.Linear) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import SourceError, UnsupportedModelError
@@ -154,7 +154,7 @@ def _load_config(index: CheckpointIndex, settings: dict[str, Any]) -> Any:
             f"model type {model_type!r} is unknown to transformers {transformers.__version__}{own}"
         )
     try:
-        config = AutoConfig.for_model(**settings)
+        config = CONFIG_MAPPING[model_type].from_dict(settings)
     except Exception as error:  # config classes validate with errors of many kinds
         raise SourceError(f"{path} is not valid: {' '.join(str(error).split())[:300]}") from None
     if hasattr(config, "quantization_config"):
