@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import streamcomp
 from streamcomp import Resources
 from streamcomp.calibration.corpus import load_windows
-from streamcomp.checkpoint.index import read_index
 from streamcomp.errors import StreamcompError
 from streamcomp.modeling.modules import FactoredLinear
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.modeling.streamer import BlockStreamer
 from streamcomp.planning.rates import MachineRates
 from tests.families.tiny import NotBuiltError, default_model, save_tiny
 from tests.jobs import (
@@ -37,7 +36,7 @@ from tests.jobs import (
     small_recipe,
     stored_tensors,
 )
-from tests.modeling.folders import streamed_logits
+from tests.modeling.folders import CPU, open_skeleton, streamed_logits
 
 __all__ = ["Family", "Step", "check_family"]
 
@@ -54,6 +53,7 @@ RATIO = 0.2
 _NLL = 2e-5  # largest relative difference of two negative log-likelihoods
 _LOGITS = 2e-5  # largest difference of logits in fp32, in parts of the largest logit
 _WEIGHTS = 1e-5  # the same of weights
+_GRADIENTS = 1e-4  # the same of gradients, which sum up more roundings
 _MOVED = 1e-4  # by which compressing changes some logit at least
 
 _SEQ_LEN, _WINDOWS = 16, 6
@@ -147,7 +147,8 @@ class _Checks:
             return
         self._step("inspect", self._inspect)
         self._step("plan", self._plan)
-        self._step("evaluate", self._evaluate_original)
+        if self._step("evaluate", self._evaluate_original):
+            self._step("differentiate", self._differentiate)
         for name, settings in self.recipes.items():
             out = self.folder / name.replace(" ", "-")
             if not self._step(f"compress, {name}", self._compress, out, settings):
@@ -194,7 +195,7 @@ class _Checks:
     def _inspect(self) -> None:
         """What inspect says, in shares of the numbers in the blocks' matrices."""
         inspection = streamcomp.inspect(self.source)
-        skeleton = Skeleton(read_index(self.source))
+        skeleton = open_skeleton(self.source)
         family, layers = self.family, skeleton.layers_name
         left = {name: why for name, (why, _) in inspection.left.items()}
         family.share, family.dense = _shares(skeleton.model, layers, left)
@@ -216,6 +217,27 @@ class _Checks:
         self.family.difference = _difference(streamed, self.original)
         _must_agree("streamed and whole logits", streamed, self.original, _LOGITS)
         self._evaluate(self.source)
+
+    def _differentiate(self) -> None:
+        """The loss's gradient at the first block's input is autograd's on the whole model."""
+        streamed, whole = _streamed_gradient(self.source, self.tokens), self._whole_gradient()
+        _must_agree("streamed and whole gradients", streamed, whole, _GRADIENTS)
+
+    def _whole_gradient(self) -> Tensor:
+        model = _load(self.source).requires_grad_(False)
+        layers = open_skeleton(self.source).layers_name
+        entered: list[Tensor] = []
+
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            entered.append(hidden.detach().requires_grad_())
+            if args:
+                return (entered[0], *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": entered[0]}
+
+        model.get_submodule(f"{layers}.0").register_forward_pre_hook(enter, with_kwargs=True)
+        logits = model(input_ids=self.tokens, use_cache=False).logits
+        return torch.autograd.grad(_loss(logits, self.tokens), entered[0])[0]
 
     # -- the compressed model ------------------------------------------------------------
 
@@ -274,10 +296,7 @@ class _Checks:
             folder, str(self.text), seq_len=_SEQ_LEN, windows=_WINDOWS, resources=resources
         )
         windows = load_windows(folder, [str(self.text)], _WINDOWS, _SEQ_LEN, None).tokens.long()
-        logits = _logits(_load(folder), windows).double()
-        whole = float(
-            functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
-        )
+        whole = float(_loss(_logits(_load(folder), windows).double(), windows))
         if not abs(evaluation.nll - whole) <= _NLL * whole:
             raise _WrongError(f"streamed nll {evaluation.nll:.7f}, of the whole model {whole:.7f}")
 
@@ -306,6 +325,29 @@ def _load(folder: Path) -> PreTrainedModel:
 def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood of every token but the first of each window."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _streamed_gradient(folder: Path, tokens: Tensor) -> Tensor:
+    """The loss's gradient at the first block's input, with one block in memory at a time."""
+    skeleton = open_skeleton(folder)
+    streamer = BlockStreamer(skeleton, CPU)
+    hidden, calls = streamer.record(tokens)
+    states = [hidden]
+    for number in range(len(skeleton)):
+        with streamer.block(number) as block:
+            states.append(block.run(states[-1], calls[number]))
+    last = states[-1].detach().requires_grad_()
+    with streamer.head() as head:
+        gradient = torch.autograd.grad(_loss(head(last), tokens), last)[0]
+    for number in reversed(range(len(skeleton))):
+        with streamer.block(number) as block:
+            gradient = block.differentiate(states[number], calls[number], gradient)
+    return gradient
 
 
 def _spoken(model: PreTrainedModel, prompt: Tensor) -> int:
