@@ -47,6 +47,8 @@ class Rehearsal:
     hidden_size: int
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def rehearse(
     forward: Callable[[Tensor], Any],
     panel: TapPanel,
@@ -114,7 +116,7 @@ def _perform(
         return output.detach().requires_grad_().clone() if of_tokens else None
 
     panel.conductor = actors
-    with ExitStack() as hooks, torch.enable_grad():
+    with ExitStack() as hooks:
         for name, module in outer.items():
             hooks.callback(module.register_forward_pre_hook(note(name)).remove)
             if isinstance(module, nn.Embedding):

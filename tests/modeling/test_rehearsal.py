@@ -377,6 +377,16 @@ def test_types_whose_blocks_return_tuples_of_any_length(kind: str, tmp_path: Pat
     assert torch.allclose(streamed, whole, atol=1e-4 * float(whole.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_sees_the_same(
+    mode: Callable[[], Any], pico: Callable[..., Path]
+) -> None:
+    with mode():
+        skeleton = open_skeleton(pico("gemma2"))
+
+    assert skeleton.rehearsal == open_skeleton(pico("gemma2")).rehearsal
+
+
 # -- where the blocks are
 
 
