@@ -38,7 +38,7 @@ from tests.jobs import (
 )
 from tests.modeling.folders import CPU, open_skeleton, streamed_logits
 
-__all__ = ["Family", "Step", "check_family"]
+__all__ = ["Family", "Step", "check_family", "streamed_gradient"]
 
 OK, REFUSED, WRONG, TRACEBACK, NOT_BUILT = "ok", "refused", "WRONG", "traceback", "not built"
 _WORST_FIRST = (NOT_BUILT, WRONG, TRACEBACK, REFUSED)
@@ -220,7 +220,7 @@ class _Checks:
 
     def _differentiate(self) -> None:
         """The loss's gradient at the first block's input is autograd's on the whole model."""
-        streamed, whole = _streamed_gradient(self.source, self.tokens), self._whole_gradient()
+        streamed, whole = streamed_gradient(self.source, self.tokens), self._whole_gradient()
         _must_agree("streamed and whole gradients", streamed, whole, _GRADIENTS)
 
     def _whole_gradient(self) -> Tensor:
@@ -332,7 +332,7 @@ def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _streamed_gradient(folder: Path, tokens: Tensor) -> Tensor:
+def streamed_gradient(folder: Path, tokens: Tensor) -> Tensor:
     """The loss's gradient at the first block's input, with one block in memory at a time."""
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)

@@ -16,7 +16,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.families import checks
-from tests.families.checks import OK, RECIPES, REFUSED, TRACEBACK, WRONG, Family, check_family
+from tests.families.checks import (
+    OK,
+    RECIPES,
+    REFUSED,
+    TRACEBACK,
+    WRONG,
+    Family,
+    check_family,
+    streamed_gradient,
+)
 from tests.families.tiny import NotBuiltError, causal_types, save_tiny, tiny_config
 from tests.jobs import logits_of, products, stored_tensors
 from tests.modeling.folders import streamed_logits
@@ -95,6 +104,16 @@ def test_logits_that_are_not_the_whole_models_are_wrong(tmp_path: Path) -> None:
     assert family.verdict == WRONG and family.difference is not None and family.difference > 5e-5
     assert family.reason is not None and "streamed and whole logits" in family.reason.detail
     assert [step.outcome for step in family.steps] == [OK, OK, OK, WRONG]
+
+
+def test_a_gradient_that_is_not_the_whole_models_is_wrong(tmp_path: Path) -> None:
+    def slightly_off(folder: Path, tokens: Tensor) -> Tensor:
+        return streamed_gradient(folder, tokens) * 1.001
+
+    family = checked_llama(tmp_path, {}, streamed_gradient=slightly_off)
+
+    assert [step.outcome for step in family.steps] == [OK, OK, OK, OK, WRONG]
+    assert family.reason is not None and family.reason.name == "differentiate"
 
 
 def test_an_export_that_is_not_the_product_is_wrong(tmp_path: Path) -> None:

@@ -34,58 +34,54 @@ _FIRST_SPARE_TOKEN = EOS + 1  # tokens from here on are never made by the tokeni
 
 # The largest value of a size, and the names under which configs hold it.
 _AT_MOST: dict[int, str] = {
-    HIDDEN: """hidden_size n_embd d_model dim dim_model emb_dim embedding_dim embedding_size
-        embedding_hidden_size attention_hidden_size word_embed_proj_dim output_embedding_size
-        block_dim conv_dim lru_width hidden_size_global out_hidden_size backbone_hidden_size
-        adapter_in_dim adapter_input_size adapter_out_dim vision_output_dim
-        projector_input_dim projector_output_dim output_channels ple_embed_dim""",
-    48: """intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff d_ff dff d_inner
-        ffn_hidden_size feed_forward_size ff_dim shared_intermediate_size mlp_hidden_size mlp_dim
-        intermediate_size_mlp dense_intermediate_size block_ff_dim shared_experts_intermediate_size
+    HIDDEN: """hidden_size n_embd d_model emb_dim embedding_dim embedding_size
+        attention_hidden_size word_embed_proj_dim output_embedding_size lru_width
+        hidden_size_global out_hidden_size backbone_hidden_size adapter_in_dim adapter_input_size
+        adapter_out_dim vision_output_dim projector_input_dim projector_output_dim output_channels
+        ple_embed_dim""",
+    48: """intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff d_ff dff
+        d_inner ffn_hidden_size feed_forward_size shared_intermediate_size mlp_dim
+        intermediate_size_mlp dense_intermediate_size shared_experts_intermediate_size
         max_source_positions max_target_positions""",
-    24: """moe_intermediate_size expert_ffn_hidden_size expert_intermediate_size
-        moe_shared_expert_intermediate_size shared_expert_intermediate_size
-        moe_ffn_hidden_size""",
-    16: """q_lora_rank kv_lora_rank o_lora_rank qk_head_dim global_head_dim rel_extent
-        input_embedding_size num_position_embeddings router_hidden_size num_mel_bins feature_size
-        input_size input_feat_size codebook_size codebook_dim
-        conf_reduction_factor vector_quantization_hidden_dimension upsample_groups base_channels
-        nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel
-        downsample_hidden_size conv_output_size num_filters patch_size_global""",
-    8: """head_dim attention_head_dim kv_channels dim_head d_head d_kv swa_head_dim swa_v_head_dim
-        v_head_dim qk_rope_head_dim qk_nope_head_dim index_head_dim attention_head_size
-        index_topk sliding_window attention_window_size window_size local_attention
-        sliding_window_size local_attention_window local_attention_window_len attention_chunk_size
-        keep_window_size state_size mamba_d_state ssm_state_size mamba_headdim mamba_d_head
-        mamba_head_dim mamba_n_heads mamba_num_heads n_mamba_heads chunk_size mamba_chunk_size
-        linear_head_dim linear_key_head_dim linear_value_head_dim block_size index_block_size
-        hidden_size_per_layer_input laurel_rank hc_lowrank image_size crop_size num_classes
-        query_pre_attn_scalar num_buckets relative_attention_num_buckets rel_attn_buckets
-        relative_max_distance position_bias_num_buckets prompt_length segment_types prompt_types
-        shape_embed_dim pronunciation_embed_dim make_ngram_vocab_size_divisible_by
-        audio_vocab_size block_multiple_of ffn_round_up_to_multiple_of patch_size
-        audio_soft_tokens_per_image vision_soft_tokens_per_image num_centroids""",
+    24: """moe_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size
+        shared_expert_intermediate_size""",
+    16: """q_lora_rank kv_lora_rank o_lora_rank qk_head_dim rel_extent input_embedding_size
+        num_position_embeddings router_hidden_size num_mel_bins feature_size input_size
+        input_feat_size codebook_size codebook_dim conf_reduction_factor
+        vector_quantization_hidden_dimension upsample_groups base_channels nemo_conv_channels
+        ext_pw_out_channel depthwise_separable_out_channel downsample_hidden_size conv_output_size
+        num_filters""",
+    8: """head_dim attention_head_dim kv_channels dim_head d_head d_kv swa_head_dim v_head_dim
+        qk_rope_head_dim qk_nope_head_dim index_head_dim attention_head_size index_topk
+        sliding_window attention_window_size window_size local_attention sliding_window_size
+        local_attention_window_len attention_chunk_size keep_window_size state_size mamba_d_state
+        ssm_state_size mamba_headdim mamba_d_head mamba_head_dim mamba_n_heads mamba_num_heads
+        n_mamba_heads chunk_size mamba_chunk_size linear_head_dim linear_key_head_dim
+        linear_value_head_dim block_size index_block_size hidden_size_per_layer_input laurel_rank
+        hc_lowrank image_size crop_size num_classes query_pre_attn_scalar num_buckets
+        relative_attention_num_buckets relative_max_distance position_bias_num_buckets
+        prompt_length segment_types prompt_types shape_embed_dim pronunciation_embed_dim
+        make_ngram_vocab_size_divisible_by audio_vocab_size block_multiple_of
+        ffn_round_up_to_multiple_of patch_size audio_soft_tokens_per_image
+        vision_soft_tokens_per_image num_centroids""",
     4: """num_attention_heads num_attention_heads_per_layer n_head n_heads num_heads
-        decoder_attention_heads attention_heads
-        encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads
-        swa_num_attention_heads conf_num_attention_heads num_query_groups linear_num_heads
-        linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts
-        rotary_dim mamba_dt_rank time_step_rank adapter_rank gated_norm_rank d_rel
-        image_seq_length mm_tokens_per_image num_quantizers num_chroma prompt_mid_dim
-        dim_model_base""",
-    2: """num_key_value_heads num_kv_heads swa_num_key_value_heads num_global_key_value_heads
-        kv_n_heads linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_k
-        moe_top_k top_k_experts n_group n_groups num_expert_group index_n_heads o_groups
-        hc_mult hc_count mamba_n_groups index_topk_blocks heads_per_ngram split_ngram_parts
-        zero_expert_num num_codebooks num_global_layers centroid_intermediate_top_k
-        encoder_layers num_encoder_layers num_decoder_layers decoder_layers num_blocks depth
-        conf_num_hidden_layers num_layers_per_stack n_layers_per_attn_res_block
-        memory_slots num_mem_blocks""",
+        decoder_attention_heads attention_heads encoder_attention_heads num_decoder_attention_heads
+        num_encoder_attention_heads swa_num_attention_heads conf_num_attention_heads
+        num_query_groups linear_num_heads linear_num_value_heads num_experts num_local_experts
+        n_routed_experts moe_num_experts rotary_dim mamba_dt_rank time_step_rank adapter_rank
+        gated_norm_rank d_rel image_seq_length mm_tokens_per_image num_quantizers num_chroma
+        prompt_mid_dim dim_model_base""",
+    2: """num_key_value_heads num_kv_heads swa_num_key_value_heads kv_n_heads linear_num_key_heads
+        num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts n_group
+        n_groups num_expert_group index_n_heads o_groups hc_mult hc_count mamba_n_groups
+        index_topk_blocks heads_per_ngram split_ngram_parts zero_expert_num num_codebooks
+        num_global_layers centroid_intermediate_top_k encoder_layers num_encoder_layers
+        num_decoder_layers decoder_layers num_blocks depth conf_num_hidden_layers
+        num_layers_per_stack n_layers_per_attn_res_block num_mem_blocks""",
     1: """topk_group first_k_dense_replace num_dense_layers num_shared_experts n_shared_experts
         moe_num_shared_experts ngram num_lstm_layers""",
-    LONGEST: """max_position_embeddings n_positions max_seq_len n_ctx max_sequence_length
-        context_length original_max_position_embeddings model_max_length audio_chunk_size
-        mem_len""",
+    LONGEST: """max_position_embeddings n_positions max_seq_len n_ctx context_length
+        original_max_position_embeddings model_max_length audio_chunk_size mem_len""",
     64: """shape_vocab_size pronunciation_vocab_size encoder_hash_byte_group_vocab
         ngram_vocab_size_base position_bias_max_distance""",
 }
