@@ -1,6 +1,6 @@
 """Which types of causal language models streamcomp works with, tried on a tiny model of each.
 
-    python benchmarks/families.py --jobs 2 --json out/families.json
+    python benchmarks/families.py --jobs 2 --markdown docs/families.md
     python benchmarks/families.py --only llama mixtral
 
 Run it in the root of the repository: what is built and checked is in ``tests/families``. Every type
@@ -11,9 +11,11 @@ time ends alone. A line is printed for each type, and exit code 1 tells that som
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -31,10 +33,48 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.families
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from tests.families.checks import TRACEBACK, WRONG, Family, Step, check_family  # noqa: E402
-from tests.families.tiny import causal_types  # noqa: E402
+from tests.families.checks import (  # noqa: E402
+    NOT_BUILT,
+    REFUSED,
+    TRACEBACK,
+    WRONG,
+    Family,
+    Step,
+    check_family,
+)
+from tests.families.tiny import causal_types, variants  # noqa: E402
 
-FAULTS = (WRONG, TRACEBACK)
+WORKS, FAULTS = "works", (WRONG, TRACEBACK)
+_WORTH_A_WORD = 0.005  # least share of what stays dense to be named
+
+_PAGE = """# Families of models
+
+Every type of causal language model that transformers knows, tried on a tiny model with random
+weights:
+
+    python benchmarks/families.py --jobs 2 --markdown docs/families.md
+
+{date}, transformers {transformers}, torch {torch} on a CPU, Python {python}, fp32.
+{counts}.
+
+A type **works** if all of this does, on two to four blocks, one at least of each kind that the
+type's default config has:
+
+- `inspect` and `plan` run;
+- streamed block by block, logits and perplexity are those of transformers' whole model: the same
+  bits, or as close as a remark says;
+- `compress` with the default recipe, and with `--method svd-llm --form uv`, leaves the settings in
+  `config.json` as they were, and byte by byte all weights but those of the factored linears;
+- plain transformers loads the result, and its logits are those of `export --form dense`, whose
+  weights are the products of the stored factors;
+- it generates text, where the original does, and its streamed perplexity is the whole model's.
+
+A name with a plus is a type with settings of well-known models that its default config does not
+have. **In reach** is the share of the numbers in the blocks' matrices that compression can make
+fewer, for a model as large as the type's default config; the remarks name what stays dense and why.
+**Refused** means that streamcomp stops with the error given, **not built** that transformers gives
+no model to try.
+"""
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -43,26 +83,36 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    kinds = options.only or sorted(causal_types())
     families: list[Family] = []
-    for family, seconds in _all(kinds, options.jobs, options.timeout):
+    for family, seconds in _all(options.only or _everything(), options.jobs, options.timeout):
         families.append(family)
         print(_line(family, seconds), flush=True)
         if options.json:
             found = sorted(families, key=lambda family: family.kind)
             options.json.write_text(json.dumps([family.to_dict() for family in found], indent=1))
-    counts = Counter(family.verdict for family in families)
-    print(", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
-    return 1 if any(counts[fault] for fault in FAULTS) else 0
+    print(_counts(families))
+    if options.markdown:
+        options.markdown.write_text(page(sorted(families, key=lambda family: family.kind)))
+    return 1 if any(family.verdict in FAULTS for family in families) else 0
+
+
+def _everything() -> list[str]:
+    return sorted([*causal_types(), *variants()])
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types alone")
     parser.add_argument("--jobs", type=int, default=1, help="types at a time")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for a type")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for a type")
     parser.add_argument("--json", type=Path, help="all that came out, rewritten after each type")
-    return parser.parse_args()
+    parser.add_argument("--markdown", type=Path, help="the tables, of a run of all types")
+    options = parser.parse_args()
+    if options.only and options.markdown:
+        parser.error("--markdown is for a run of all types")
+    if unknown := set(options.only or ()) - set(_everything()):
+        parser.error(f"transformers {transformers.__version__} has no {', '.join(sorted(unknown))}")
+    return options
 
 
 # -- one process a type ------------------------------------------------------------------
@@ -133,13 +183,77 @@ def _all(kinds: Sequence[str], jobs: int, timeout: float) -> Iterator[tuple[Fami
 # -- what is told ------------------------------------------------------------------------
 
 
+def _counts(families: Sequence[Family]) -> str:
+    types = Counter(family.verdict for family in families if "+" not in family.kind)
+    return f"{types.total()} types: " + ", ".join(
+        f"{types[verdict]} {'work' if verdict == WORKS else verdict}"
+        for verdict in (WORKS, REFUSED, NOT_BUILT, *FAULTS)
+    )
+
+
 def _line(family: Family, seconds: float) -> str:
     line = f"{family.kind:24} {family.verdict:10} {seconds:5.1f} s"
-    reason = family.reason
-    if reason is not None:
+    if reason := family.reason:
         return f"{line}  {reason.name}: {reason.detail[:160]} {reason.where}".rstrip()
-    exact = "exact" if family.exact else "rounding"
-    return f"{line}  {family.share or 0.0:4.0%} in reach, streamed {exact}"
+    streamed = f"to {family.difference:.0e}" if family.difference else "exact"
+    return f"{line}  {family.share or 0.0:4.0%} in reach, streamed {streamed}"
+
+
+def page(families: Sequence[Family]) -> str:
+    """docs/families.md: what it says of each type."""
+    heading = _PAGE.format(
+        date=datetime.date.today(),
+        transformers=transformers.__version__,
+        torch=torch.__version__.partition("+")[0],
+        python=platform.python_version(),
+        counts=_counts(families),
+    )
+    tables = [
+        _table(f"{title} ({{count}})", columns, families, verdict)
+        for title, columns, verdict in (
+            ("Works", ("in reach", "remarks"), WORKS),
+            ("Refused", ("reason",), REFUSED),
+            ("Not built", ("what transformers says",), NOT_BUILT),
+            ("WRONG", ("what",), WRONG),
+            ("Traceback", ("what",), TRACEBACK),
+        )
+    ]
+    return "\n".join([heading, *filter(None, tables)])
+
+
+def _table(title: str, columns: Sequence[str], families: Sequence[Family], verdict: str) -> str:
+    rows = [family for family in families if family.verdict == verdict]
+    if not rows:
+        return ""
+    lines = [f"## {title.format(count=len(rows))}", ""]
+    lines += ["| type | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += ["| " + " | ".join([family.kind, *_cells(family)]) + " |" for family in rows]
+    return "\n".join([*lines, ""])
+
+
+def _cells(family: Family) -> list[str]:
+    if reason := family.reason:
+        base = family.kind.partition("+")[0]
+        return [
+            reason.detail.removeprefix(f"{base}: ").removeprefix("source: ").replace("|", "\\|")
+        ]
+    share = family.share if family.default_share is None else family.default_share
+    dense = [
+        f"{name.replace(': ', ' (')}) {part:.0%}"
+        for name, part in sorted(family.dense.items(), key=lambda item: -item[1])
+        if part >= _WORTH_A_WORD
+    ]
+    told = [f"dense: {', '.join(dense)}"] if dense else []
+    if family.default_share is None and "+" not in family.kind:
+        told.append("shares of the tiny model")
+    if family.difference:
+        told.append(f"streamed = whole to {family.difference:.0e}")
+    return [f"{_floor(share or 0.0)}", "; ".join([*told, *family.remarks]).replace("|", "\\|")]
+
+
+def _floor(share: float) -> str:
+    """In percent, never rounded up to all."""
+    return f"{share:.0%}" if share == 1 or share < 0.99 else f"{int(share * 1000) / 10}%"
 
 
 if __name__ == "__main__":

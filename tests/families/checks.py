@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,23 +23,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import streamcomp
 from streamcomp import Resources
 from streamcomp.calibration.corpus import load_windows
-from streamcomp.checkpoint.index import read_index
 from streamcomp.errors import StreamcompError
 from streamcomp.modeling.modules import FactoredLinear
-from streamcomp.modeling.skeleton import Skeleton
-from tests.families.tiny import NotBuiltError, save_tiny
+from streamcomp.modeling.streamer import BlockStreamer
+from streamcomp.planning.rates import MachineRates
+from tests.families.tiny import NotBuiltError, default_model, save_tiny
 from tests.jobs import (
     compress,
     config_of,
     factored_modules,
     products,
-    quick_plan,
     small_recipe,
     stored_tensors,
 )
-from tests.modeling.folders import streamed_logits
+from tests.modeling.folders import CPU, open_skeleton, streamed_logits
 
-__all__ = ["Family", "Step", "check_family"]
+__all__ = ["Family", "Step", "check_family", "streamed_gradient"]
 
 OK, REFUSED, WRONG, TRACEBACK, NOT_BUILT = "ok", "refused", "WRONG", "traceback", "not built"
 _WORST_FIRST = (NOT_BUILT, WRONG, TRACEBACK, REFUSED)
@@ -53,6 +53,7 @@ RATIO = 0.2
 _NLL = 2e-5  # largest relative difference of two negative log-likelihoods
 _LOGITS = 2e-5  # largest difference of logits in fp32, in parts of the largest logit
 _WEIGHTS = 1e-5  # the same of weights
+_GRADIENTS = 1e-4  # the same of gradients, which sum up more roundings
 _MOVED = 1e-4  # by which compressing changes some logit at least
 
 _SEQ_LEN, _WINDOWS = 16, 6
@@ -78,9 +79,15 @@ class Family:
     kind: str
     model_class: str = ""
     parameters: int = 0
-    share: float | None = None  # of the numbers in the blocks' matrices that can be factored
-    dense: dict[str, float] = field(default_factory=dict)  # what cannot, and its share
-    exact: bool | None = None  # streamed logits have the bits of the whole model's
+    # Of the numbers in the blocks' matrices, the share that can be factored: of the tiny model, and
+    # of one as large as the type's default config; and the shares of what cannot, in the larger.
+    share: float | None = None
+    default_share: float | None = None
+    default_parameters: int = 0
+    dense: dict[str, float] = field(default_factory=dict)
+    # Largest difference of streamed logits from the whole model's, in parts of the largest; 0: the
+    # same bits.
+    difference: float | None = None
     remarks: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
@@ -103,13 +110,16 @@ class _WrongError(Exception):
 
 
 def check_family(
-    kind: str, folder: Path, tell: Callable[[Family], None] = lambda family: None
+    kind: str,
+    folder: Path,
+    tell: Callable[[Family], None] = lambda family: None,
+    recipes: Mapping[str, dict[str, Any]] = RECIPES,
 ) -> Family:
     """Build a tiny model of type ``kind`` below ``folder`` and do everything with it.
 
     ``tell`` is called after each step.
     """
-    checks = _Checks(kind, folder, tell)
+    checks = _Checks(kind, folder, tell, recipes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checks.run()
@@ -119,8 +129,14 @@ def check_family(
 class _Checks:
     """One type of model on its way through all steps."""
 
-    def __init__(self, kind: str, folder: Path, tell: Callable[[Family], None]) -> None:
-        self.family, self.folder, self.tell = Family(kind), folder, tell
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        tell: Callable[[Family], None],
+        recipes: Mapping[str, dict[str, Any]],
+    ) -> None:
+        self.family, self.folder, self.tell, self.recipes = Family(kind), folder, tell, recipes
         self.source = folder / "source"
         self.text = _write_text(folder / "text.txt", 3000)
         # Like the text, without the first letters of the vocabulary, which may stand for padding.
@@ -131,19 +147,20 @@ class _Checks:
             return
         self._step("inspect", self._inspect)
         self._step("plan", self._plan)
-        self._step("evaluate", self._evaluate_original)
-        for name, settings in RECIPES.items():
+        if self._step("evaluate", self._evaluate_original):
+            self._step("differentiate", self._differentiate)
+        for name, settings in self.recipes.items():
             out = self.folder / name.replace(" ", "-")
-            if not self._step(f"compress, {name}", lambda o=out, s=settings: self._compress(o, s)):
+            if not self._step(f"compress, {name}", self._compress, out, settings):
                 continue
-            if self._step(f"reload, {name}", lambda o=out: self._reload(o)):
-                self._step(f"generate, {name}", lambda o=out: self._generate(o))
-                self._step(f"evaluate, {name}", lambda o=out: self._evaluate(o))
+            if self._step(f"reload, {name}", self._reload, out):
+                self._step(f"generate, {name}", self._generate, out)
+                self._step(f"evaluate, {name}", self._evaluate, out)
 
-    def _step(self, name: str, action: Callable[[], None]) -> bool:
+    def _step(self, name: str, action: Callable[..., None], *arguments: Any) -> bool:
         """Run ``action`` and keep what came of it."""
         try:
-            action()
+            action(*arguments)
             step = Step(name, OK)
         except _WrongError as error:
             step = Step(name, WRONG, str(error))
@@ -178,25 +195,49 @@ class _Checks:
     def _inspect(self) -> None:
         """What inspect says, in shares of the numbers in the blocks' matrices."""
         inspection = streamcomp.inspect(self.source)
-        numbers = _matrices(Skeleton(read_index(self.source)))
-        total = sum(numbers.values())
-        reached = sum(f.rows * f.columns * f.count for f in inspection.families)
-        self.family.share = reached / total
-        self.family.dense = {
-            f"{name}: {why}": numbers.get(name, 0) / total
-            for name, (why, _) in inspection.left.items()
-        }
+        skeleton = open_skeleton(self.source)
+        family, layers = self.family, skeleton.layers_name
+        left = {name: why for name, (why, _) in inspection.left.items()}
+        family.share, family.dense = _shares(skeleton.model, layers, left)
+        original = default_model(family.kind)
+        if original is not None:
+            family.default_parameters = sum(
+                parameter.numel() for parameter in original.parameters()
+            )
+            family.default_share, family.dense = _shares(original, layers, left)
 
     def _plan(self) -> None:
-        with quick_plan():
+        rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)  # measuring them takes seconds
+        with mock.patch("streamcomp.api.measure_rates", return_value=rates):
             streamcomp.plan(self.source, small_recipe(self.text), Resources(threads=1))
 
     def _evaluate_original(self) -> None:
         """Run block by block, the model has the logits and the likelihood of the whole one."""
         streamed = streamed_logits(self.source, self.tokens)
-        self.family.exact = torch.equal(streamed, self.original)
+        self.family.difference = _difference(streamed, self.original)
         _must_agree("streamed and whole logits", streamed, self.original, _LOGITS)
         self._evaluate(self.source)
+
+    def _differentiate(self) -> None:
+        """The loss's gradient at the first block's input is autograd's on the whole model."""
+        streamed, whole = streamed_gradient(self.source, self.tokens), self._whole_gradient()
+        _must_agree("streamed and whole gradients", streamed, whole, _GRADIENTS)
+
+    def _whole_gradient(self) -> Tensor:
+        model = _load(self.source).requires_grad_(False)
+        layers = open_skeleton(self.source).layers_name
+        entered: list[Tensor] = []
+
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            entered.append(hidden.detach().requires_grad_())
+            if args:
+                return (entered[0], *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": entered[0]}
+
+        model.get_submodule(f"{layers}.0").register_forward_pre_hook(enter, with_kwargs=True)
+        logits = model(input_ids=self.tokens, use_cache=False).logits
+        return torch.autograd.grad(_loss(logits, self.tokens), entered[0])[0]
 
     # -- the compressed model ------------------------------------------------------------
 
@@ -206,7 +247,8 @@ class _Checks:
         names = tuple(f"{name}." for name in factored_modules(out))
         before, after = stored_tensors(self.source), stored_tensors(out)
         for name, tensor in before.items():
-            if not name.startswith(names) and not torch.equal(tensor, after.get(name, tensor[:0])):
+            kept = name in after and torch.equal(tensor, after[name])
+            if not kept and not name.startswith(names):
                 raise _WrongError(f"{name} is not what it was")
 
     def _reload(self, out: Path) -> None:
@@ -254,10 +296,7 @@ class _Checks:
             folder, str(self.text), seq_len=_SEQ_LEN, windows=_WINDOWS, resources=resources
         )
         windows = load_windows(folder, [str(self.text)], _WINDOWS, _SEQ_LEN, None).tokens.long()
-        logits = _logits(_load(folder), windows).double()
-        whole = float(
-            functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
-        )
+        whole = float(_loss(_logits(_load(folder), windows).double(), windows))
         if not abs(evaluation.nll - whole) <= _NLL * whole:
             raise _WrongError(f"streamed nll {evaluation.nll:.7f}, of the whole model {whole:.7f}")
 
@@ -288,6 +327,29 @@ def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return logits
 
 
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood of every token but the first of each window."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def streamed_gradient(folder: Path, tokens: Tensor) -> Tensor:
+    """The loss's gradient at the first block's input, with one block in memory at a time."""
+    skeleton = open_skeleton(folder)
+    streamer = BlockStreamer(skeleton, CPU)
+    hidden, calls = streamer.record(tokens)
+    states = [hidden]
+    for number in range(len(skeleton)):
+        with streamer.block(number) as block:
+            states.append(block.run(states[-1], calls[number]))
+    last = states[-1].detach().requires_grad_()
+    with streamer.head() as head:
+        gradient = torch.autograd.grad(_loss(head(last), tokens), last)[0]
+    for number in reversed(range(len(skeleton))):
+        with streamer.block(number) as block:
+            gradient = block.differentiate(states[number], calls[number], gradient)
+    return gradient
+
+
 def _spoken(model: PreTrainedModel, prompt: Tensor) -> int:
     """How many tokens the model adds to ``prompt`` when asked for ``_ANSWER``."""
     answer = model.generate(
@@ -307,15 +369,23 @@ def _must_agree(what: str, one: Tensor, other: Tensor, within: float = _LOGITS) 
         raise _WrongError(f"{what} differ by {difference:.1e} of the largest")
 
 
-def _matrices(skeleton: Skeleton) -> dict[str, int]:
-    """Numbers in the matrices of all blocks, by the module's name as inspect writes it."""
+def _shares(
+    model: PreTrainedModel, layers: str, left: dict[str, str]
+) -> tuple[float, dict[str, float]]:
+    """Shares of the numbers in the matrices of the blocks ``layers``.
+
+    First of those that can be factored, then of each module in ``left``, which has the reasons
+    why it cannot, by the name that ``inspect`` gives it.
+    """
     numbers: dict[str, int] = {}
-    for number in range(len(skeleton)):
-        for name, module in skeleton.block(number).named_modules():
+    for block in model.get_submodule(layers):
+        for name, module in block.named_modules():
             short = re.sub(r"\b\d+\b", "*", name)
             matrices = (p for p in module.parameters(recurse=False) if p.dim() > 1)
             numbers[short] = numbers.get(short, 0) + sum(p.numel() for p in matrices)
-    return numbers
+    total = sum(numbers.values())
+    dense = {f"{name}: {why}": numbers.get(name, 0) / total for name, why in left.items()}
+    return 1 - sum(dense.values()), dense
 
 
 def _settings(folder: Path) -> dict[str, Any]:

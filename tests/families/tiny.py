@@ -9,22 +9,24 @@ checkpoint folder with a tokenizer.
 from __future__ import annotations
 
 import copy
-import json
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from tests.pico import BOS, EOS, HIDDEN, LONGEST, VOCABULARY, make_tokenizer
 
-__all__ = ["NotBuiltError", "causal_types", "save_tiny", "tiny_config"]
+__all__ = ["NotBuiltError", "causal_types", "default_model", "save_tiny", "tiny_config", "variants"]
 
 _MOST_PARAMETERS = 3_000_000
 _MOST_BLOCKS = 4
@@ -32,58 +34,54 @@ _FIRST_SPARE_TOKEN = EOS + 1  # tokens from here on are never made by the tokeni
 
 # The largest value of a size, and the names under which configs hold it.
 _AT_MOST: dict[int, str] = {
-    HIDDEN: """hidden_size n_embd d_model dim dim_model emb_dim embedding_dim embedding_size
-        embedding_hidden_size attention_hidden_size word_embed_proj_dim output_embedding_size
-        block_dim conv_dim lru_width hidden_size_global out_hidden_size backbone_hidden_size
-        adapter_in_dim adapter_input_size adapter_out_dim vision_output_dim projector_input_dim projector_output_dim
-        output_channels ple_embed_dim""",
-    48: """intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff d_ff dff d_inner
-        ffn_hidden_size feed_forward_size ff_dim shared_intermediate_size mlp_hidden_size mlp_dim
-        intermediate_size_mlp dense_intermediate_size block_ff_dim shared_experts_intermediate_size
+    HIDDEN: """hidden_size n_embd d_model emb_dim embedding_dim embedding_size
+        attention_hidden_size word_embed_proj_dim output_embedding_size lru_width
+        hidden_size_global out_hidden_size backbone_hidden_size adapter_in_dim adapter_input_size
+        adapter_out_dim vision_output_dim projector_input_dim projector_output_dim output_channels
+        ple_embed_dim""",
+    48: """intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff d_ff dff
+        d_inner ffn_hidden_size feed_forward_size shared_intermediate_size mlp_dim
+        intermediate_size_mlp dense_intermediate_size shared_experts_intermediate_size
         max_source_positions max_target_positions""",
-    24: """moe_intermediate_size expert_ffn_hidden_size expert_intermediate_size
-        moe_shared_expert_intermediate_size shared_expert_intermediate_size
-        moe_ffn_hidden_size""",
-    16: """q_lora_rank kv_lora_rank o_lora_rank qk_head_dim global_head_dim rel_extent
-        input_embedding_size num_position_embeddings router_hidden_size num_mel_bins feature_size
-        input_size input_feat_size codebook_size codebook_dim
-        conf_reduction_factor vector_quantization_hidden_dimension upsample_groups base_channels
-        nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel
-        downsample_hidden_size conv_output_size num_filters patch_size_global""",
-    8: """head_dim attention_head_dim kv_channels dim_head d_head d_kv swa_head_dim swa_v_head_dim
-        v_head_dim qk_rope_head_dim qk_nope_head_dim index_head_dim attention_head_size
-        index_topk sliding_window attention_window_size window_size local_attention
-        sliding_window_size local_attention_window local_attention_window_len attention_chunk_size
-        keep_window_size state_size mamba_d_state ssm_state_size mamba_headdim mamba_d_head
-        mamba_head_dim mamba_n_heads mamba_num_heads n_mamba_heads chunk_size mamba_chunk_size
-        linear_head_dim linear_key_head_dim linear_value_head_dim block_size index_block_size
-        hidden_size_per_layer_input laurel_rank hc_lowrank image_size crop_size num_classes
-        query_pre_attn_scalar num_buckets relative_attention_num_buckets rel_attn_buckets
-        relative_max_distance position_bias_num_buckets prompt_length segment_types prompt_types
-        shape_embed_dim pronunciation_embed_dim make_ngram_vocab_size_divisible_by
-        audio_vocab_size block_multiple_of ffn_round_up_to_multiple_of patch_size
-        audio_soft_tokens_per_image vision_soft_tokens_per_image num_centroids""",
+    24: """moe_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size
+        shared_expert_intermediate_size""",
+    16: """q_lora_rank kv_lora_rank o_lora_rank qk_head_dim rel_extent input_embedding_size
+        num_position_embeddings router_hidden_size num_mel_bins feature_size input_size
+        input_feat_size codebook_size codebook_dim conf_reduction_factor
+        vector_quantization_hidden_dimension upsample_groups base_channels nemo_conv_channels
+        ext_pw_out_channel depthwise_separable_out_channel downsample_hidden_size conv_output_size
+        num_filters""",
+    8: """head_dim attention_head_dim kv_channels dim_head d_head d_kv swa_head_dim v_head_dim
+        qk_rope_head_dim qk_nope_head_dim index_head_dim attention_head_size index_topk
+        sliding_window attention_window_size window_size local_attention sliding_window_size
+        local_attention_window_len attention_chunk_size keep_window_size state_size mamba_d_state
+        ssm_state_size mamba_headdim mamba_d_head mamba_head_dim mamba_n_heads mamba_num_heads
+        n_mamba_heads chunk_size mamba_chunk_size linear_head_dim linear_key_head_dim
+        linear_value_head_dim block_size index_block_size hidden_size_per_layer_input laurel_rank
+        hc_lowrank image_size crop_size num_classes query_pre_attn_scalar num_buckets
+        relative_attention_num_buckets relative_max_distance position_bias_num_buckets
+        prompt_length segment_types prompt_types shape_embed_dim pronunciation_embed_dim
+        make_ngram_vocab_size_divisible_by audio_vocab_size block_multiple_of
+        ffn_round_up_to_multiple_of patch_size audio_soft_tokens_per_image
+        vision_soft_tokens_per_image num_centroids""",
     4: """num_attention_heads num_attention_heads_per_layer n_head n_heads num_heads
-        decoder_attention_heads attention_heads
-        encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads
-        swa_num_attention_heads conf_num_attention_heads num_query_groups linear_num_heads
-        linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts
-        rotary_dim mamba_dt_rank time_step_rank adapter_rank gated_norm_rank d_rel
-        image_seq_length mm_tokens_per_image num_quantizers num_chroma prompt_mid_dim
-        dim_model_base""",
-    2: """num_key_value_heads num_kv_heads swa_num_key_value_heads num_global_key_value_heads
-        kv_n_heads linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_k
-        moe_top_k top_k_experts n_group n_groups num_expert_group index_n_heads o_groups
-        hc_mult hc_count mamba_n_groups index_topk_blocks heads_per_ngram split_ngram_parts
-        zero_expert_num num_codebooks num_global_layers centroid_intermediate_top_k
-        encoder_layers num_encoder_layers num_decoder_layers decoder_layers num_blocks depth
-        conf_num_hidden_layers num_layers_per_stack n_layers_per_attn_res_block
-        memory_slots num_mem_blocks""",
+        decoder_attention_heads attention_heads encoder_attention_heads num_decoder_attention_heads
+        num_encoder_attention_heads swa_num_attention_heads conf_num_attention_heads
+        num_query_groups linear_num_heads linear_num_value_heads num_experts num_local_experts
+        n_routed_experts moe_num_experts rotary_dim mamba_dt_rank time_step_rank adapter_rank
+        gated_norm_rank d_rel image_seq_length mm_tokens_per_image num_quantizers num_chroma
+        prompt_mid_dim dim_model_base""",
+    2: """num_key_value_heads num_kv_heads swa_num_key_value_heads kv_n_heads linear_num_key_heads
+        num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts n_group
+        n_groups num_expert_group index_n_heads o_groups hc_mult hc_count mamba_n_groups
+        index_topk_blocks heads_per_ngram split_ngram_parts zero_expert_num num_codebooks
+        num_global_layers centroid_intermediate_top_k encoder_layers num_encoder_layers
+        num_decoder_layers decoder_layers num_blocks depth conf_num_hidden_layers
+        num_layers_per_stack n_layers_per_attn_res_block num_mem_blocks""",
     1: """topk_group first_k_dense_replace num_dense_layers num_shared_experts n_shared_experts
         moe_num_shared_experts ngram num_lstm_layers""",
-    LONGEST: """max_position_embeddings n_positions max_seq_len n_ctx max_sequence_length
-        context_length original_max_position_embeddings model_max_length audio_chunk_size
-        mem_len""",
+    LONGEST: """max_position_embeddings n_positions max_seq_len n_ctx context_length
+        original_max_position_embeddings model_max_length audio_chunk_size mem_len""",
     64: """shape_vocab_size pronunciation_vocab_size encoder_hash_byte_group_vocab
         ngram_vocab_size_base position_bias_max_distance""",
 }
@@ -130,11 +128,12 @@ _QWEN4 = {
 }
 _SHARED_TRANSFORMER = {
     "num_hidden_layers": 4,
-    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "layers_block_type": ["mamba", "hybrid"] * 2,
     "attention_hidden_size": 2 * HIDDEN,
     "attention_head_dim": 16,
 }
 _OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -142,7 +141,10 @@ _OWN: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 1e5},
         },
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
+    "dbrx": {  # its router takes one size for the other in some releases: they are equal
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": HIDDEN},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {
         "n_routed_experts": 4,
@@ -153,14 +155,39 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": _DOTS_NOTE},
     "dots3_note_text": _DOTS_NOTE,
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n": {"text_config": {"num_kv_shared_layers": 2}},
+    "gemma3n": {
+        "text_config": {"num_kv_shared_layers": 2},
+        "vision_config": {"architecture": "test_efficientnet"},  # the smallest of timm
+    },
     "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma4": {
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": HIDDEN,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "position_embedding_size": 16,
+        },
+        "audio_config": {
+            "model_type": "gemma4_audio",
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "subsampling_conv_channels": [8, 4],
+            "output_proj_dims": HIDDEN,
+        },
+    },
     "gemma4_assistant": {"text_config": _GEMMA_ASSISTANT},
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 2}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
@@ -170,15 +197,45 @@ _OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"attn_layers": ["local", "local"], "axial_pos_embds": False, "is_decoder": True},
     "xmod": {"default_language": "en_XX"},
-    "zamba": _SHARED_TRANSFORMER,
-    "zamba2": {**_SHARED_TRANSFORMER, "hybrid_layer_ids": [1, 3]},
+    "zamba": {**_SHARED_TRANSFORMER, "use_mamba_kernels": False},
+    "zamba2": {**_SHARED_TRANSFORMER, "hybrid_layer_ids": [1, 3], "use_mem_rope": True},
+}
+# Settings of well-known models that the default config of their type does not have.
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "bamba+recurrent": {"attn_layer_indices": None},  # without a block of attention
+    "falcon+new": {"new_decoder_architecture": True, "multi_query": False},
+    "gemma4_text+plain": {"hidden_size_per_layer_input": 0},
+    "gemma4_text+experts": {
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    },
+    "gemma4_text+shared": {  # keys and values of the first blocks serve the last ones
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}},
+        "num_kv_shared_layers": 2,
+    },
+    "glm_moe_dsa+shared": {"indexer_types": ["full", "shared"]},
+    "mixtral+sliding": {"sliding_window": 8},
+    "phi3+longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 2.1, 2.2, 2.3],
+        },
+        "original_max_position_embeddings": 8,  # so that the windows of the checks are long
+    },
 }
 # What a default config must be given to be there at all.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {**_GEMMA_ASSISTANT, "num_kv_shared_layers": 30}},
 }
 # Encoders that are decoders when told.
-_TOLD_TO_DECODE = [
+_TOLD_TO_DECODE = (
     "bert",
     "bert-generation",
     "big_bird",
@@ -195,28 +252,39 @@ _TOLD_TO_DECODE = [
     "xlm-roberta",
     "xlm-roberta-xl",
     "xmod",
-]
+)
 
 
 class NotBuiltError(Exception):
     """There is no tiny model of this type; the message says why."""
 
 
-def causal_types() -> dict[str, str]:
-    """Every type of causal language model of the installed transformers, and its class."""
-    return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def causal_types() -> list[str]:
+    """Every type of causal language model of the installed transformers."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def variants() -> list[str]:
+    """Types with settings that their default config does not have: "type+variant"."""
+    return [name for name in _VARIANTS if name.partition("+")[0] in causal_types()]
 
 
 # -- the config --------------------------------------------------------------------------
 
 
 def tiny_config(kind: str) -> PretrainedConfig:
-    """The default config of type ``kind`` with all sizes small."""
-    config_class = CONFIG_MAPPING[kind]
-    changes = _shrunk(config_class(**_DEFAULTS.get(kind, {})))
-    if kind in _TOLD_TO_DECODE:
+    """The default config of a type or variant with all sizes small."""
+    base = kind.partition("+")[0]
+    changes = _shrunk(_default_config(base))
+    if base in _TOLD_TO_DECODE:
         changes["is_decoder"] = True
-    return config_class(**_merged(changes, _OWN.get(kind, {})))  # type: ignore[no-any-return]
+    for own in (_OWN.get(base, {}), _VARIANTS.get(kind, {})):
+        changes = _merged(changes, own)
+    return CONFIG_MAPPING[base](**changes)
+
+
+def _default_config(base: str) -> PretrainedConfig:
+    return CONFIG_MAPPING[base](**_DEFAULTS.get(base, {}))
 
 
 def _merged(changes: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
@@ -224,8 +292,10 @@ def _merged(changes: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
     merged = dict(changes)
     for name, value in own.items():
         held = merged.get(name)
-        both = isinstance(value, dict) and isinstance(held, dict)
-        merged[name] = _merged(held, value) if both else value
+        if isinstance(value, dict) and isinstance(held, dict):
+            merged[name] = _merged(held, value)
+        else:
+            merged[name] = value
     return merged
 
 
@@ -347,10 +417,10 @@ def save_tiny(kind: str, folder: Path) -> PreTrainedModel:
     """Save a tiny model of type ``kind`` and its tokenizer into ``folder``, and return it."""
     try:
         config = tiny_config(kind)
-        with warnings.catch_warnings(), torch.random.fork_rng():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = _model(config)
+    except ImportError as error:
+        packages = sorted(set(re.findall(r"requires the (\w+) library", str(error))))
+        raise NotBuiltError(f"needs {', '.join(packages) or error}: not installed") from error
     except Exception as error:  # whatever a config that fits nothing makes the model's code raise
         raise NotBuiltError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -359,15 +429,40 @@ def save_tiny(kind: str, folder: Path) -> PreTrainedModel:
     fill(model)
     model.config.dtype = torch.float32
     model.save_pretrained(folder, max_shard_size="60KB")
-    if type(model.config) is not type(config):  # the class takes a part: keep the whole config
-        whole = config.to_dict() | {"dtype": "float32", "architectures": [type(model).__name__]}
-        (folder / "config.json").write_text(json.dumps(whole, indent=1))
+    if model.config is not config:  # checkpoints hold the whole config
+        config.dtype, config.architectures = torch.float32, [type(model).__name__]
+        config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    return model  # type: ignore[no-any-return]
+    return model
+
+
+def default_model(kind: str) -> PreTrainedModel | None:
+    """The model of type ``kind`` as large as its default config says, without weights.
+
+    None of a variant, or where transformers cannot build it.
+    """
+    if kind in _VARIANTS:
+        return None
+    try:
+        with torch.device("meta"):
+            return _model(_default_config(kind))
+    except Exception:  # whatever the model's code raises: some defaults lack a setting
+        return None
+
+
+def _model(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of ``config``; some classes take the config's text part."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model_class.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        return model_class(config).eval()
 
 
 @torch.no_grad()
-def fill(model: nn.Module, seed: int = 0) -> None:
+def fill(model: PreTrainedModel, seed: int = 0) -> None:
     """Random weights so large that every part of the model shows in the logits.
 
     A matrix makes about as large what it is given. Vectors (norms, biases, decays) get noise on
