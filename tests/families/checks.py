@@ -21,7 +21,6 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import streamcomp
-from streamcomp import Resources
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.errors import StreamcompError
 from streamcomp.modeling.modules import FactoredLinear
@@ -29,6 +28,7 @@ from streamcomp.modeling.streamer import BlockStreamer
 from streamcomp.planning.rates import MachineRates
 from tests.families.tiny import NotBuiltError, default_model, save_tiny
 from tests.jobs import (
+    RESOURCES,
     compress,
     config_of,
     factored_modules,
@@ -209,7 +209,7 @@ class _Checks:
     def _plan(self) -> None:
         rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)  # measuring them takes seconds
         with mock.patch("streamcomp.api.measure_rates", return_value=rates):
-            streamcomp.plan(self.source, small_recipe(self.text), Resources(threads=1))
+            streamcomp.plan(self.source, small_recipe(self.text), RESOURCES)
 
     def _evaluate_original(self) -> None:
         """Run block by block, the model has the logits and the likelihood of the whole one."""
@@ -291,9 +291,8 @@ class _Checks:
 
     def _evaluate(self, folder: Path) -> None:
         """The streamed perplexity is the whole model's."""
-        resources = Resources(threads=1)
         evaluation = streamcomp.evaluate(
-            folder, str(self.text), seq_len=_SEQ_LEN, windows=_WINDOWS, resources=resources
+            folder, str(self.text), seq_len=_SEQ_LEN, windows=_WINDOWS, resources=RESOURCES
         )
         windows = load_windows(folder, [str(self.text)], _WINDOWS, _SEQ_LEN, None).tokens.long()
         whole = float(_loss(_logits(_load(folder), windows).double(), windows))

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import streamcomp
-from streamcomp import Recipe, Resources, UnsupportedSystemError
-from tests.jobs import compress, logits_of, run_cli, run_python, varied_text
+from streamcomp import Recipe, UnsupportedSystemError
+from tests.jobs import RESOURCES, compress, logits_of, run_cli, run_python, varied_text
 from tests.pico import pico_tokens
 
 REFUSED = (
@@ -66,7 +66,7 @@ def test_the_interface_of_python_refuses_alike(
     elsewhere: None, pico: Callable[..., Path], done: Path, text: Path, tmp_path: Path
 ) -> None:
     model, out = pico("llama"), tmp_path / "out"
-    recipe, resources = Recipe(calibration=(str(text),)), Resources(threads=1)
+    recipe, resources = Recipe(calibration=(str(text),)), RESOURCES
     for call in (
         lambda: streamcomp.compress(model, out, recipe, resources),
         lambda: streamcomp.plan(model, recipe, resources),

@@ -16,7 +16,7 @@ import streamcomp
 from streamcomp.errors import UnsupportedModelError
 from streamcomp.modeling.linears import find_linears
 from tests.families.tiny import causal_types, save_tiny
-from tests.jobs import quick_plan, small_recipe
+from tests.jobs import RESOURCES, quick_plan, small_recipe
 from tests.modeling.folders import edit_config, open_skeleton, streamed_logits
 from tests.pico import pico_tokens, save_pico, whole_logits
 
@@ -37,7 +37,7 @@ def refusal(folder: Path) -> str:
     with pytest.raises(UnsupportedModelError) as by_inspect:
         streamcomp.inspect(folder)
     with pytest.raises(UnsupportedModelError) as by_plan, quick_plan():
-        streamcomp.plan(folder, small_recipe(__file__))
+        streamcomp.plan(folder, small_recipe(__file__), RESOURCES)
     assert str(by_plan.value) == str(by_inspect.value)
     return str(by_plan.value)
 
@@ -360,7 +360,7 @@ def test_a_mapping_that_all_blocks_share_must_not_be_read(
         assert torch.equal(streamed_logits(folder, tokens), whole_logits(folder, tokens))
 
 
-@pytest.mark.parametrize("kind", sorted({"gemma4_text", "inkling2_text"} & causal_types().keys()))
+@pytest.mark.parametrize("kind", sorted({"gemma4_text", "inkling2_text"} & set(causal_types())))
 def test_types_that_hand_on_more_than_hidden_states_are_refused(kind: str, tmp_path: Path) -> None:
     save_tiny(kind, tmp_path)
 
@@ -427,7 +427,7 @@ def test_attention_that_is_not_torchs_own_is_replaced_and_noted(
     )
     assert torch.equal(streamed_logits(tmp_path, pico_tokens()), expected)
     with quick_plan():
-        plan = streamcomp.plan(tmp_path, small_recipe(__file__))
+        plan = streamcomp.plan(tmp_path, small_recipe(__file__), RESOURCES)
     assert plan.notes == open_skeleton(tmp_path).notes
 
 
