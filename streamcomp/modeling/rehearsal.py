@@ -124,6 +124,7 @@ def _perform(
         hooks.callback(head.register_forward_pre_hook(stop).remove)
         with suppress(Stop):
             forward(tokens)
+    actors.check_run(len(panel.taps))
     actors.check_head(arrived)
     return used
 
@@ -158,8 +159,9 @@ class _Actors:
         return [use.returned if use else self._guess for use in self.uses]
 
     def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
-        if number != len(self.calls):
+        if number < len(self.calls):
             raise UnsupportedModelError("its blocks run in another order than they are listed in")
+        self.check_run(number)
         if hidden.dim() != 3 or self.leaves and hidden.shape != self.leaves[0].shape:
             raise UnsupportedModelError(
                 f"hidden states are not (batch, tokens, hidden) but {list(hidden.shape)}"
@@ -182,6 +184,13 @@ class _Actors:
         self._output = self.leaves[-1].clone()
         self._version = self._output._version
         return self.returns[-1].around(self._output)
+
+    def check_run(self, count: int) -> None:
+        """That the first ``count`` blocks have run."""
+        if len(self.calls) < count:
+            raise UnsupportedModelError(
+                f"block {len(self.calls)} does not run on text alone: not supported"
+            )
 
     def check_head(self, arrived: list[Tensor]) -> None:
         """The head depends on what the last block returned, and on no other block."""

@@ -305,6 +305,19 @@ def test_blocks_that_run_in_another_order_are_refused(
     assert "in another order" in refusal(pico("llama"))
 
 
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_blocks_that_do_not_run_on_text_are_refused(
+    skipped: int, monkeypatch: pytest.MonkeyPatch, pico: Callable[..., Path]
+) -> None:
+    def loop(model: Any, hidden: Tensor, rotary: Any) -> Tensor:
+        only: Tensor = model.layers[1 - skipped](hidden, position_embeddings=rotary)
+        return only
+
+    llama_loop(monkeypatch, loop)
+
+    assert f"block {skipped} does not run on text alone" in refusal(pico("llama"))
+
+
 @pytest.mark.parametrize("uses", [False, True])
 def test_what_a_block_returns_besides_hidden_states_must_not_be_used(
     uses: bool, monkeypatch: pytest.MonkeyPatch, pico: Callable[..., Path]
