@@ -12,10 +12,12 @@ conversation moves to the front of the windows; one that marks every turn stays 
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ __all__ = [
 REFERENCE = "python-reference"
 HELD_OUT = "python-reference:held-out"
 
+_SHARDS = "model*.safetensors"  # of a model's folder
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _HELD_OUT_EVERY = 4  # every fourth topic of the reference
 _PIECE_CHARS = 128 * 1024  # tokenised at a time: the tokenizer's own records are large
@@ -168,15 +171,21 @@ def reference_text(held_out: bool) -> list[str]:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The text files below ``folder``, in order; what is hidden is not looked at."""
+    """The text files below ``folder``, in order; what is hidden is not looked at.
+
+    Nor are folders that hold a model: the output of a job may be below its texts, and its card and
+    settings are none of them.
+    """
     return sorted(path for path in _files(folder) if path.suffix.lower() in SUFFIXES)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*") if folder.is_dir() else ():
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file():
-            yield path
+    for place, below, names in os.walk(folder):
+        below[:] = [name for name in below if not name.startswith(".")]
+        if any(fnmatch(name, _SHARDS) for name in names):
+            continue
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())
 
 
 def _not_read(folder: Path) -> list[str]:

@@ -453,6 +453,21 @@ def test_a_folder_may_hold_every_format(model: Path, tmp_path: Path) -> None:
     assert windows.notes == (f"{tmp_path}: 2 files are not read (.gz, .parquet)",)
 
 
+def test_a_model_below_a_folder_of_texts_is_none_of_them(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 32)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "b.txt").write_text("b" * 32)
+    (tmp_path / ".c.txt").write_text("c" * 32)
+    save_pico(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("d" * 32)
+    (tmp_path / "model" / "texts").mkdir()
+    (tmp_path / "model" / "texts" / "e.txt").write_text("e" * 32)
+
+    tokens = load_windows(model, [str(tmp_path)], 0, 16, None).tokens
+
+    assert all_bytes(tokens) == b"a" * 32 + b"e" * 32
+
+
 def test_many_lines_are_read_in_order(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("".join(f"{number:07}\n" for number in range(10_000)))

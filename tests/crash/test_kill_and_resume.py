@@ -284,6 +284,8 @@ def test_a_folder_of_texts_may_hold_the_output_too(
     compress(pico("llama"), out, tmp_path, progress=(notes := Notes()))
 
     assert notes.steps == ["copy the rest"]
+    again = compress(pico("llama"), out, tmp_path)
+    assert again.already_done  # its card and its settings are no texts
     varied_text(tmp_path / "more.txt", 10)
     with pytest.raises(JobMismatchError):
         compress(pico("llama"), out, tmp_path)
