@@ -61,8 +61,8 @@ A type **works** if all of this does, on two to four blocks, one at least of eac
 type's default config has:
 
 - `inspect` and `plan` run;
-- streamed block by block, logits and perplexity are those of transformers' whole model: the same
-  bits, or as close as a remark says;
+- streamed block by block, logits are those of transformers' whole model: the same bits, or as close
+  as a remark says; so are the perplexity, and the loss's gradient at the first block's input;
 - `compress` with the default recipe, and with `--method svd-llm --form uv`, leaves the settings in
   `config.json` as they were, and byte by byte all weights but those of the factored linears;
 - plain transformers loads the result, and its logits are those of `export --form dense`, whose
@@ -238,17 +238,27 @@ def _cells(family: Family) -> list[str]:
             reason.detail.removeprefix(f"{base}: ").removeprefix("source: ").replace("|", "\\|")
         ]
     share = family.share if family.default_share is None else family.default_share
-    dense = [
-        f"{name.replace(': ', ' (')}) {part:.0%}"
-        for name, part in sorted(family.dense.items(), key=lambda item: -item[1])
-        if part >= _WORTH_A_WORD
-    ]
-    told = [f"dense: {', '.join(dense)}"] if dense else []
+    told = _dense(family)
     if family.default_share is None and "+" not in family.kind:
         told.append("shares of the tiny model")
     if family.difference:
         told.append(f"streamed = whole to {family.difference:.0e}")
     return [f"{_floor(share or 0.0)}", "; ".join([*told, *family.remarks]).replace("|", "\\|")]
+
+
+def _dense(family: Family) -> list[str]:
+    """What stays dense, with the reason and its share."""
+    groups: dict[str, list[str]] = {}
+    for described, share in family.dense.items():
+        name, _, reason = described.partition(": ")
+        if share >= _WORTH_A_WORD:
+            groups.setdefault(reason, []).append(name)
+    shares = {
+        f"{', '.join(names)} ({reason})": sum(family.dense[f"{name}: {reason}"] for name in names)
+        for reason, names in groups.items()
+    }
+    parts = [f"{what} {shares[what]:.0%}" for what in sorted(shares, key=lambda w: -shares[w])]
+    return [f"dense: {'; '.join(parts)}"] if parts else []
 
 
 def _floor(share: float) -> str:

@@ -196,6 +196,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"attn_layers": ["local", "local"], "axial_pos_embds": False, "is_decoder": True},
+    # Its cache is right where no width has to be rounded up.
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {**_SHARED_TRANSFORMER, "use_mamba_kernels": False},
     "zamba2": {**_SHARED_TRANSFORMER, "hybrid_layer_ids": [1, 3], "use_mem_rope": True},
