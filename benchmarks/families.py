@@ -92,6 +92,7 @@ def main() -> int:
             options.json.write_text(json.dumps([family.to_dict() for family in found], indent=1))
     print(_counts(families))
     if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(page(sorted(families, key=lambda family: family.kind)))
     return 1 if any(family.verdict in FAULTS for family in families) else 0
 

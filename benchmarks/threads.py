@@ -70,6 +70,11 @@ def main() -> None:
     parser.add_argument("--before", type=Path, metavar="DIR", help="another checkout")
     parser.add_argument("--spins", nargs="+", default=[], metavar="N", help="GOMP_SPINCOUNT to try")
     parser.add_argument("--rounds", type=int, default=5, help="each with a job of every kind")
+    parser.add_argument(
+        "--after-only",
+        action="store_true",
+        help="leave out what runs before next to the loop: it takes many times as long",
+    )
     parser.add_argument("--method", default="svd-llm")
     parser.add_argument("--samples", default="8")
     parser.add_argument("--seq-len", default="512")
@@ -101,6 +106,8 @@ def _of_model(options: argparse.Namespace, name: str, work: Path) -> dict[str, V
         order = list(variants.items())[:: -1 if number % 2 else 1]
         for beside in (False, True):
             for title, variant in order:
+                if beside and options.after_only and title == "before":
+                    continue
                 with _busy_loop() if beside else contextlib.nullcontext():
                     seconds = _seconds(options, variant, model, work / "out")
                 (variant.beside if beside else variant.alone).append(seconds)
@@ -160,8 +167,8 @@ def _print_table(title: str, variants: dict[str, Variant]) -> None:
         cells = (
             f"{median(variant.alone):.1f} s",
             f"{variant.over(variants['before']):.2f}" if name != "before" else "",
-            f"{median(variant.beside):.1f} s",
-            f"{variant.over_alone:.2f}",
+            f"{median(variant.beside):.1f} s" if variant.beside else "",
+            f"{variant.over_alone:.2f}" if variant.beside else "",
         )
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

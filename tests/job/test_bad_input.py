@@ -229,7 +229,11 @@ def test_a_model_that_is_no_causal_language_model_is_refused(
     ("config", "message"),
     [
         (GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=264), "a Conv1D, no linear"),
-        (RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=264), "cannot be run block by"),
+        # it halves its hidden states behind every second block
+        (
+            RwkvConfig(hidden_size=32, num_hidden_layers=4, vocab_size=264, rescale_every=2),
+            "block 2 is given something else than what block 1 returned",
+        ),
     ],
     ids=["gpt2", "rwkv"],
 )
