@@ -52,7 +52,7 @@ def job_report(
             "type": index.config.get("model_type"),
             "linear_parameters": eligible,
             "linear_parameters_kept": eligible - removed,
-            "ratio": removed / eligible,
+            "ratio": removed / eligible if eligible else 0.0,
             "parameters": index.numel,
             "parameters_kept": index.numel - removed,
             "model_ratio": removed / index.numel,

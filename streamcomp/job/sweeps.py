@@ -126,7 +126,7 @@ def ranks(work: Workspace, stage: Stage, step: Step) -> Results:
     """
     stage("sharing")
     plan, recipe, unreached = work.plan, work.recipe, work.unreached
-    if recipe.allocation == "uniform":
+    if recipe.allocation == "uniform" or unreached >= {m.disk_name for m in plan.chosen}:
         dense = {m.full_name: None for m in plan.chosen if m.disk_name in unreached}
         return {"ranks": [{**output.ranks, **dense} for output in plan.outputs]}
     eligible, chosen = (

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from streamcomp.checkpoint.index import TensorInfo
+from streamcomp.modeling.meta import FLOATS
 from streamcomp.modeling.modules import FactoredLinear
 from streamcomp.modeling.skeleton import Skeleton
 
 __all__ = ["BlockLinears", "Linear", "find_linears"]
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 # How configs of mixture models call their number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # A line of code that multiplies.
@@ -90,7 +90,7 @@ def _reason(
         return "not one matrix on disk"
     if not sources[0].name.endswith(".weight"):
         return f"named {sources[0].name} on disk"
-    if sources[0].dtype not in _FLOATS:
+    if sources[0].dtype not in FLOATS:
         return f"of dtype {sources[0].dtype}"
     if _is_router(skeleton, full_name, module.weight.shape[0]):
         return "a router"

@@ -196,7 +196,7 @@ def _initialised(model: PreTrainedModel, mark: int) -> dict[str, Tensor]:
         buffers = model.get_submodule(owner)._buffers
         buffers[leaf] = torch.full_like(buffers[leaf], mark, device="cpu")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mark)
+        torch.default_generator.manual_seed(mark)  # the CPU's alone: it is put back
         model.initialize_weights()
     return {name: model.get_buffer(name).clone() for name in names}
 

@@ -28,7 +28,7 @@ from streamcomp.modeling.taps import (
 )
 from streamcomp.modeling.tracing import BlockUse, use_of_block
 
-__all__ = ["Rehearsal", "rehearse"]
+__all__ = ["Rehearsal", "code_of", "rehearse"]
 
 # Two batches that differ in their tokens, and in nothing else. No row counts up, as positions do.
 _TOKENS = ([[1, 0, 1, 1], [0, 0, 1, 0]], [[0, 1, 1, 0], [1, 1, 0, 1]])
@@ -67,13 +67,11 @@ def rehearse(
         actors = _Actors(blocks, guess)
         try:
             before, behind = _perform(forward, panel, actors, outer, head)
-        except StreamcompError:
-            raise
         except Exception as fault:  # models fail in as many ways as there are of them
             error = error or fault
             if actors.certain:
                 break
-            continue
+            continue  # the guess may be what was wrong
         panel.conductor = recorder = Recorder(actors.returns)
         with torch.no_grad(), suppress(Stop):
             forward(torch.tensor(_TOKENS[1]))
@@ -86,6 +84,8 @@ def rehearse(
             actors.leaves[-1].shape[-1],
         )
     assert error is not None
+    if isinstance(error, StreamcompError):
+        raise error
     text = (str(error).splitlines() or [""])[0]
     raise UnsupportedModelError(
         f"its code cannot be run block by block ({type(error).__name__}: {text[:120]})"
@@ -162,9 +162,11 @@ class _Actors:
         if number < len(self.calls):
             raise UnsupportedModelError("its blocks run in another order than they are listed in")
         self.check_run(number)
-        if hidden.dim() != 3 or self.leaves and hidden.shape != self.leaves[0].shape:
+        windows, positions = len(_TOKENS[0]), len(_TOKENS[0][0])
+        if hidden.dim() != 3 or hidden.shape[:2] != (windows, positions):
             raise UnsupportedModelError(
-                f"hidden states are not (batch, tokens, hidden) but {list(hidden.shape)}"
+                f"hidden states of {windows} x {positions} tokens are not (batch, tokens, hidden) "
+                f"but {list(hidden.shape)}"
             )
         changed = hidden is not self._output or hidden._version != self._version
         if self.leaves and changed:
@@ -213,7 +215,7 @@ class _Actors:
     def _use(self, number: int, hidden: Tensor, call: Call) -> BlockUse | None:
         """How the block uses its linears; blocks that run the same code are looked at once."""
         block = self._blocks[number]
-        key = _code_of(block), tuple(map(_looks, call.leaves))
+        key = code_of(block), tuple(map(_looks, call.leaves))
         if key not in self._seen:
             self._seen[key] = use_of_block(block, hidden, call)
         return self._seen[key]
@@ -225,7 +227,7 @@ def _named(call: Call) -> list[tuple[str, Tensor]]:
     return [(name, leaf) for name, value in named.items() for leaf in Call((value,), {}).tensors]
 
 
-def _code_of(block: nn.Module) -> Hashable:
+def code_of(block: nn.Module) -> Hashable:
     """Equal for blocks that run the same code: its modules and their plain settings, not sizes."""
     return tuple((name, type(module), _settings(module)) for name, module in block.named_modules())
 

@@ -20,7 +20,7 @@ from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
 from streamcomp.errors import CorruptShardError, MissingShardError, UnsupportedModelError
 from streamcomp.modeling.meta import FLOATS, build_model, find_layers
 from streamcomp.modeling.modules import NameMap
-from streamcomp.modeling.rehearsal import Rehearsal, rehearse
+from streamcomp.modeling.rehearsal import Rehearsal, code_of, rehearse
 from streamcomp.modeling.taps import Call, Conductor, Recorder, Replayer, Stop, TapPanel
 
 __all__ = ["Skeleton"]
@@ -86,14 +86,7 @@ class Skeleton:
         """Blocks of equal kind have equal shapes and run the same code."""
         block = self.block(number)
         shapes = tuple((name, tuple(value.shape)) for name, value in block.state_dict().items())
-        plain = tuple(
-            (name, repr(value))
-            for module in block.modules()
-            for name, value in sorted(vars(module).items())
-            if isinstance(value, str | bool | int | float | None)
-            and name not in ("layer_idx", "training")
-        )
-        return (type(block).__name__, shapes, plain)
+        return code_of(block), shapes
 
     @property
     def hidden_size(self) -> int:
@@ -167,7 +160,7 @@ class Skeleton:
 
         Calls do not depend on weights.
         """
-        with self._zero_parameters(torch.device("cpu")):
+        with self._zero_parameters():
             return self.record(torch.zeros(batch, seq_len, dtype=torch.int64))
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -187,14 +180,14 @@ class Skeleton:
         """How the model runs; UnsupportedModelError where it cannot be streamed."""
         outer = {name: self.model.get_submodule(name) for name in self.outer_modules}
         try:
-            with self._zero_parameters(torch.device("cpu")), self._tapped():
+            with self._zero_parameters(), self._tapped():
                 return rehearse(self._forward, self._panel, list(self._layers), outer, self.head)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{self.config.model_type}: {error}") from error.__cause__
 
     @contextmanager
-    def _zero_parameters(self, device: torch.device) -> Iterator[None]:
-        """Zeros for all outer parameters that are not loaded, each expanded from one number."""
+    def _zero_parameters(self) -> Iterator[None]:
+        """Zeros on the CPU for all outer parameters that are not loaded, each of one number."""
         held: list[tuple[dict[str, Any], str, Any]] = []
         for name in self.outer_modules:
             module = self.model.get_submodule(name)
@@ -202,7 +195,7 @@ class Skeleton:
                 for leaf, value in store.items():
                     if value is not None and value.is_meta:
                         held.append((store, leaf, value))
-                        zero = torch.zeros((), dtype=value.dtype, device=device)
+                        zero = torch.zeros((), dtype=value.dtype, device="cpu")
                         store[leaf] = nn.Parameter(zero.expand(value.shape), requires_grad=False)
         try:
             yield

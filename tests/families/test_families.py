@@ -54,7 +54,7 @@ WORKS = {
 # Type -> the reason.
 REFUSES = {
     "deepseek_v4": "hands the state 'position_embeddings'",
-    "gemma3n_text": r"hidden states are not \(batch, tokens, hidden\)",
+    "gemma3n_text": r"are not \(batch, tokens, hidden\)",
     "gemma4_text": "depends on the tokens",
     "inkling2_text": "depends on the tokens",
     "reformer": "depends on the tokens",

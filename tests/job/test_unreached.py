@@ -77,6 +77,21 @@ def test_they_stay_dense_and_do_not_count_in_the_ratio(
     assert torch.equal(streamed_logits(out, pico_tokens()), whole_logits(out, pico_tokens()))
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "svd-llm"}], ids=str)
+def test_a_job_of_them_alone_leaves_the_model_as_it_is(
+    settings: dict[str, Any], pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, out = pico("llama"), tmp_path / "out"
+
+    report = compress(
+        source, out, pico_text(tmp_path / "text.txt", 4000), include="up_proj", **settings
+    ).report
+
+    assert report["linears"] == [] and report["model"]["ratio"] == 0
+    assert report["left"].keys() >= UNREACHED
+    assert torch.equal(whole_logits(out, pico_tokens()), whole_logits(source, pico_tokens()))
+
+
 def test_a_job_that_was_interrupted_still_knows_them(
     pico: Callable[..., Path], tmp_path: Path
 ) -> None:

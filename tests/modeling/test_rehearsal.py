@@ -400,6 +400,43 @@ def test_a_caller_without_gradients_sees_the_same(
     assert skeleton.rehearsal == open_skeleton(pico("gemma2")).rehearsal
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_blocks_that_cannot_run_without_data_may_return_tuples(
+    length: int, monkeypatch: pytest.MonkeyPatch, pico: Callable[..., Path]
+) -> None:
+    def loop(model: Any, hidden: Tensor, rotary: Any) -> Tensor:
+        for layer in model.layers:
+            hidden = layer(hidden, position_embeddings=rotary)[0]
+        return hidden
+
+    def block(self: Any, own: Any, hidden: Tensor, **kwargs: Any) -> Any:
+        assert bool(hidden.isfinite().all())  # asks the data
+        return (own(self, hidden, **kwargs), *[None] * (length - 1))
+
+    folder = pico("llama")
+    llama_loop(monkeypatch, loop)
+    llama_blocks(monkeypatch, block)
+
+    assert open_skeleton(folder).rehearsal.called == (None, None)
+    expected = whole_logits(folder, pico_tokens())
+    assert torch.equal(streamed_logits(folder, pico_tokens()), expected)
+
+
+def test_more_positions_than_tokens_are_refused(
+    monkeypatch: pytest.MonkeyPatch, pico: Callable[..., Path]
+) -> None:
+    forward = llama.LlamaModel.forward
+
+    def prompted(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        embedded = self.embed_tokens(input_ids)
+        longer = torch.cat((embedded[:, :1], embedded), dim=1)
+        return forward(self, **kwargs | {"inputs_embeds": longer})
+
+    monkeypatch.setattr(llama.LlamaModel, "forward", prompted)
+
+    assert "hidden states of 2 x 4 tokens are not" in refusal(pico("llama"))
+
+
 # -- where the blocks are
 
 
