@@ -32,7 +32,14 @@ from streamcomp.modeling.modules import FactoredLinear, LowRankLinear
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.modeling.taps import Call
 
-__all__ = ["Refined", "TrainingData", "refine_block"]
+__all__ = [
+    "Refined",
+    "TrainingData",
+    "balancing_bytes",
+    "factor_bytes",
+    "optimizer_flops",
+    "refine_block",
+]
 
 # Root mean square of a step's move, relative to that of the tensor that it moves, is this times the
 # block's loss to this power: a block that has little to gain is not shaken.
@@ -124,6 +131,30 @@ def refine_block(
     if not after < before:
         return Refined(closed, before, before, 0)
     return Refined(refined, before, after, kept)
+
+
+def factor_bytes(ranks: Mapping[Linear, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of both factors of the linears in ``ranks``, while training and while converting.
+
+    In fp32 at least. Training holds them with their gradient, momentum, the best so far and the
+    rounded copies, and Muon's work on the largest factor; converting holds gradient and best.
+    """
+    item = max(torch.float32.itemsize, dtype.itemsize)
+    numbers = sum(rank * (m.rows + m.columns) for m, rank in ranks.items())
+    largest = max((rank * max(m.rows, m.columns) for m, rank in ranks.items()), default=0)
+    return item * (5 * numbers + 3 * largest), 3 * item * numbers
+
+
+def balancing_bytes(rows: int, columns: int, rank: int) -> int:
+    """Peak of sharing a product's singular values between its factors, in fp64."""
+    return torch.float64.itemsize * (3 * rank * (rows + columns) + 5 * rank * rank)
+
+
+def optimizer_flops(ranks: Mapping[Linear, int]) -> float:
+    """One step of Muon on both factors: five Newton-Schulz iterations each, in bf16."""
+    return sum(
+        5 * (4.0 * (m.rows + m.columns) * rank**2 + 4.0 * rank**3) for m, rank in ranks.items()
+    )
 
 
 def _train(

@@ -20,7 +20,7 @@ from streamcomp.linalg.low_rank import refit_left
 from streamcomp.modeling.modules import FactoredLinear
 from streamcomp.modeling.streamer import LoadedBlock
 
-__all__ = ["Refit"]
+__all__ = ["Refit", "refit_bytes"]
 
 
 class Refit:
@@ -94,3 +94,15 @@ class Refit:
             inner.addmm_(low.T, low)
 
         return hook
+
+
+def refit_bytes(ranks: Mapping[Linear, int], dtype: torch.dtype, rows: int) -> tuple[int, int]:
+    """Bytes of the sums, and of the dense outputs of ``rows`` tokens with the largest of the fits.
+
+    ``ranks`` are those of the linears that are fitted at a time. A fit is solved in fp64 and holds
+    both sums three times.
+    """
+    numbers = [rank * rank + linear.rows * rank for linear, rank in ranks.items()]
+    outputs = sum(linear.rows for linear in ranks) * dtype.itemsize * rows
+    fit = 3 * torch.float64.itemsize * max(numbers, default=0)
+    return sum(numbers) * moment_dtype(dtype).itemsize, outputs + fit
