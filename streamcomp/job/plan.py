@@ -23,7 +23,7 @@ from streamcomp.job.planner import Conditions, StepPlan, StepPlanner
 from streamcomp.job.schedule import compression_steps, evaluation_steps, needs_analysis
 from streamcomp.job.steps.base import Step
 from streamcomp.machine.budget import Budget
-from streamcomp.machine.memory import release, resident_bytes
+from streamcomp.machine.session import probe
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.recipe import Recipe, chosen_blocks
 
@@ -161,10 +161,9 @@ def make_plan(
             f"{skeleton.index.folder} is already compressed by streamcomp: start from the original"
         )
     _check_seq_len(skeleton, recipe.seq_len)
-    release()
     stream = StreamShape(recipe.samples, recipe.seq_len, skeleton.hidden_size, skeleton.dtype)
     if before is None:
-        baseline = resident_bytes() + conditions.kernel_bytes
+        baseline = probe().baseline_bytes() + conditions.kernel_bytes
         on_device = conditions.device_budget > 0
         blocks: Sequence[BlockPlan] = plan_blocks(skeleton, recipe, stream, on_device=on_device)
     else:
@@ -189,12 +188,11 @@ def make_plan(
 def make_evaluation_plan(skeleton: Skeleton, stream: StreamShape, conditions: Conditions) -> Plan:
     """Plan an evaluation on windows of the shape ``stream``; BudgetError as above."""
     _check_seq_len(skeleton, stream.seq_len)
-    release()
     recipe = Recipe(samples=stream.windows, seq_len=stream.seq_len)
     on_device = conditions.device_budget > 0
     blocks = plan_blocks(skeleton, recipe, stream, on_device=on_device, runs_only=True)
     outline = Outline(skeleton, recipe, stream, blocks, (), False, conditions.rates)
-    baseline = resident_bytes() + conditions.kernel_bytes
+    baseline = probe().baseline_bytes() + conditions.kernel_bytes
     steps = evaluation_steps(len(blocks))
     return _fitting(StepPlanner(outline, steps, conditions, baseline), None)
 

@@ -25,6 +25,7 @@ from streamcomp.job.journal import (
     fingerprint,
     locked,
     same_analysis,
+    same_moments,
 )
 from streamcomp.job.plan import Plan, make_plan
 from streamcomp.job.planner import Conditions
@@ -33,8 +34,8 @@ from streamcomp.job.rows import JobLevers, StepRow
 from streamcomp.job.runner import run_steps
 from streamcomp.job.schedule import can_keep_analysis
 from streamcomp.job.workspace import Workspace
-from streamcomp.machine.memory import is_memory_backed
-from streamcomp.machine.session import Machine
+from streamcomp.machine.session import Machine, probe
+from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.recipe import Recipe, Resources
 
@@ -68,6 +69,11 @@ class Job:
     def open(self) -> Iterator[None]:
         """Plan, make the folders, take the lock, and begin or continue the journal."""
         self.skeleton = Skeleton(self.index)
+        gradients, training = find_method(self.recipe.method).needs_gradients, self.recipe.refine > 0
+        self.skeleton.check_tensors(head=gradients)
+        self._kernel_bytes = self.here.kernel_bytes(
+            self.skeleton.dtype, gradients=gradients, training=training
+        )
         self.folders = JobFolders(
             self.index.folder, self.out, self.resources.work_dir, self.recipe, len(self.skeleton)
         )
@@ -118,19 +124,19 @@ class Job:
     def _journal(self) -> Journal | None:
         """The journal of what was done; a job with no finished step may begin anew.
 
-        A finished job that kept its analysis hands it on to one that differs in its output alone.
+        A finished job that kept its work hands its decompositions on to one that differs in its
+        output alone, and its moments to one that decomposes them with another damping.
         """
         begun = Journal.read(self.work) if self.work.is_dir() else None
         if begun is None or not begun.steps:
             return None
-        header = begun.header
-        if (
-            header.levers.keep_work
-            and begun.finished
-            and header.fingerprint != self.fingerprint
-            and same_analysis(header.fingerprint, self.fingerprint)
-        ):
+        before, levers = begun.header.fingerprint, begun.header.levers
+        if before == self.fingerprint or not (levers.keep_work and begun.finished):
+            return begun
+        if same_analysis(before, self.fingerprint):
             return begun.inherit(self.fingerprint)
+        if levers.analysis and same_moments(before, self.fingerprint):
+            return begun.inherit(self.fingerprint, from_moments=True)
         return begun
 
     def _check_unchanged(self, begun: Journal | None) -> None:
@@ -141,7 +147,7 @@ class Job:
 
     def _conditions(self, begun: Journal | None) -> Conditions:
         """Where the job runs, and whether it keeps its work: it does what it began with."""
-        keep = self.resources.keep_work
+        keep, from_moments = self.resources.keep_work, False
         analysis = keep and can_keep_analysis(self.recipe)
         if begun is not None:
             levers = begun.header.levers
@@ -150,16 +156,17 @@ class Job:
                     "--keep-work comes too late: this job began without it, and removes its work"
                 )
             keep, analysis = levers.keep_work, levers.analysis
-        here = self.here.for_model(self.skeleton.dtype, self.work)
+            from_moments = levers.from_moments
         return Conditions(
-            here.budget_bytes,
-            here.rates,
-            here.device_budget,
-            here.kernel_bytes,
-            is_memory_backed(self.work),
-            is_memory_backed(self.out),
-            keep,
-            analysis,
+            budget_bytes=self.here.budget_bytes,
+            rates=self.here.rates(self.skeleton.dtype, self.work),
+            device_budget=self.here.device_budget,
+            kernel_bytes=self._kernel_bytes,
+            work_in_memory=probe().is_memory_backed(self.work),
+            outputs_in_memory=probe().is_memory_backed(self.out),
+            keeps_work=keep,
+            keeps_analysis=analysis,
+            from_moments=from_moments,
         )
 
     def _plan(self, begun: Journal | None) -> Plan:
@@ -200,6 +207,7 @@ class Job:
             device=str(self.here.device),
             analysis=self.plan.outline.analysis,
             keep_work=self.conditions.keeps_work,
+            from_moments=self.conditions.from_moments,
         )
         seconds = tuple(round(step.seconds, 3) for step in self.plan.steps)
         if begun is not None and begun.inherited:

@@ -15,8 +15,9 @@ from streamcomp.job.progress import JobProgress
 from streamcomp.job.rows import StepRow
 from streamcomp.job.schedule import live_after
 from streamcomp.job.workspace import Stage, Workspace, work_files
+from streamcomp.machine.allocator import release
 from streamcomp.machine.device import within_device
-from streamcomp.machine.memory import PeakMeter, release
+from streamcomp.machine.memory import PeakMeter
 
 __all__ = ["run_steps"]
 
@@ -55,6 +56,7 @@ def run_steps(
                 work.outline = plan.outline
     finally:
         progress.end()
+        meter.close()
     return plan
 
 

@@ -23,7 +23,7 @@ from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.rows import AnalysisRow
-from streamcomp.machine.memory import release
+from streamcomp.machine.allocator import release
 from streamcomp.methods import Method
 from streamcomp.modeling.sites import Site
 from streamcomp.modeling.skeleton import Skeleton

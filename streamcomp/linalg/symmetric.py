@@ -32,7 +32,6 @@ __all__ = [
     "gram",
     "mirror",
     "sandwich",
-    "solve_dtype",
 ]
 
 # Rows or columns of a matrix that are worked on at a time.
@@ -47,11 +46,6 @@ SMALL = 1024
 # What the eigenvectors may miss of the matrix as a vector sees it, relative to the result or to
 # this share of the largest eigenvalue.
 _RESIDUAL, _ROUNDING = 1e-4, 1e-8
-
-
-def solve_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a model of ``dtype`` is decomposed in: fp32 where it is of half precision, else fp64."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
 @contextmanager

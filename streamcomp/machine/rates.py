@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from streamcomp.calibration.observe import moment_dtype
-from streamcomp.linalg.symmetric import SMALL, exact_products, solve_dtype
+from streamcomp.linalg.dtypes import moment_dtype, solve_dtype
+from streamcomp.linalg.symmetric import SMALL, exact_products
 
 __all__ = ["MachineRates", "measure_disk", "measure_rates"]
 
