@@ -42,7 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.checkpoint.index import read_index
 from streamcomp.linalg.allocation import largest_rank
-from streamcomp.modeling.modules import FORMS
+from streamcomp.forms.runtime import FORMS
 from streamcomp.units import format_seconds
 
 PARTS = ("textbook", "roofline", "ratios", "linear", "inference")

@@ -7,8 +7,8 @@ import pytest
 
 from streamcomp.errors import RecipeError
 from streamcomp.methods import find_method
-from streamcomp.modeling.modules import FORMS as MODULES
-from streamcomp.modeling.modules import SharedLinear
+from streamcomp.forms.runtime import FORMS as MODULES
+from streamcomp.forms.runtime import SharedLinear
 from streamcomp.recipe import FORMS, OUTPUT_FIELDS, Recipe, Resources
 
 

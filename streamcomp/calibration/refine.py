@@ -28,7 +28,7 @@ from torch import Tensor
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FactoredLinear, LowRankLinear
+from streamcomp.forms.runtime import FactoredLinear, LowRankLinear
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.modeling.taps import Call
 

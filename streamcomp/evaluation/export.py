@@ -16,7 +16,7 @@ from streamcomp.checkpoint.writer import Computed, Entry, write_shard
 from streamcomp.errors import OutputError, RecipeError, UnsupportedModelError
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.publish import copy_companions, quantization_config, write_index
-from streamcomp.modeling.modules import FactoredLinear, factored
+from streamcomp.forms.runtime import FactoredLinear, factored
 from streamcomp.modeling.skeleton import Skeleton
 
 __all__ = ["export_checkpoint"]

@@ -26,7 +26,7 @@ from streamcomp.methods import (
     shared_tensors,
 )
 from streamcomp.modeling.linears import Linear
-from streamcomp.modeling.modules import FactoredLinear, factored
+from streamcomp.forms.runtime import FactoredLinear, factored
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning.outputs import OutputPlan
 from streamcomp.planning.schedule import Step, can_be_analysed, hidden_key

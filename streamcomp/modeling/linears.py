@@ -15,7 +15,7 @@ from torch import nn
 
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.modeling.meta import FLOATS
-from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.modeling.skeleton import Skeleton
 
 __all__ = ["BlockLinears", "Linear", "find_linears"]

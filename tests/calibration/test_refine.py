@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from streamcomp.calibration.refine import TrainingData, refine_block
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FactoredLinear, factored
+from streamcomp.forms.runtime import FactoredLinear, factored
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import compress, factored_modules, stored_tensors, varied_text
 from tests.modeling.folders import CPU, open_skeleton

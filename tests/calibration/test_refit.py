@@ -15,7 +15,7 @@ from streamcomp.calibration.corpus import load_windows
 from streamcomp.calibration.refit import Refit
 from streamcomp.linalg.low_rank import refit_left
 from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FactoredLinear, factored
+from streamcomp.forms.runtime import FactoredLinear, factored
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import (
     SMALL,

@@ -20,7 +20,7 @@ from streamcomp import OutputError, RecipeError, UnsupportedModelError
 from streamcomp.evaluation import export
 from streamcomp.linalg.channel_sharing import AXES, share_channels
 from streamcomp.methods.factors import factor_tensors, shared_tensors
-from streamcomp.modeling.modules import (
+from streamcomp.forms.runtime import (
     FORMAT_VERSION,
     FactoredLinear,
     LowRankLinear,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from streamcomp.integrations.transformers import PLUGIN, StreamCompConfig, plugin_source
-from streamcomp.modeling.modules import FORMS, FactoredLinear, SharedLinear
+from streamcomp.forms.runtime import FORMS, FactoredLinear, SharedLinear
 from tests.jobs import (
     REPOSITORY,
     Finished,

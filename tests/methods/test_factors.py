@@ -8,7 +8,7 @@ from streamcomp.errors import RecipeError
 from streamcomp.linalg.allocation import stored_numbers
 from streamcomp.linalg.low_rank import FIRST_DAMPING, GRADIENT_DAMPING, damped_outputs
 from streamcomp.methods import METHODS, GradientMoment, Moment, factor_tensors, find_method
-from streamcomp.modeling.modules import FORMS
+from streamcomp.forms.runtime import FORMS
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 

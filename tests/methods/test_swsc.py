@@ -9,8 +9,8 @@ from streamcomp.linalg.channel_sharing import AXES, SharedChannels, share_channe
 from streamcomp.methods.base import Moment
 from streamcomp.methods.factors import shared_tensors
 from streamcomp.methods.swsc import Swsc
-from streamcomp.modeling import modules
-from streamcomp.modeling.modules import SharedLinear, factored
+from streamcomp.forms import runtime
+from streamcomp.forms.runtime import SharedLinear, factored
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from streamcomp.checkpoint.index import SINGLE_FILE
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FORMAT_VERSION, FORMS, FactoredLinear
+from streamcomp.forms.runtime import FORMAT_VERSION, FORMS, FactoredLinear
 from streamcomp.modeling.streamer import BlockStreamer
 from tests.modeling.folders import (
     CPU,

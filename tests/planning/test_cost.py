@@ -11,7 +11,7 @@ import torch
 
 from streamcomp.linalg.allocation import largest_rank
 from streamcomp.linalg.symmetric import solve_dtype
-from streamcomp.modeling.modules import FORMS as BY_RANK
+from streamcomp.forms.runtime import FORMS as BY_RANK
 from streamcomp.planning.cost import (
     analysis_bytes,
     decomposition_bytes,

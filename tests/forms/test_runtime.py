@@ -9,7 +9,7 @@ import torch
 from torch import Generator, nn
 from torch.profiler import ProfilerActivity, profile
 
-from streamcomp.modeling.modules import (
+from streamcomp.forms.runtime import (
     AXES,
     FORMS,
     FactoredLinear,
