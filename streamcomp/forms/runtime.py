@@ -203,15 +203,14 @@ MODULES: dict[str, type[FactoredLinear]] = {
     module.form: module for module in (LowRankLinear, PivotLinear, SharedLinear)
 }
 
-_KEYS = {"form", "rank", "dtype", "bias"}
+_KEYS = {"form", "rank", "dtype"}
 
 
 def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     """An empty factored linear instead of ``dense``, as ``spec`` of the config says.
 
-    ``spec`` holds ``form``, ``rank`` and ``dtype``, the keys of its form, and ``"bias": true``
-    where there is a bias that ``dense`` has not. Anything else is refused, for a reader that skips
-    what it does not know returns a wrong model. Raises ValueError.
+    ``spec`` holds ``form``, ``rank`` and ``dtype``, and the keys of its form. Anything else is
+    refused, for a reader that skips what it does not know returns a wrong model. Raises ValueError.
     """
     form, rank = spec.get("form"), spec.get("rank")
     kind = MODULES.get(form) if isinstance(form, str) else None
@@ -223,10 +222,8 @@ def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     rows, columns = dense.out_features, dense.in_features
     if type(rank) is not int or not 0 < rank < min(rows, columns):
         raise ValueError(f"streamcomp: rank {rank!r} is impossible for {rows} x {columns}")
-    if "bias" in spec and spec["bias"] is not True:
-        raise ValueError(f"streamcomp: bias {spec['bias']!r} is impossible: true, or no such key")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    bias = "bias" in spec or dense.bias is not None
+    bias = dense.bias is not None
     return kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
 
 

@@ -54,7 +54,6 @@ __all__ = [
     "GRADIENT_DAMPING",
     "Decomposition",
     "basis_bytes",
-    "centred",
     "damped_outputs",
     "decompose_inputs",
     "decompose_outputs",
@@ -300,10 +299,6 @@ def _mixing(
     return replace(found, least_damping=least_damping if least_damping < MOST_DAMPING else 0.0)
 
 
-def centred(moment: Tensor, total: Tensor, rows: int) -> Tensor:
-    """The moment of rows less their mean, fp64, from their moment, sum and number."""
-    wide = total.double()
-    return moment.to(torch.float64, copy=True).addr_(wide, wide, alpha=-1 / rows)
 
 
 def _decomposition(
