@@ -116,9 +116,7 @@ class Form(ABC):
             for weight, energies in zip(weights, spectra, strict=True)
         ]
         places = least_loss_choices(curves, ratio)
-        return [
-            _chosen(curve.costs, place) for curve, place in zip(curves, places, strict=True)
-        ]
+        return [_chosen(curve.costs, place) for curve, place in zip(curves, places, strict=True)]
 
     # -- encoding --------------------------------------------------------------------------
 

@@ -103,9 +103,7 @@ def even_choices(costs: Sequence[Tensor], ratio: float) -> list[int]:
     return places
 
 
-def least_loss_choices(
-    curves: Sequence[Curve], ratio: float, *, floor: float = 0.05
-) -> list[int]:
+def least_loss_choices(curves: Sequence[Curve], ratio: float, *, floor: float = 0.05) -> list[int]:
     """The places of least total loss.
 
     One multiplier for all linears is found by bisection; what is left over goes to candidates

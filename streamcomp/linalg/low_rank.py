@@ -299,8 +299,6 @@ def _mixing(
     return replace(found, least_damping=least_damping if least_damping < MOST_DAMPING else 0.0)
 
 
-
-
 def _decomposition(
     values: Tensor, left: Tensor, right: Tensor | None, *, mixes: bool, damping: float
 ) -> Decomposition:

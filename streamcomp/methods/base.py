@@ -235,6 +235,4 @@ class Method(ABC):
         """Operations of the same without ``eigh``, by the rate that they run at."""
         from streamcomp.linalg.low_rank import decomposition_flops
 
-        return decomposition_flops(
-            site.rows, site.columns, side, gradients=self.needs_gradients
-        )
+        return decomposition_flops(site.rows, site.columns, side, gradients=self.needs_gradients)
