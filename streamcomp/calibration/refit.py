@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from streamcomp.calibration.observe import moment_dtype
-from streamcomp.linalg.fitting import refit_left
 from streamcomp.forms.runtime import FactoredLinear
+from streamcomp.linalg.fitting import refit_left
 from streamcomp.modeling.streamer import LoadedBlock
 
 __all__ = ["Refit"]

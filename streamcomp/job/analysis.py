@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from streamcomp.modeling.linears import Linear
 from streamcomp.planning.schedule import analysis_key
 
 __all__ = [
-    "as_kept",
     "health",
     "read_decomposition",
     "read_moment",
@@ -37,32 +35,20 @@ _OUTPUT_GRADIENT = "output_gradient"
 
 def health(linear: Linear, found: Decomposition) -> dict[str, Any]:
     """How the decomposition of a linear went, in plain values."""
-    condition = found.condition
     return {
         "name": linear.disk_name,
         "rows": linear.rows,
         "columns": linear.columns,
-        "energy": float(found.spectrum.sum()),
+        "energy": found.energy,
         "damping": found.damping,
-        "condition": condition if condition < float("inf") else None,
+        "condition": found.finite_condition,
         "fallback": found.fallback,
     }
 
 
-def as_kept(linear: Linear, found: Decomposition) -> Decomposition:
-    """With the bases in fp32 (fp64 for a model that is); the spectrum stays in fp64.
-
-    Factors are fitted anew to what is rounded when they are written, so fp32 loses nothing.
-    """
-    wide = linear.source.torch_dtype == torch.float64
-    dtype = torch.float64 if wide else torch.float32
-    right = None if found.right is None else found.right.to(dtype)
-    return replace(found, left=found.left.to(dtype), right=right)
-
-
 def write_decomposition(folder: Path, block: int, linear: Linear, found: Decomposition) -> None:
     """Keep the spectrum and the bases."""
-    found = as_kept(linear, found)
+    found = found.rounded(linear.dtype)
     entries = [Entry("spectrum", found.spectrum.cpu()), Entry("left", found.left.cpu())]
     if found.right is not None:
         entries.append(Entry("right", found.right.cpu()))

@@ -58,7 +58,7 @@ from streamcomp.planning.meter import (
 )
 from streamcomp.planning.plan import Plan, make_plan
 from streamcomp.planning.rates import MachineRates, measure_disk, measure_rates
-from streamcomp.planning.schedule import Step, can_be_analysed, live_after, runs_windows
+from streamcomp.planning.schedule import Step, live_after, runs_windows
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = [
@@ -108,8 +108,8 @@ class Job:
         self.budget = budget_bytes(self.resources.max_ram)
         device_budget = device_budget_bytes(self.device, self.resources.max_vram)
         self.skeleton = Skeleton(self.index)
-        self.skeleton.check_tensors(head=self.recipe.two_sided)
-        gradients, training = self.recipe.two_sided, self.recipe.refine > 0
+        self.skeleton.check_tensors(head=self.method.needs_gradients)
+        gradients, training = self.method.needs_gradients, self.recipe.refine > 0
         kernels = warm_up(self.device, self.skeleton.dtype, gradients=gradients, training=training)
         self._settings: dict[str, Any] = {"device_budget": device_budget, "kernel_bytes": kernels}
         self.folders = JobFolders(
@@ -175,7 +175,7 @@ class Job:
         fits = self._settings | {
             "memory_backed": is_memory_backed(self.work),
             "output_in_memory": is_memory_backed(self.out),
-            "analysis": keep and can_be_analysed(self.recipe),
+            "analysis": keep and self.method.can_be_analysed(self.recipe),
             "keep_work": keep,
             "from_moments": False,
         }

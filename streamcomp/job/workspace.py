@@ -22,7 +22,7 @@ from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.errors import JobMismatchError, NonFiniteError
 from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.progress import JobProgress
-from streamcomp.methods import Method, Swsc
+from streamcomp.methods import Method
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
 from streamcomp.modeling.taps import Call
@@ -79,7 +79,7 @@ class Workspace:
         self,
         skeleton: Skeleton,
         recipe: Recipe,
-        method: Method | Swsc,
+        method: Method,
         device: torch.device,
         folder: Path,
         plan: Plan,

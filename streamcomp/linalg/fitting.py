@@ -37,7 +37,8 @@ def refit_left(
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Scale the columns of one factor and the rows of the other to equal lengths.
 
-    So that neither over- nor underflows in a narrow dtype. ``left`` (m, r) and ``right`` (r, n) are overwritten.
+    So that neither over- nor underflows in a narrow dtype. ``left`` (m, r) and ``right`` (r, n)
+    are overwritten.
     """
     lengths = left.norm(dim=0), right.norm(dim=1)
     scale = (lengths[0] / lengths[1]).sqrt()

@@ -208,9 +208,9 @@ def decompose_inputs(
 ) -> Decomposition:
     """Decompose from the moment H (n, n) of the inputs, on the smaller side of W (m, n).
 
-    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes, of which
-    ``least_damping`` is known. Without ``rank``, for every rank. Holds the fp64 factor of H beside what
-    :func:`eigh` does, for m > n.
+    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes, at least
+    ``least_damping``. Without ``rank``, for every rank. Holds the fp64 factor of H in addition to
+    what :func:`eigh` does, for m > n.
     """
     if weight.shape[0] <= weight.shape[1]:
         return decompose_outputs(weight, output_moment(weight, inputs), damping, spend=True)
@@ -261,8 +261,8 @@ def decompose_two_sided_inputs(
     """Two-sided, from the moments H of the inputs and K' of W^T g, (n, n) both.
 
     Meant for m > n. ``gradient_energy`` is tr(Gamma), the sum of ||g||^2, by which Gamma is
-    damped: K' + eps tr(Gamma)/m W^T W. ``least_damping`` and ``rank`` as in :func:`decompose_inputs`.
-    Holds the fp64 factor of H beside what :func:`eigh` does.
+    damped: K' + eps tr(Gamma)/m W^T W. ``least_damping`` and ``rank`` are those of
+    :func:`decompose_inputs`. Holds the fp64 factor of H in addition to what :func:`eigh` does.
     """
     if not gradient_energy > 0:
         return _without_gradients(

@@ -7,7 +7,7 @@ before any work is done.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Moment:
         return 0 < self.rows < directions
 
     def damped(self, least: float) -> Moment:
-        """The moment for the next linear of its group, after one that took the damping ``least``."""
+        """For the next linear of the group, after one that took the damping ``least``."""
         return replace(self, least_damping=max(self.least_damping, least))
 
 
@@ -128,6 +128,11 @@ class Figures:
     numbers: int | None = None  # that are stored, where the method chose how many
     bits_per_weight: float | None = None  # likewise
 
+    def values(self) -> dict[str, Any]:
+        """Plain values, without those that the method does not have."""
+        absent = {f.name for f in fields(self) if f.default is None and vars(self)[f.name] is None}
+        return {name: value for name, value in vars(self).items() if name not in absent}
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -174,7 +179,7 @@ class Method(ABC):
     ) -> Factors:
         """Factors that stand for ``weight`` (m, n) within ``allowance``."""
 
-    def check(self, weight: Matrix, settings: Settings) -> None:
+    def check(self, weight: Matrix, settings: Settings) -> None:  # noqa: B027
         """RecipeError where ``settings`` are impossible for a weight of this shape."""
 
     # -- analysis that is kept -------------------------------------------------------------

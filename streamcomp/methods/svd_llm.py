@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from streamcomp.methods.base import Moment
 from streamcomp.methods.low_rank import LowRank
@@ -20,7 +20,7 @@ class SvdLlm(LowRank):
 
     name = "svd-llm"
     source = "SVD-LLM (arXiv 2403.07378)"
-    statistics = ("dense", "compressed", "none")
+    statistics: ClassVar[tuple[str, ...]] = ("dense", "compressed", "none")
 
     def decompose(
         self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None

@@ -75,7 +75,7 @@ import streamcomp
 told = load()
 """,
     "a part of streamcomp that imports transformers": """
-from streamcomp.forms.runtime import FORMS
+from streamcomp.forms.runtime import MODULES
 assert "streamcomp.api" not in sys.modules
 told = load()
 """,
