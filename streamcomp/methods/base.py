@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from streamcomp.forms import Allowance, Matrix
+    from streamcomp.forms import Allowance
     from streamcomp.linalg.low_rank import Decomposition
 
 __all__ = [
@@ -179,7 +179,7 @@ class Method(ABC):
     ) -> Factors:
         """Factors that stand for ``weight`` (m, n) within ``allowance``."""
 
-    def check(self, weight: Matrix, settings: Settings) -> None:  # noqa: B027
+    def check(self, weight: Site, settings: Settings) -> None:  # noqa: B027
         """RecipeError where ``settings`` are impossible for a weight of this shape."""
 
     # -- analysis that is kept -------------------------------------------------------------
@@ -218,7 +218,7 @@ class Method(ABC):
     @abstractmethod
     def working_bytes(
         self,
-        site: Matrix,
+        site: Site,
         side: Side,
         tokens: int,
         dtype: torch.dtype,
@@ -230,13 +230,13 @@ class Method(ABC):
         ``tokens`` rows.
         """
 
-    def analysis_bytes(self, site: Matrix, dtype: torch.dtype) -> int:
+    def analysis_bytes(self, site: Site, dtype: torch.dtype) -> int:
         """What :meth:`analyse` returns, with bases in ``dtype``."""
         from streamcomp.linalg.low_rank import basis_bytes
 
         return basis_bytes(site.rows, site.columns, dtype, gradients=self.needs_gradients)
 
-    def flops(self, site: Matrix, side: Side) -> dict[str, float]:
+    def flops(self, site: Site, side: Side) -> dict[str, float]:
         """Operations of the same without ``eigh``, by the rate that they run at."""
         from streamcomp.linalg.low_rank import decomposition_flops
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from streamcomp.forms import Allowance, Matrix
+    from streamcomp.forms import Allowance
     from streamcomp.linalg.low_rank import Decomposition
 
 __all__ = ["LowRank"]
@@ -82,7 +82,7 @@ class LowRank(Method):
         return Factors(tensors, spec, figures, analysis.least_damping)
 
     def working_bytes(
-        self, site: Matrix, side: Side, tokens: int, dtype: torch.dtype, settings: Settings
+        self, site: Site, side: Side, tokens: int, dtype: torch.dtype, settings: Settings
     ) -> int:
         from streamcomp.linalg.low_rank import decomposition_bytes
 

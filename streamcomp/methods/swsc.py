@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from streamcomp.forms import Allowance, Matrix
+    from streamcomp.forms import Allowance
 
 __all__ = ["Swsc"]
 
@@ -33,7 +33,7 @@ class Swsc(Method):
     has_spectra = False
     can_follow = False
 
-    def check(self, weight: Matrix, settings: Settings) -> None:
+    def check(self, weight: Site, settings: Settings) -> None:
         channels = {"rows": weight.rows, "columns": weight.columns}
         most = channels.get(settings.axis, max(weight.rows, weight.columns))
         if settings.clusters > most:
@@ -85,7 +85,7 @@ class Swsc(Method):
         return Factors(Shared().encode_channels(shared, storage_of(site.dtype)), spec, figures)
 
     def working_bytes(
-        self, site: Matrix, side: Side, tokens: int, dtype: torch.dtype, settings: Settings
+        self, site: Site, side: Side, tokens: int, dtype: torch.dtype, settings: Settings
     ) -> int:
         from streamcomp.linalg.channel_sharing import sharing_bytes
 

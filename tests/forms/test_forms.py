@@ -24,8 +24,8 @@ def test_forms_are_found_by_the_name_they_carry() -> None:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_form_says_what_its_module_holds(form: Form) -> None:
-    options = dict.fromkeys(form.module.keys, 2) | {"axis": "rows"} if form.module.keys else {}
-    module = form.module(20, 12, 3, **options)
+    spec = {"clusters": 2, "axis": "rows"} if form.module.keys else {}
+    module = form.module(20, 12, 3, **form.module.options(spec, 12, 20))
 
     assert form.module.form == form.name
     assert set(form.tensors) == set(module.tensors())

@@ -27,7 +27,7 @@ def problem(shape: tuple[int, int], random: Generator) -> tuple[Tensor, Tensor]:
 def compressed(
     weight: Tensor, moment: Moment | None, numbers: int, dtype: torch.dtype, recipe: Recipe
 ) -> Factors:
-    site = Place(*weight.shape, dtype=dtype)
+    site = Place(weight.shape[0], weight.shape[1], dtype)
     return Swsc().compress(site, weight, moment, Allowance(1, numbers), recipe)
 
 

@@ -41,6 +41,7 @@ from streamcomp.forms import Allowance, Floats, find_form
 from streamcomp.methods import GradientMoment, Moment, find_method
 from streamcomp.recipe import Recipe
 from streamcomp.planning import meter as m
+from tests.methods.sites import Place
 
 SMALL_PAGES, MAPPED_FROM = (41, 1, 0, 0, 0), (-3, 64 * 2**10)  # prctl, mallopt
 torch.set_num_threads(1)
@@ -71,7 +72,7 @@ def once(rows, columns, ranks, side, method, dtype):
     found = find_method({"damped": "svd-llm", "no data": "svd-llm"}.get(method, method))
     if method == "swsc":
         recipe, allowance = Recipe(method=method), Allowance(1, rows * columns // 2)
-        found.compress(Site(rows, columns, dtype), weight, Moment(side, moment), allowance, recipe)
+        found.compress(Place(rows, columns, dtype), weight, Moment(side, moment), allowance, recipe)
         return [taken(before)]
     if method == "no data":
         found = decompose_weight(weight)
