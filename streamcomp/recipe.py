@@ -21,10 +21,10 @@ from streamcomp.units import parse_bytes
 __all__ = [
     "ALLOCATIONS",
     "AXES",
+    "DECOMPOSITION_FIELDS",
     "FORMS",
     "METHODS",
     "OUTPUT_FIELDS",
-    "SOLVER_FIELDS",
     "STATISTICS",
     "Recipe",
     "Resources",
@@ -46,8 +46,8 @@ _BLOCKS = re.compile(r"(?:(first|last):(\d+)|(\d+)-(\d+))")
 OUTPUT_FIELDS = (
     "ratio", "size", "form", "allocation", "module_ratio", "update", "anchor", "refine", "rate"
 )  # fmt: skip
-# Fields that shape decompositions and no moment: jobs that differ in these too share their moments.
-SOLVER_FIELDS = ("damping",)
+# Fields that shape decompositions, not moments: jobs that differ in these too share their moments.
+DECOMPOSITION_FIELDS = ("damping",)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import CalibrationError, JobLockedError, JobMismatchError, OutputError
-from streamcomp.recipe import OUTPUT_FIELDS, SOLVER_FIELDS, Recipe
+from streamcomp.recipe import DECOMPOSITION_FIELDS, OUTPUT_FIELDS, Recipe
 
 __all__ = [
     "JOURNAL",
@@ -64,10 +64,10 @@ def check_fingerprint(
 ) -> None:
     """JobMismatchError naming the first field in which ``found`` is not what is ``wanted``.
 
-    Those that shape decompositions or the output alone come last: kept work may serve a job with
-    others.
+    Fields that shape decompositions or the output alone come last, because kept work may serve a
+    job in which they differ.
     """
-    for field in sorted(wanted, key=lambda name: name in (*SOLVER_FIELDS, *OUTPUT_FIELDS)):
+    for field in sorted(wanted, key=lambda name: name in (*DECOMPOSITION_FIELDS, *OUTPUT_FIELDS)):
         value = wanted[field]
         if not versions and field in ("torch", "transformers"):
             continue
@@ -91,7 +91,7 @@ def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def same_moments(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two jobs differ in nothing but what shapes their decompositions and their output."""
-    return _same_but((*SOLVER_FIELDS, *OUTPUT_FIELDS), one, other)
+    return _same_but((*DECOMPOSITION_FIELDS, *OUTPUT_FIELDS), one, other)
 
 
 @contextmanager
@@ -167,9 +167,10 @@ class Journal:
         return cls(folder / JOURNAL, header, [])
 
     def inherit(self, wanted: Fingerprint, before: tuple[str, ...], **levers: Any) -> Journal:
-        """A journal of the job ``wanted`` that begins with the steps of this one.
+        """A journal of the job ``wanted`` that begins with steps of this one.
 
-        Up to the first whose name begins with one of ``before``; other ``levers`` are replaced.
+        It takes the steps before the first whose name begins with one of ``before``, and the
+        levers, of which ``levers`` are replaced.
         """
         ends = (n for n, entry in enumerate(self.steps) if entry["step"].startswith(before))
         header = self.header | {"fingerprint": wanted, "levers": self.header["levers"] | levers}

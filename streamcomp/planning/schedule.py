@@ -6,8 +6,8 @@ A sweep is one pass over the blocks. The order of sweeps:
 - *loss* and *reverse* (two-sided): the gradient stream, last block first; moments are taken and
   decomposed, and what the writing sweeps need of them is kept;
 - *analyse* (one-sided, where several outputs share it or ranks depend on it): the same, forward;
-- *decompose* (where a job differs from that whose work was kept in the damping alone): decomposed
-  again, from the kept moments;
+- *decompose* (where a job uses the moments that another one kept): they are decomposed again, with
+  another damping;
 - *ranks*: shared among all linears at once;
 - *block*, once per output: factors are written, and where they depend on the compressed stream,
   computed there.
