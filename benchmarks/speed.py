@@ -41,11 +41,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.checkpoint.index import read_index
-from streamcomp.linalg.allocation import largest_rank
-from streamcomp.modeling.modules import FORMS
+from streamcomp.forms import FORMS, find_form
 from streamcomp.units import format_seconds
 
 PARTS = ("textbook", "roofline", "ratios", "linear", "inference")
+PRODUCTS = [name for name, form in FORMS.items() if form.is_product]
 RATIOS = (0.2, 0.4, 0.6)
 SOLVING = ("decomposing", "factorizing")
 _ROUNDS = 4
@@ -245,7 +245,7 @@ def _inference(title: str, model: Path, prompt: int = 512) -> dict[str, Any]:
     whole = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     block, rotary = whole.model.layers[0], whole.model.rotary_emb
     dense = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    forms = [("dense", 0.0), *((f, r) for r in RATIOS for f in FORMS)]
+    forms = [("dense", 0.0), *((f, r) for r in RATIOS for f in PRODUCTS)]
     linears = {
         (form, ratio): {name: _factored(linear, form, ratio) for name, linear in dense.items()}
         for form, ratio in forms
@@ -276,8 +276,9 @@ def _factored(linear: nn.Linear, form: str, ratio: float) -> nn.Module:
     if form == "dense":
         return linear
     rows, columns = linear.weight.shape
-    rank = largest_rank(form, rows, columns, (1 - ratio) * rows * columns)
-    module = FORMS[form](columns, rows, rank, dtype=linear.weight.dtype)
+    stored = find_form(form)
+    rank = stored.largest_rank(rows, columns, (1 - ratio) * rows * columns)
+    module = stored.module(columns, rows, rank, dtype=linear.weight.dtype)
     for value in module.parameters():
         nn.init.normal_(value, std=0.02)
     if form == "pivot":

@@ -46,7 +46,6 @@ from streamcomp.planning.meter import (
 )
 from streamcomp.planning.plan import Plan, make_plan
 from streamcomp.planning.rates import measure_rates
-from streamcomp.planning.schedule import can_be_analysed
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = [
@@ -167,19 +166,19 @@ def plan(
     recipe, resources = recipe or Recipe(), resources or Resources()
     prepare_process(resources)
     device = choose_device(resources.device)
-    find_method(recipe.method)
+    method = find_method(recipe.method)
     _check_texts(recipe)
     with headers_folder(model, revision) as folder:
         skeleton = Skeleton(read_index(folder))
-        skeleton.check_tensors(head=recipe.two_sided)
-        gradients, training = recipe.two_sided, recipe.refine > 0
+        skeleton.check_tensors(head=method.needs_gradients)
+        gradients, training = method.needs_gradients, recipe.refine > 0
         kernels = warm_up(device, skeleton.dtype, gradients=gradients, training=training)
         return make_plan(
             skeleton,
             recipe,
             budget_bytes(resources.max_ram, elsewhere=True),
             measure_rates(device, skeleton.dtype),
-            analysis=resources.keep_work and can_be_analysed(recipe),
+            analysis=resources.keep_work and method.can_be_analysed(recipe),
             keep_work=resources.keep_work,
             kernel_bytes=kernels,
             memory_backed=resources.work_dir is not None and is_memory_backed(resources.work_dir),

@@ -7,9 +7,7 @@ import pytest
 
 from streamcomp.errors import RecipeError
 from streamcomp.methods import find_method
-from streamcomp.modeling.modules import FORMS as MODULES
-from streamcomp.modeling.modules import SharedLinear
-from streamcomp.recipe import FORMS, OUTPUT_FIELDS, Recipe, Resources
+from streamcomp.recipe import OUTPUT_FIELDS, Recipe, Resources
 
 
 @pytest.mark.parametrize(
@@ -46,10 +44,6 @@ def test_the_default_recipe_is_sound() -> None:
 def test_a_recipe_does_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
         Recipe().ratio = 0.3  # type: ignore[misc]
-
-
-def test_every_form_of_a_recipe_has_a_module() -> None:
-    assert set(FORMS) == {*MODULES, SharedLinear.form}
 
 
 def test_the_fields_of_the_output_are_fields() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from streamcomp.errors import NonFiniteError
-from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment
+from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment, moment_dtype
 from streamcomp.methods.base import GradientMoment, Moment, Side
 from streamcomp.modeling.linears import Linear
 
@@ -78,11 +78,6 @@ def group_moments(
         else:
             groups.append(MomentGroup("inputs", inputs, tuple(members), gradients))
     return tuple(sorted(groups, key=lambda group: group.side == "inputs"))
-
-
-def moment_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Moments are kept in fp32; in fp64 for a model that is."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Observer:

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamcomp.forms import find_form, storage_of
+from streamcomp.forms.runtime import FactoredLinear, LowRankLinear
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.linalg.symmetric import solve_dtype
-from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FactoredLinear, LowRankLinear
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.modeling.taps import Call
 
@@ -117,11 +117,10 @@ def refine_block(
     if not kept:
         return Refined(closed, before, before, 0)
     refined = {
-        name: factor_tensors(
-            module.form,
+        name: find_form(module.form).encode(
             best[f"{name}.U"].to(solve_dtype(module.weight.dtype)),
             best[f"{name}.weight"].to(solve_dtype(module.weight.dtype)),
-            module.weight.dtype,
+            storage_of(module.weight.dtype),
         )
         for name, module in factored.items()
     }

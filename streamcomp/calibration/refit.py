@@ -2,7 +2,7 @@
 
 With the right factor V of a linear fixed, its left factor is fitted anew to what the dense model
 puts out: U = argmin ||Y - U V X^||, where X^ are the compressed stream's inputs and Y = W X the
-dense stream's outputs (:func:`streamcomp.linalg.low_rank.refit_left`). With ``anchor`` a below 1
+dense stream's outputs (:func:`streamcomp.linalg.fitting.refit_left`). With ``anchor`` a below 1
 the target is a mixture a W X + (1 - a) W X^.
 """
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from streamcomp.calibration.observe import moment_dtype
-from streamcomp.linalg.low_rank import refit_left
-from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.forms.runtime import FactoredLinear
+from streamcomp.linalg.fitting import refit_left
 from streamcomp.modeling.streamer import LoadedBlock
 
 __all__ = ["Refit", "refit_bytes"]

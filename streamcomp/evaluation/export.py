@@ -14,14 +14,17 @@ from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo, read_json
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.checkpoint.writer import Computed, Entry, write_shard
 from streamcomp.errors import OutputError, RecipeError, UnsupportedModelError
+from streamcomp.forms import find_form
+from streamcomp.forms.runtime import FactoredLinear, factored
+from streamcomp.forms.uv import Uv
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.publish import copy_companions, quantization_config, write_index
-from streamcomp.modeling.modules import FactoredLinear, factored
 from streamcomp.modeling.skeleton import Skeleton
 
 __all__ = ["export_checkpoint"]
 
-_FORMS = ("dense", "uv")
+# What linears may be exported as; None: one dense matrix.
+_FORMS: dict[str, Uv | None] = {"dense": None, Uv.name: Uv()}
 _MARKER = ".streamcomp-export.json"
 
 
@@ -47,7 +50,9 @@ def export_checkpoint(
     if destination.resolve() == index.folder.resolve():
         raise OutputError(f"{destination} is the model's own folder: give another DEST")
     modules: dict[str, dict[str, Any]] = index.config["quantization_config"]["modules"]
-    _check_form(form, modules)
+    factors = _FORMS[form]
+    if factors is not None:
+        _check_products(modules)
     _check_names(index, modules)
     _claim(index, destination, form)
     shards = []
@@ -58,7 +63,7 @@ def export_checkpoint(
             target = destination / shard.name
             if not target.exists():
                 progress.stage(number, shard.name, "writing", 0.0)
-                write_shard(target, _entries(index, shard, modules, form))
+                write_shard(target, _entries(index, shard, modules, factors))
             shards.append(target)
             progress.finish_step(number, shard.name, time.perf_counter() - started, "")
     finally:
@@ -66,7 +71,7 @@ def export_checkpoint(
     copy_companions(index.folder, destination)
     config = {k: v for k, v in index.config.items() if k != "quantization_config"}
     config.pop("auto_map", None)
-    if form == "uv":
+    if factors is not None:
         for name, text in extra.items():
             write_text(destination / name, text)
         linears = [{"name": name, "spec": spec | {"form": form}} for name, spec in modules.items()]
@@ -89,10 +94,10 @@ def _check_names(index: CheckpointIndex, modules: Mapping[str, Any]) -> None:
         )
 
 
-def _check_form(form: str, modules: dict[str, dict[str, Any]]) -> None:
-    """Refuse what ``form`` cannot hold, by the first linear of its kind."""
+def _check_products(modules: dict[str, dict[str, Any]]) -> None:
+    """Refuse what two factors cannot hold, by the first linear of its kind."""
     for name, spec in modules.items():
-        if form == "uv" and spec["form"] == "shared":
+        if not find_form(spec["form"]).is_product:
             raise RecipeError(
                 f"{name} has channels that share weights, no two factors hold them: "
                 "export it with --form dense"
@@ -115,7 +120,7 @@ def _claim(index: CheckpointIndex, destination: Path, form: str) -> None:
 
 
 def _entries(
-    index: CheckpointIndex, shard: Path, modules: dict[str, dict[str, Any]], form: str
+    index: CheckpointIndex, shard: Path, modules: dict[str, dict[str, Any]], factors: Uv | None
 ) -> Iterator[Entry]:
     """The tensors that take the place of those in ``shard``."""
     for name, info in index.tensors.items():
@@ -125,28 +130,32 @@ def _entries(
         if owner not in modules or leaf == "bias":
             yield Entry(name, info)
         elif leaf == "weight":
-            yield from _factored_entries(index, owner, modules[owner], info, form)
+            yield from _factored_entries(index, owner, modules[owner], info, factors)
 
 
 def _factored_entries(
-    index: CheckpointIndex, owner: str, spec: dict[str, Any], weight: TensorInfo, form: str
+    index: CheckpointIndex,
+    owner: str,
+    spec: dict[str, Any],
+    weight: TensorInfo,
+    factors: Uv | None,
 ) -> Iterator[Entry]:
-    """One linear's tensors in ``form``, computed when their turn comes."""
+    """One linear's tensors, computed when their turn comes."""
     rank, columns = weight.shape
-    left = index.tensors[f"{owner}.{'pivots' if spec['form'] == 'pivot' else 'U'}"]
-    rows, dtype = left.shape[0], weight.torch_dtype
+    rows = index.tensors[f"{owner}.{find_form(spec['form']).rows_tensor}"].shape[0]
+    dtype = weight.torch_dtype
 
     def load() -> FactoredLinear:
         return _load(index, owner, spec, rows, columns)
 
-    if form == "dense":
+    if factors is None:
         shape = (rows, columns)
         product = Computed(dtype, shape, lambda: load().dense_weight().to(dtype))
         yield Entry(f"{owner}.weight", product)
     else:
         yield Entry(f"{owner}.weight", weight)
         factor = Computed(dtype, (rows, rank), lambda: load().left_factor().to(dtype))
-        yield Entry(f"{owner}.U", factor)
+        yield Entry(f"{owner}.{factors.rows_tensor}", factor)
 
 
 def _load(

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamcomp.linalg.low_rank import FIRST_DAMPING, GRADIENT_DAMPING
+from streamcomp.linalg.low_rank import FIRST_DAMPING
+from streamcomp.methods import METHODS
 
 __all__ = ["Health", "asked_damping", "loss_of", "numerical_health"]
 
@@ -69,7 +70,9 @@ def numerical_health(report: Mapping[str, Any]) -> Health:
     linears: list[Record] = report.get("linears", [])
     asked = asked_damping(report.get("recipe", {}))
     # one-sided losses are energies of a linear's outputs, which say nothing beside another's
-    compares = report.get("recipe", {}).get("method") == "two-sided"
+    method = METHODS.get(report.get("recipe", {}).get("method", ""))
+    compares = method is not None and method.losses_compare
+    decomposes = method is None or method.has_spectra
     total = math.fsum(map(loss_of, linears)) if compares else None
     heaviest = max(linears, key=loss_of, default=None)
     heavy = total and heaviest and len(linears) > _MANY and loss_of(heaviest) > _HEAVY * total
@@ -77,7 +80,7 @@ def numerical_health(report: Mapping[str, Any]) -> Health:
         linears,
         [linear for linear in linears if linear.get("fallback")],
         [m for m in linears if _far(m.get("damping", 0), asked)],
-        [m for m in linears if "condition" in m and m["condition"] is None and not _shared(m)],
+        [m for m in linears if decomposes and "condition" in m and m["condition"] is None],
         total,
         heaviest if heavy else None,
     )
@@ -85,8 +88,8 @@ def numerical_health(report: Mapping[str, Any]) -> Health:
 
 def asked_damping(recipe: Mapping[str, Any]) -> float:
     """The damping that the recipe or its method asks for."""
-    usual = GRADIENT_DAMPING if recipe.get("method") == "two-sided" else 0.0
-    return float(recipe.get("damping") or usual)
+    method = METHODS.get(recipe.get("method", ""))
+    return float(recipe.get("damping") or (method.default_damping if method else 0.0))
 
 
 def loss_of(linear: Record) -> float:
@@ -97,11 +100,6 @@ def loss_of(linear: Record) -> float:
 def _far(damping: float, asked: float) -> bool:
     """Whether it is far above ``asked``, or where that is 0 above the least that is tried."""
     return damping > 0 and damping >= 0.999 * _FAR * (asked or FIRST_DAMPING)
-
-
-def _shared(linear: Record) -> bool:
-    """Whether its channels share weights: no moment is decomposed there."""
-    return bool(linear.get("spec", {}).get("form") == "shared")
 
 
 def _number(linear: Record, name: str) -> float:

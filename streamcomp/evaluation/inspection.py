@@ -11,8 +11,8 @@ import torch
 
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import CheckpointIndex
+from streamcomp.forms.runtime import FactoredLinear, SharedLinear
 from streamcomp.modeling.linears import find_linears
-from streamcomp.modeling.modules import FactoredLinear, SharedLinear
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import trace_block, trace_calls
 

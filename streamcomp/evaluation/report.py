@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
+from streamcomp.forms import find_form
 from streamcomp.methods import find_method
 from streamcomp.planning.plan import Plan
 from streamcomp.planning.rates import MachineRates
@@ -161,8 +162,8 @@ def _sources(recipe: Recipe) -> list[str]:
     sources = [find_method(recipe.method).source]
     if recipe.update:
         sources.append(find_method("svd-llm").source)
-    if recipe.form == "pivot":
-        sources.append("PIFA (arXiv 2501.19090)")
+    if source := find_form(recipe.form).source:
+        sources.append(source)
     if recipe.refine:
         sources.append("AA-SVD (arXiv 2604.02119)")
     return list(dict.fromkeys(sources))

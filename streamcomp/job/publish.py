@@ -11,7 +11,7 @@ from typing import Any
 from streamcomp.checkpoint.atomic import atomic_file, write_json, write_text
 from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_json
 from streamcomp.errors import OutputError, SourceError
-from streamcomp.modeling.modules import FORMAT_VERSION
+from streamcomp.forms.runtime import FORMAT_VERSION
 
 __all__ = [
     "REPORT",

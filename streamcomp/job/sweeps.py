@@ -27,7 +27,7 @@ from streamcomp.job.analysis import (
 )
 from streamcomp.job.workspace import Stage, Workspace, check_finite
 from streamcomp.linalg.moments import SecondMoment
-from streamcomp.methods import Moment, Swsc
+from streamcomp.methods import Moment
 from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning.outputs import allocate
@@ -146,7 +146,7 @@ def decompose(work: Workspace, stage: Stage, step: Step) -> Results:
                         linear,
                         replace(
                             read_moment(work.folder, step.block, group, linear, work.device),
-                            least=least,
+                            least_damping=least,
                         ),  # held by the call alone
                         analysed,
                     )
@@ -174,7 +174,7 @@ def ranks(work: Workspace, stage: Stage, step: Step) -> Results:
         if linear.disk_name not in unreached
     ]
     found = [allocate(recipe, output.asked, eligible, chosen, spectra) for output in plan.outputs]
-    return {"ranks": found, "notes": [] if recipe.two_sided else [_ONE_SIDED]}
+    return {"ranks": found, "notes": [] if work.method.losses_compare else [_ONE_SIDED]}
 
 
 def _again(work: Workspace, stage: Stage, number: int) -> None:
@@ -254,7 +254,7 @@ def _decompose(
                 gradients[linear.name] = observer.take_gradient(linear)
             whole = replace(moment, gradient=gradients.get(linear.name))
             least = _decompose_linear(work, stage, step, loaded, linear, whole, results)
-            moment = replace(moment, least=least)
+            moment = replace(moment, least_damping=least)
             del whole
             if not work.keeps_work:
                 gradients.clear()
@@ -272,11 +272,10 @@ def _decompose_linear(
     results: Results,
 ) -> float:
     """Decompose one linear into the work folder and drop its weight; the damping it needed."""
-    assert not isinstance(work.method, Swsc)
     stage(f"decomposing {linear.name.rpartition('.')[2]}")
     weight = loaded.weight(linear.name)
-    decomposition = work.method.decompose(weight, moment, work.recipe.damping)
+    decomposition = work.method.analyse(weight, moment, work.recipe)
     write_decomposition(work.folder, step.block, linear, decomposition)
     results["analysis"].append(health(linear, decomposition))
     loaded.drop(linear.name)
-    return moment.knowing(decomposition).least
+    return moment.damped(decomposition.least_damping).least_damping

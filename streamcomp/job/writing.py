@@ -14,16 +14,15 @@ from streamcomp.calibration.observe import MomentGroup, Observer
 from streamcomp.calibration.refine import TrainingData, refine_block
 from streamcomp.calibration.refit import Refit
 from streamcomp.checkpoint.writer import Entry, write_shard
-from streamcomp.job.analysis import as_kept, health, read_decomposition, read_output_gradient
+from streamcomp.forms import Allowance, find_form, storage_of
+from streamcomp.forms.runtime import FactoredLinear, factored
+from streamcomp.job.analysis import read_decomposition, read_output_gradient
 from streamcomp.job.workspace import Stage, Workspace
-from streamcomp.linalg.channel_sharing import average_bits, shared_numbers
-from streamcomp.linalg.low_rank import Decomposition, decompose_weight
-from streamcomp.methods import Moment, Swsc, factor_tensors, shared_tensors
+from streamcomp.methods import Factors, Moment
 from streamcomp.modeling.linears import Linear
-from streamcomp.modeling.modules import FactoredLinear, factored
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning.outputs import OutputPlan
-from streamcomp.planning.schedule import Step, can_be_analysed, hidden_key
+from streamcomp.planning.schedule import Step, hidden_key
 
 __all__ = ["Factored", "block", "copy"]
 
@@ -32,29 +31,36 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Factored:
-    """A linear's factors by their names on disk, how the config describes them, and the figures."""
+    """A linear and its factors."""
 
     linear: Linear
-    tensors: dict[str, Tensor]
-    spec: dict[str, Any]
-    result: Results
+    factors: Factors
+
+    @property
+    def result(self) -> Results:
+        """The figures as the journal has them."""
+        return self.factors.figures.values() | {"spec": self.factors.spec}
 
     @property
     def entries(self) -> list[Entry]:
         """The tensors as they go into a shard."""
-        name = self.linear.disk_name
-        return [Entry(f"{name}.{leaf}", tensor.cpu()) for leaf, tensor in self.tensors.items()]
+        name, tensors = self.linear.disk_name, self.factors.tensors
+        return [Entry(f"{name}.{leaf}", tensor.cpu()) for leaf, tensor in tensors.items()]
 
     def module(self, dense: nn.Linear) -> FactoredLinear:
-        """The runtime module that holds these tensors, in the place of ``dense``."""
+        """The runtime module that holds these tensors instead of ``dense``."""
         with torch.device("meta"):
-            module = factored(dense, self.spec)
-        dtype = dense.weight.dtype
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
+            module = factored(dense, self.factors.spec)
+        dtype, tensors = dense.weight.dtype, self.factors.tensors
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
         if dense.bias is not None:
             state["bias"] = dense.bias.detach()
         module.load_state_dict(state, assign=True)
         return module.requires_grad_(False)
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Factored:
+        """With other tensors of the same shapes."""
+        return replace(self, factors=replace(self.factors, tensors=tensors))
 
 
 def block(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
@@ -117,23 +123,6 @@ def _block_entries(work: Workspace, number: int, found: list[Factored]) -> list[
     ]
 
 
-def _factorize(
-    work: Workspace, linear: Linear, rank: int, weight: Tensor, found: Decomposition
-) -> Factored:
-    """The factors of one linear at ``rank``."""
-    form, dtype = work.recipe.form, linear.source.torch_dtype
-    left, right = found.factors(weight, rank)
-    spec: dict[str, Any] = {"form": form, "rank": rank}
-    tensors = factor_tensors(form, left, right, dtype)
-    result = health(linear, found) | {
-        "rank": rank,
-        "relative_loss": found.relative_loss(rank),
-        "loss": float(found.spectrum[rank:].sum()),
-        "spec": spec,
-    }
-    return Factored(linear, tensors, spec, result)
-
-
 def _factorize_groups(
     work: Workspace,
     stage: Stage,
@@ -161,19 +150,16 @@ def _factorize_groups(
                 loaded.drop(linear.name)
             continue
         for linear in group.linears:
-            rank, numbers = output.ranks[linear.full_name], output.numbers[linear.full_name]
-            if rank is None or numbers is None:
+            allowance = output.allowances[linear.full_name]
+            if allowance is None:
                 continue
             stage(f"factorizing {linear.name.rpartition('.')[2]}")
             weight = loaded.weight(linear.name)
-            if isinstance(work.method, Swsc):
-                item = _share(work, work.method, linear, weight, moment, numbers + spare)
-                spare += numbers - item.result["numbers"]
-            else:
-                found = _decomposition(work, step, group, linear, weight, moment, rank)
-                moment = None if moment is None else moment.knowing(found)
-                item = _factorize(work, linear, rank, weight, found)
-                del found
+            allowance = replace(allowance, numbers=allowance.numbers + spare)
+            factors = _compress(work, step, linear, weight, moment, allowance)
+            spare = factors.spare(allowance)
+            moment = None if moment is None else moment.damped(factors.least_damping)
+            item = Factored(linear, factors)
             del weight
             if not runs_again:
                 loaded.drop(linear.name)
@@ -182,13 +168,10 @@ def _factorize_groups(
             yield item
 
 
-def _spare(output: OutputPlan, found: list[Factored]) -> int:
-    """Numbers that sharing has left over in the linears ``found``."""
-    left = 0
-    for item in found:
-        if "numbers" in item.result:
-            left += (output.numbers[item.linear.full_name] or 0) - item.result["numbers"]
-    return left
+def _spare(output: OutputPlan, before: list[Factored]) -> int:
+    """Numbers that the linears of earlier passes have left over."""
+    allowed = [(item, output.allowances[item.linear.full_name]) for item in before]
+    return sum(item.factors.spare(allowance) for item, allowance in allowed if allowance)
 
 
 def _on_compressed_stream(
@@ -241,57 +224,21 @@ def _observe(
     return observer
 
 
-def _decomposition(
-    work: Workspace, step: Step, group: MomentGroup, linear: Linear, weight: Tensor,
-    moment: Moment | None, rank: int,
-) -> Decomposition:  # fmt: skip
-    if work.plan.analysis:
-        analysis = work.analysis_of(step.block)
-        known = next(item for item in analysis if item["name"] == linear.disk_name)
-        return read_decomposition(work.folder, step.block, linear, known, work.device)
-    assert not isinstance(work.method, Swsc)
-    if moment is None:
-        return decompose_weight(weight)
-    found = work.method.decompose(weight, moment, work.recipe.damping, rank)
-    # the same bytes as where one analysis serves several outputs
-    return as_kept(linear, found) if can_be_analysed(work.recipe) else found
-
-
-def _share(
+def _compress(
     work: Workspace,
-    method: Swsc,
+    step: Step,
     linear: Linear,
     weight: Tensor,
     moment: Moment | None,
-    numbers: int,
-) -> Factored:
-    recipe, dtype = work.recipe, linear.source.torch_dtype
-    shared = method.share(
-        weight,
-        moment,
-        numbers,
-        clusters=recipe.clusters,
-        axis=recipe.axis,
-        seed=recipe.seed,
-        dtype=dtype,
-    )
-    tensors = shared_tensors(shared, dtype)
-    rank, clusters = shared.left.shape[1], int(shared.labels.max()) + 1
-    spec = {"form": "shared", "rank": rank, "clusters": clusters, "axis": shared.axis}
-    result = {
-        "name": linear.disk_name,
-        "rows": linear.rows,
-        "columns": linear.columns,
-        "rank": rank,
-        "relative_loss": shared.relative_loss,
-        "damping": shared.damping,
-        "condition": None,
-        "fallback": "",
-        "numbers": shared_numbers(linear.rows, linear.columns, shared.axis, clusters, rank),
-        "bits_per_weight": average_bits(linear.rows, linear.columns, shared.axis, clusters, rank),
-        "spec": spec,
-    }
-    return Factored(linear, tensors, spec, result)
+    allowance: Allowance,
+) -> Factors:
+    """From the kept decomposition where there is one, else from ``moment``."""
+    if not work.plan.analysis:
+        return work.method.compress(linear, weight, moment, allowance, work.recipe)
+    rows = work.analysis_of(step.block)
+    row = next(row for row in rows if row["name"] == linear.disk_name)
+    kept = read_decomposition(work.folder, step.block, linear, row, work.device)
+    return work.method.factors(linear, weight, kept, allowance, work.recipe)
 
 
 def _install(loaded: LoadedBlock, item: Factored) -> None:
@@ -319,9 +266,9 @@ def _update(
     updated = []
     for item in found:
         left, right = refit.factors(item.linear.name)
-        dtype = item.linear.source.torch_dtype
-        tensors = factor_tensors(work.recipe.form, left, right, dtype)
-        updated.append(replace(item, tensors=tensors))
+        storage = storage_of(item.linear.dtype)
+        tensors = find_form(work.recipe.form).encode(left, right, storage)
+        updated.append(item.with_tensors(tensors))
         _install(loaded, updated[-1])
     return updated
 
@@ -331,7 +278,9 @@ def _refine(
 ) -> tuple[list[Factored], Results]:
     """Factors trained on the compressed stream; the closed form where that helps none."""
     number, recipe = step.block, work.recipe
-    run_dtype = work.gradient_dtype
+    run_dtype, gradient = work.gradient_dtype, None
+    if work.method.needs_gradients:
+        gradient = read_output_gradient(work.folder, number, work.device)
     with (
         loaded.whole(),  # its weights take gradients
         loaded.cast(run_dtype),
@@ -343,7 +292,7 @@ def _refine(
             lambda w: inputs.read(w, w + 1).to(work.device, run_dtype),
             lambda w: targets.read(w, w + 1),
             work.call(number, 1, run_dtype),
-            read_output_gradient(work.folder, number, work.device) if recipe.two_sided else None,
+            gradient,
         )
         refined = refine_block(
             loaded,
@@ -357,11 +306,9 @@ def _refine(
     better = []
     for item in found:
         tensors = {
-            leaf: tensor.to(item.linear.source.torch_dtype)
-            if tensor.is_floating_point()
-            else tensor
+            leaf: tensor.to(item.linear.dtype) if tensor.is_floating_point() else tensor
             for leaf, tensor in refined.tensors[item.linear.name].items()
         }
-        better.append(replace(item, tensors=item.tensors | tensors))
+        better.append(item.with_tensors(item.factors.tensors | tensors))
         _install(loaded, better[-1])
     return better, {"before": refined.before, "after": refined.after, "steps": refined.steps}

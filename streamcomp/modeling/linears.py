@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from streamcomp.checkpoint.index import TensorInfo
+from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.modeling.meta import FLOATS
-from streamcomp.modeling.modules import FactoredLinear
 from streamcomp.modeling.skeleton import Skeleton
 
 __all__ = ["BlockLinears", "Linear", "find_linears"]
@@ -40,6 +40,11 @@ class Linear:
     def disk_name(self) -> str:
         """Its name in the checkpoint, without ``.weight``."""
         return self.source.name.removesuffix(".weight")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight on disk."""
+        return self.source.torch_dtype
 
     @property
     def numel(self) -> int:

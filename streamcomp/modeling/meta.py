@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import SourceError, UnsupportedModelError
-from streamcomp.modeling.modules import FORMAT_VERSION, install_factored
+from streamcomp.forms.runtime import FORMAT_VERSION, install_factored
 
 __all__ = ["FLOATS", "MetaModel", "build_model", "find_layers"]
 

@@ -11,13 +11,14 @@ import torch
 
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, group_moments
+from streamcomp.forms import find_form
 from streamcomp.linalg.symmetric import solve_dtype
+from streamcomp.methods import find_method
 from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import BlockTrace, trace_block, trace_calls
 from streamcomp.planning.cost import BlockCost, gradient_dtype
 from streamcomp.planning.levers import Levers
-from streamcomp.planning.outputs import can_be_factored
 from streamcomp.planning.schedule import Step
 from streamcomp.recipe import Recipe, chosen_blocks
 
@@ -159,12 +160,13 @@ def _groups(
     recipe: Recipe, block: BlockLinears, trace: BlockTrace, stream: StreamShape
 ) -> tuple[MomentGroup, ...]:
     narrow = solve_dtype(stream.dtype) != torch.float64
-    factored = [linear for linear in block.eligible if can_be_factored(linear, recipe.form)]
+    form, method = find_form(recipe.form), find_method(recipe.method)
+    factored = [m for m in block.eligible if form.can_hold(m.rows, m.columns)]
     return group_moments(
         factored,
         trace.groups,
-        gradients=recipe.two_sided,
-        inputs_only=recipe.method == "swsc" or recipe.statistics == "none",
+        gradients=method.needs_gradients,
+        inputs_only=method.needs_inputs or recipe.statistics == "none",
         tokens=stream.windows * stream.seq_len if narrow else 0,
     )
 

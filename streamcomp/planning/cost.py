@@ -17,26 +17,20 @@ import torch
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, moment_dtype
 from streamcomp.checkpoint.reader import COPY_BYTES
+from streamcomp.forms import Form
 from streamcomp.linalg.moments import ROWS_PER_UPDATE, panel_of
-from streamcomp.linalg.symmetric import PANEL, SMALL, solve_dtype
 from streamcomp.modeling.linears import Linear
 
 __all__ = [
     "LATE_BYTES",
     "BlockCost",
     "Phase",
-    "analysis_bytes",
-    "decomposition_bytes",
-    "decomposition_flops",
     "embed_bytes",
-    "factorization_bytes",
-    "factorization_flops",
     "gradient_dtype",
     "head_bytes",
     "head_gradient_bytes",
     "moment_products",
     "muon_flops",
-    "sharing_bytes",
     "tokenize_bytes",
 ]
 
@@ -146,42 +140,22 @@ class BlockCost:
             },
         )
 
-    def decompose(
-        self,
-        linear: Linear,
-        group: MomentGroup,
-        moments: int,
-        dropped: int,
-        *,
-        swsc: bool = False,
-        metric: bool = True,
-        damped: bool = False,
-    ) -> Phase:
-        """One decomposition; ``moments`` bytes of them are there, ``dropped`` of weights not.
+    def decompose(self, linear: Linear, working: int, moments: int, dropped: int) -> Phase:
+        """One decomposition, which takes ``working`` bytes.
 
-        ``swsc`` shares channels, in the ``metric`` of the inputs or in none.
-        The outputs' moment is ``damped`` where the recipe says so, or tokens are few.
+        ``moments`` bytes of moments are there, ``dropped`` bytes of weights are gone.
         """
-        if swsc:
-            work = sharing_bytes(linear.rows, linear.columns, metric=metric)
-        else:
-            work = decomposition_bytes(
-                linear.rows,
-                linear.columns,
-                group.side,
-                self.stream.dtype,
-                gradients=group.gradients,
-                damped=damped or self.stream.windows * self.stream.seq_len < linear.rows,
-            )
-        parts = {"weights": self.weight_bytes - dropped, "moments": moments, "decomposition": work}
+        weights = self.weight_bytes - dropped
+        parts = {"weights": weights, "moments": moments, "decomposition": working}
         return Phase(f"decompose {linear.name}", parts)
 
     def factorize(
-        self, linear: Linear, rank: int, form: str, held: int, factors: int, dropped: int
+        self, linear: Linear, encoding: int, held: int, factors: int, dropped: int
     ) -> Phase:
-        """Factors of one linear, ``held`` bytes of moments or bases and ``factors`` beside it.
+        """Factors of one linear, which takes ``encoding`` bytes.
 
-        ``dropped`` bytes of weights are gone before.
+        In addition to ``held`` bytes of moments or bases and ``factors``; ``dropped`` bytes of
+        weights are gone.
         """
         return Phase(
             f"factorize {linear.name}",
@@ -189,9 +163,7 @@ class BlockCost:
                 "weights": self.weight_bytes - dropped,
                 "moments": held,
                 "factors": factors,
-                "decomposition": factorization_bytes(
-                    linear.rows, linear.columns, rank, form, self.stream.dtype
-                ),
+                "decomposition": encoding,
             },
         )
 
@@ -215,7 +187,7 @@ class BlockCost:
             },
         )
 
-    def refine(self, ranks: Mapping[Linear, int], form: str, factors: int) -> list[Phase]:
+    def refine(self, ranks: Mapping[Linear, int], form: Form, factors: int) -> list[Phase]:
         """Training both factors U and V of each linear, and bringing them back to their form.
 
         With their gradient, momentum, the best so far and the rounded copies, all in fp32 at
@@ -236,7 +208,7 @@ class BlockCost:
         balanced = (
             max(
                 _F64 * (3 * r * (m.rows + m.columns) + 5 * r * r),
-                factorization_bytes(m.rows, m.columns, r, form, self.stream.dtype),
+                form.encoding_bytes(m.rows, m.columns, r, self.stream.dtype),
             )
             for m, r in ranks.items()
         )
@@ -294,72 +266,6 @@ class BlockCost:
         return 2 * rows * widest * moment_dtype(self.stream.dtype).itemsize
 
 
-def decomposition_bytes(
-    rows: int,
-    columns: int,
-    side: str,
-    dtype: torch.dtype,
-    *,
-    gradients: bool = False,
-    damped: bool = False,
-) -> int:
-    """Peak of ``linalg.low_rank.decompose_*`` beside the weight and its moments.
-
-    Bytes per entry of the small matrix: ``eigh`` 24 in fp64, 12 in fp32, and 8 for the Cholesky
-    factor beside it where there is one; before it that, the result and what it is made of. For
-    a fp64 weight K is kept beside it where it was computed from H, or ``damped``, for others in its
-    own dtype where it came as that of the outputs and was ``damped``. Beside them
-    ``PANEL`` rows of the moment, and three times as many of the weight, or of the products.
-    """
-    small = min(rows, columns)
-    narrow = solve_dtype(dtype) == torch.float32 and small >= SMALL
-    solver = 12 if narrow else 24
-    if rows > columns:
-        entry = max(24, 8 + solver)
-    else:
-        own = 8 if damped or side == "inputs" else 0
-        factor = 8 if gradients else 0
-        copied = moment_dtype(dtype).itemsize if damped and side == "outputs" else 0
-        kept = own if solve_dtype(dtype) == torch.float64 else copied
-        entry = max(2 * own, own + factor + 8, kept + factor + solver)
-        if damped:
-            entry = max(entry, own + factor + 12)
-    wide = columns if side == "inputs" else small if gradients else 0
-    rows = min(PANEL, small)
-    panels = wide * (3 * rows + min(PANEL, wide)) + (2 * small * rows if narrow else 0)
-    return entry * small * small + _F64 * panels
-
-
-def analysis_bytes(rows: int, columns: int, gradients: bool, dtype: torch.dtype) -> int:
-    """Spectrum in fp64 and one or two bases in ``dtype``, of one linear."""
-    side = min(rows, columns)
-    bases = 2 if gradients or rows > columns else 1
-    return side * (_F64 + dtype.itemsize * side * bases)
-
-
-def sharing_bytes(rows: int, columns: int, *, metric: bool = True) -> int:
-    """Peak of ``linalg.channel_sharing.share_channels``: eight copies of the weight in fp64.
-
-    And the decomposition of the error on its smaller side, and twice the moment of the inputs where
-    that is the ``metric``.
-    """
-    side = min(rows, columns)
-    moments = 2 * columns * columns if metric else 0
-    return (8 * rows * columns + moments + 6 * side * side) * _F64
-
-
-def factorization_bytes(rows: int, columns: int, rank: int, form: str, dtype: torch.dtype) -> int:
-    """Peak of ``Decomposition.factors`` and ``methods.factors.factor_tensors`` beside the bases.
-
-    Both factors and the rounded right one; beside them three r x r matrices in LU or in the fit,
-    and panels, or the rounded left one twice.
-    """
-    longest, wide = max(rows, columns), solve_dtype(dtype).itemsize
-    working = wide * (3 * rank * rank + 2 * min(PANEL, longest) * longest)
-    held = rank * (wide * (rows + columns) + dtype.itemsize * columns)
-    return held + max(working, dtype.itemsize * 2 * rows * rank)
-
-
 def embed_bytes(stream: StreamShape, batch: int, vocabulary: int, record_bytes: int) -> int:
     """One row per distinct token, in the disk's dtype and the model's, and the states four times.
 
@@ -400,39 +306,6 @@ def moment_products(group: MomentGroup) -> float:
     sizes = [group.size]
     sizes += [min(m.rows, m.columns) for m in group.linears] if group.gradients else []
     return float(sum(size * (size + panel_of(size)) for size in sizes))
-
-
-def decomposition_flops(
-    rows: int, columns: int, side: str, gradients: bool = False
-) -> dict[str, float]:
-    """Floating-point operations of one linear, beside those of its eigenvectors, by their rate.
-
-    Rates are fields of ``MachineRates``. Products of symmetric matrices count their lower half,
-    those of triangles what is not zero.
-    """
-    small = min(rows, columns)
-    flops = {"moment_flops": 0.0, "wide_flops": 0.0, "solve_flops": 0.0}
-    if rows > columns:
-        flops["moment_flops"] += rows * columns**2  # W^T W
-    elif side == "inputs":
-        flops["wide_flops"] += 2.0 * rows * columns**2 + rows**2 * columns  # W H W^T
-    if rows > columns or gradients:
-        flops["wide_flops"] += (1 / 3 + 1 + 1) * small**3  # Cholesky, L^T M L, one basis
-        flops["solve_flops"] += small**3  # the other one
-    return flops
-
-
-def factorization_flops(rows: int, columns: int, rank: int, form: str) -> dict[str, float]:
-    """The same of its factors at ``rank``, as ``form`` stores them."""
-    solving = 2.0 * rows * columns * rank + 7 / 3 * rank**3  # the product, and the fit's solution
-    fitted = rows
-    if form == "pivot":  # LU, coefficients, pivot rows
-        fitted = rows - rank
-        solving += (rows + fitted + 2 * columns) * rank**2 + 5 / 3 * rank**3
-    return {
-        "moment_flops": (3.0 * columns + 2.0 * fitted) * rank**2,  # the fit's products
-        "solve_flops": solving,
-    }
 
 
 def muon_flops(rows: int, columns: int, rank: int) -> float:

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from streamcomp.errors import RecipeError
-from streamcomp.linalg.allocation import (
-    largest_rank,
-    loss_ranks,
-    stored_numbers,
-    uniform_ranks,
-)
+from streamcomp.forms import Allowance, Form, find_form, storage_of
+from streamcomp.methods import find_method
 from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.recipe import Recipe
 from streamcomp.units import format_bytes, parse_bytes
 
 __all__ = [
+    "Allowances",
     "OutputPlan",
     "Ranks",
     "allocate",
     "asked_ratios",
     "block_saving",
-    "can_be_factored",
     "inner_ratio",
     "plan_output",
 ]
 
 Ranks = Mapping[str, int | None]  # by full name; None = dense
+Allowances = Mapping[str, Allowance | None]  # likewise
 
 # A tensor's line in the header of a shard.
 _HEADER_BYTES = 192
-# swsc stores rank 1 and two representatives at least.
-_LEAST_SHARING = 3
 
 
 @dataclass(frozen=True)
@@ -44,26 +38,21 @@ class OutputPlan:
     """One output: the share that is removed, and what each linear keeps."""
 
     asked: float  # ratio asked for, over all eligible linears
-    ranks: Ranks
-    numbers: Mapping[str, int | None]  # floats that a linear may store; None = dense
+    allowances: Allowances
     final: bool  # False: ranks are a guess until all spectra are known
     reached: float  # ratio of these ranks
     nbytes: int  # of all shards
 
+    @property
+    def ranks(self) -> dict[str, int | None]:
+        return {name: kept.rank if kept else None for name, kept in self.allowances.items()}
+
     def most_rank(self, linear: Linear, form: str) -> int | None:
         """The largest rank that a linear may come to have; None = it stays dense."""
-        rank = self.ranks[linear.full_name]
-        if self.final or rank is None:
-            return rank
-        return largest_rank(form, linear.rows, linear.columns, math.inf)
-
-
-def can_be_factored(linear: Linear, form: str) -> bool:
-    """Whether some factored form is smaller than the dense one."""
-    if form == "shared":
-        side = linear.rows + linear.columns
-        return _LEAST_SHARING * side < linear.numel
-    return largest_rank(form, linear.rows, linear.columns, math.inf) > 0
+        allowance = self.allowances[linear.full_name]
+        if allowance is None or self.final:
+            return None if allowance is None else allowance.rank
+        return find_form(form).largest_rank(linear.rows, linear.columns)
 
 
 def asked_ratios(skeleton: Skeleton, recipe: Recipe, linears: Sequence[Linear]) -> list[float]:
@@ -74,10 +63,10 @@ def asked_ratios(skeleton: Skeleton, recipe: Recipe, linears: Sequence[Linear]) 
     infos = [i for k in range(len(skeleton)) for i in skeleton.block_tensors(k)]
     whole = sum(info.nbytes for info in (*infos, *skeleton.other_tensors()))
     dense = sum(linear.source.nbytes for linear in linears)
-    beside = 4 * sum(linear.rows for linear in linears) if recipe.form == "pivot" else 0
-    factors = {"pivot": 3, "uv": 2, "shared": 4}[recipe.form]  # at most
-    headers = _HEADER_BYTES * (len(infos) + factors * len(linears))
-    least = whole - dense + beside + headers
+    form = find_form(recipe.form)
+    extra = sum(form.extra_bytes(linear.rows, linear.columns) for linear in linears)
+    headers = _HEADER_BYTES * (len(infos) + len(form.tensors) * len(linears))
+    least = whole - dense + extra + headers
     ratio = 1 - (wanted - least) / dense
     if not 0 < ratio < 1:
         raise RecipeError(
@@ -99,47 +88,29 @@ def plan_output(
 
     ``ranks`` are those that the spectra have led to, where they are known already.
     """
-    inner = inner_ratio(recipe, asked, eligible, chosen)
-    shapes = [(linear.rows, linear.columns) for linear in chosen]
-    numbers: dict[str, int | None] = {linear.full_name: None for linear in eligible}
-    if recipe.form == "shared":
-        _check_clusters(recipe, chosen)
-        numbers |= _shared_numbers(chosen, inner)
-        found: dict[str, int | None] = {
-            linear.full_name: n and max(1, n // (linear.rows + linear.columns))
-            for linear in eligible
-            for n in [numbers[linear.full_name]]
-        }
+    form, method = find_form(recipe.form), find_method(recipe.method)
+    for linear in chosen:
+        method.check(linear, recipe)
+    if ranks is None:
+        shared = form.share_evenly(chosen, inner_ratio(recipe, asked, eligible, chosen))
     else:
-        found = {linear.full_name: None for linear in eligible}
-        if ranks is not None:
-            found |= ranks
-        else:
-            shares = uniform_ranks(shapes, inner, recipe.form)
-            found |= {m.full_name: rank for m, rank in zip(chosen, shares, strict=True)}
-        numbers |= {
-            m.full_name: rank and stored_numbers(recipe.form, m.rows, m.columns, rank)
-            for m in chosen
-            for rank in [found[m.full_name]]
-        }
-    total = sum(linear.numel for linear in eligible)
-    kept = sum(
-        linear.numel if (n := numbers[linear.full_name]) is None else n for linear in eligible
-    )
+        shared = [_at_rank(form, linear, ranks[linear.full_name]) for linear in chosen]
+    allowances: dict[str, Allowance | None] = {linear.full_name: None for linear in eligible}
+    allowances |= {m.full_name: kept for m, kept in zip(chosen, shared, strict=True)}
+    numbers = [
+        linear.numel if (kept := allowances[linear.full_name]) is None else kept.numbers
+        for linear in eligible
+    ]
+    reached = 1 - sum(numbers) / sum(linear.numel for linear in eligible)
     final = ranks is not None or recipe.allocation == "uniform"
-    nbytes = _output_bytes(skeleton, recipe, eligible, numbers)
-    return OutputPlan(asked, found, numbers, final, 1 - kept / total, nbytes)
+    nbytes = _output_bytes(skeleton, recipe, eligible, allowances)
+    return OutputPlan(asked, allowances, final, reached, nbytes)
 
 
-def _check_clusters(recipe: Recipe, chosen: Sequence[Linear]) -> None:
-    """RecipeError where a linear has fewer channels than there are clusters asked for."""
-    for m in chosen:
-        most = {"rows": m.rows, "columns": m.columns}.get(recipe.axis, max(m.rows, m.columns))
-        if recipe.clusters > most:
-            raise RecipeError(
-                f"clusters {recipe.clusters}: {m.full_name} ({m.rows} x {m.columns}) has {most} "
-                f"channels along {recipe.axis}: ask for fewer, or --exclude it"
-            )
+def _at_rank(form: Form, linear: Linear, rank: int | None) -> Allowance | None:
+    if rank is None:
+        return None
+    return Allowance(rank, int(form.numbers(linear.rows, linear.columns, rank)))
 
 
 def inner_ratio(
@@ -167,45 +138,27 @@ def allocate(
 ) -> dict[str, int | None]:
     """Ranks of the ``chosen`` linears that lose least, given the spectrum of each."""
     inner = inner_ratio(recipe, asked, eligible, chosen)
-    shapes = [(linear.rows, linear.columns) for linear in chosen]
-    found = loss_ranks(spectra, shapes, inner, recipe.form)
-    return {linear.full_name: rank for linear, rank in zip(chosen, found, strict=True)}
-
-
-def _shared_numbers(linears: Sequence[Linear], ratio: float) -> dict[str, int | None]:
-    """An even share for each; what those that stay dense exceed it by is taken from the others."""
-    able = [linear for linear in linears if can_be_factored(linear, "shared")]
-    whole = sum(linear.numel for linear in able)
-    dense = sum(linear.numel for linear in linears) - whole
-    share = ((1 - ratio) * (whole + dense) - dense) / max(1, whole)
-    found: dict[str, int | None] = {linear.full_name: None for linear in linears}
-    for linear in able:
-        least = _LEAST_SHARING * (linear.rows + linear.columns)
-        if share * linear.numel < least:
-            raise RecipeError(
-                f"ratio {ratio:g} leaves {linear.full_name} {int(share * linear.numel)} numbers, "
-                f"shared channels take {least}: give a smaller ratio"
-            )
-        found[linear.full_name] = int(share * linear.numel)
-    return found
+    shared = find_form(recipe.form).share_by_loss(chosen, spectra, inner)
+    return {
+        m.full_name: kept.rank if kept else None for m, kept in zip(chosen, shared, strict=True)
+    }
 
 
 def _output_bytes(
     skeleton: Skeleton,
     recipe: Recipe,
     linears: Sequence[Linear],
-    numbers: Mapping[str, int | None],
+    allowances: Allowances,
 ) -> int:
     total = sum(i.nbytes for k in range(len(skeleton)) for i in skeleton.block_tensors(k))
     total += sum(info.nbytes for info in skeleton.other_tensors())
-    return total + sum(block_saving(recipe, linear, numbers) for linear in linears)
+    return total + sum(block_saving(recipe, linear, allowances) for linear in linears)
 
 
-def block_saving(recipe: Recipe, linear: Linear, numbers: Mapping[str, int | None]) -> int:
-    """Bytes by which the factored linear differs from the dense one, pivots or labels counted."""
-    stored = numbers[linear.full_name]
-    if stored is None:
+def block_saving(recipe: Recipe, linear: Linear, allowances: Allowances) -> int:
+    """Bytes by which the factored linear differs from the dense one."""
+    kept = allowances[linear.full_name]
+    if kept is None:
         return 0
-    item = linear.source.nbytes // linear.numel
-    extra = 4 * linear.rows if recipe.form == "pivot" else 0
-    return item * stored - linear.source.nbytes + extra
+    form, storage = find_form(recipe.form), storage_of(linear.dtype)
+    return form.nbytes(linear.rows, linear.columns, kept, storage) - linear.source.nbytes

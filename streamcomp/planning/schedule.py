@@ -20,12 +20,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from streamcomp.methods import find_method
 from streamcomp.recipe import Recipe
 
 __all__ = [
     "Step",
     "analysis_key",
-    "can_be_analysed",
     "gradient_key",
     "hidden_key",
     "live_after",
@@ -90,8 +90,8 @@ def schedule(
             Step("tokenize", "tokenize", writes=("windows",)),
             Step("embed", "embed", reads=("windows",), writes=(hidden_key(0),)),
         ]
-    if recipe.two_sided:
-        steps += _two_sided_sweeps(recipe, depth, chosen)
+    if find_method(recipe.method).needs_gradients:
+        steps += _sweeps_with_gradients(recipe, depth, chosen)
     elif analysis:
         steps += [_analyse(k, chosen) for k in range(chosen.stop)]
     if from_moments:
@@ -117,7 +117,7 @@ def live_after(steps: Sequence[Step], done: int) -> set[str]:
     return live
 
 
-def _two_sided_sweeps(recipe: Recipe, depth: int, chosen: range) -> Iterator[Step]:
+def _sweeps_with_gradients(recipe: Recipe, depth: int, chosen: range) -> Iterator[Step]:
     for k in range(depth):
         yield Step(f"forward {k}", "forward", k, -1, (hidden_key(k),), (hidden_key(k + 1),))
     yield Step(
@@ -163,12 +163,8 @@ def _write(
     return Step(f"{prefix}block {k}", "block", k, output, tuple(reads), tuple(writes))
 
 
-def can_be_analysed(recipe: Recipe) -> bool:
-    """Whether decompositions depend on the dense model alone, and one serves every output."""
-    return recipe.statistics == "dense" and recipe.method != "swsc"
-
-
 def needs_analysis(recipe: Recipe) -> bool:
     """Whether decompositions have to be kept before any factor is written."""
-    several = len(recipe.ratios) > 1
-    return recipe.two_sided or recipe.allocation == "loss" or (several and can_be_analysed(recipe))
+    method, several = find_method(recipe.method), len(recipe.ratios) > 1
+    shared = several and method.can_be_analysed(recipe)
+    return method.needs_gradients or recipe.allocation == "loss" or shared

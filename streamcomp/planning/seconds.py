@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamcomp.calibration.hidden_states import StreamShape
+from streamcomp.forms import find_form
+from streamcomp.methods import find_method
 from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning import cost
@@ -95,17 +97,17 @@ class Timing:
 
     def _solve_seconds(self, block: BlockPlan) -> float:
         """Eigenvectors, and the products around them."""
-        seconds = 0.0
+        method, seconds = find_method(self.recipe.method), 0.0
         for group in block.groups:
             for m in group.linears:
-                flops = cost.decomposition_flops(m.rows, m.columns, group.side, group.gradients)
+                flops = method.flops(m, group.side)
                 seconds += self.rates.eigh_seconds(min(m.rows, m.columns))
                 seconds += self.rates.seconds(flops)
         return seconds
 
     def _factor_seconds(self, block: BlockPlan, output: int) -> float:
-        form, ranks = self.recipe.form, self._ranks_so_far(block, output)
-        flops = (cost.factorization_flops(m.rows, m.columns, r, form) for m, r in ranks.items())
+        form, ranks = find_form(self.recipe.form), self._ranks_so_far(block, output)
+        flops = (form.encoding_flops(m.rows, m.columns, r) for m, r in ranks.items())
         return sum(map(self.rates.seconds, flops))
 
     def _refining_seconds(self, block: BlockPlan, output: int) -> float:

@@ -11,7 +11,9 @@ from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, moment_dtype
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.errors import RecipeError, UnsupportedModelError
+from streamcomp.forms import find_form
 from streamcomp.linalg.symmetric import solve_dtype
+from streamcomp.methods import find_method
 from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning import cost
@@ -88,6 +90,7 @@ class StepPlanner:
         self.skeleton, self.recipe, self.on_device = skeleton, recipe, on_device
         self.blocks, self.stream, self.baseline = blocks, stream, baseline
         self.analysis = analysis
+        self.form, self.method = find_form(recipe.form), find_method(recipe.method)
         eligible = [linear for block in blocks for linear in block.linears.eligible]
         chosen = [linear for block in blocks for linear in block.targets]
         if not eligible and (recipe.include or recipe.exclude):
@@ -267,7 +270,7 @@ class StepPlanner:
         if recipe.update:
             yield block.cost.update(levers.batch, ranks, factors)
         if recipe.refine:
-            yield from block.cost.refine(ranks, recipe.form, factors)
+            yield from block.cost.refine(ranks, self.form, factors)
         if again:
             yield known.forward(levers.batch, factors)
         yield known.write(factors)
@@ -294,9 +297,11 @@ class StepPlanner:
                     yield self._decomposition(block, linear, group, moments + factors, dropped)
                 kind = moment_dtype if self.analysis else solve_dtype  # as kept, or just made
                 kept = kind(self.stream.dtype)
-                bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients, kept)
-                held = moments + bases
-                yield known.factorize(linear, ranks[linear], recipe.form, held, factors, dropped)
+                held = moments + self.method.analysis_bytes(linear, kept)
+                encoding = self.form.encoding_bytes(
+                    linear.rows, linear.columns, ranks[linear], self.stream.dtype
+                )
+                yield known.factorize(linear, encoding, held, factors, dropped)
                 factors += self._factor_bytes(linear, ranks[linear])
                 dropped += drops * linear.numel * self.stream.dtype.itemsize
             moments -= group.nbytes(self.stream.dtype) if observes else 0
@@ -309,16 +314,9 @@ class StepPlanner:
     def _decomposition(
         self, block: BlockPlan, linear: Linear, group: MomentGroup, moments: int, dropped: int
     ) -> cost.Phase:
-        recipe = self.recipe
-        return block.cost.decompose(
-            linear,
-            group,
-            moments,
-            dropped,
-            swsc=recipe.method == "swsc",
-            metric=recipe.statistics != "none",
-            damped=recipe.damping > 0 and not group.gradients,
-        )
+        tokens, dtype = self.stream.windows * self.stream.seq_len, self.stream.dtype
+        working = self.method.working_bytes(linear, group.side, tokens, dtype, self.recipe)
+        return block.cost.decompose(linear, working, moments, dropped)
 
     def _most_ranks(self, step: Step) -> dict[Linear, int]:
         output, form = self.outputs[step.output], self.recipe.form
@@ -337,9 +335,7 @@ class StepPlanner:
 
     def _factor_bytes(self, linear: Linear, rank: int) -> int:
         """What a factored linear holds at most while its block is at work."""
-        side = linear.rows + linear.columns
-        less = rank if self.recipe.form == "pivot" else 0
-        return self.stream.dtype.itemsize * rank * (side - less) + 8 * side
+        return self.form.running_bytes(linear.rows, linear.columns, rank, self.stream.dtype)
 
     def _file_bytes(self, key: str) -> int:
         """Bytes of the files that ``key`` of the schedule stands for."""
@@ -352,12 +348,9 @@ class StepPlanner:
         if kind == "analysis":
             block = self.blocks[int(key.partition("-")[2])]
             kept = moment_dtype(self.stream.dtype)
-            gradient = block.cost.output_gradient_bytes if self.recipe.two_sided else 0
+            gradient = block.cost.output_gradient_bytes if self.method.needs_gradients else 0
             return gradient + sum(
-                cost.analysis_bytes(m.rows, m.columns, group.gradients, kept)
-                + _TEXT_BYTES_PER_TENSOR
-                for group in block.groups
-                for m in group.linears
+                self.method.analysis_bytes(m, kept) + _TEXT_BYTES_PER_TENSOR for m in block.targets
             )
         return self.stream.nbytes
 
@@ -380,9 +373,9 @@ class StepPlanner:
             return sum(info.nbytes for info in self.skeleton.other_tensors())
         if step.kind != "block":
             return 0
-        numbers = self.outputs[step.output].numbers
+        allowances = self.outputs[step.output].allowances
         saved = sum(
-            block_saving(self.recipe, linear, numbers)
+            block_saving(self.recipe, linear, allowances)
             for linear in self.blocks[step.block].linears.eligible
         )
         return saved + sum(info.nbytes for info in self.skeleton.block_tensors(step.block))

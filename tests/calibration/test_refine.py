@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from streamcomp.calibration.refine import TrainingData, refine_block
+from streamcomp.forms import Floats, find_form
+from streamcomp.forms.runtime import FactoredLinear, factored
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
-from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FactoredLinear, factored
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import compress, factored_modules, stored_tensors, varied_text
 from tests.modeling.folders import CPU, open_skeleton
@@ -120,8 +120,8 @@ def install(loaded: LoadedBlock, name: str, form: str) -> FactoredLinear:
     dense = loaded.dense_linear(name)
     rank = min(dense.weight.shape) // 2
     left, values, right = torch.linalg.svd(dense.weight.double(), full_matrices=False)
-    tensors = factor_tensors(
-        form, left[:, :rank], values[:rank, None] * right[:rank], dense.weight.dtype
+    tensors = find_form(form).encode(
+        left[:, :rank], values[:rank, None] * right[:rank], Floats(dense.weight.dtype)
     )
     module = factored(dense, {"form": form, "rank": rank})
     bias = {} if dense.bias is None else {"bias": dense.bias.detach()}

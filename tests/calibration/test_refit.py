@@ -13,9 +13,9 @@ from torch import Generator, Tensor, nn
 
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.calibration.refit import Refit
-from streamcomp.linalg.low_rank import refit_left
-from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FactoredLinear, factored
+from streamcomp.forms import Floats, find_form
+from streamcomp.forms.runtime import FactoredLinear, factored
+from streamcomp.linalg.fitting import refit_left
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import (
     SMALL,
@@ -114,7 +114,7 @@ def test_without_any_input_nothing_is_put_out() -> None:
 
     assert torch.equal(found, torch.zeros(9, 6, dtype=F64))
     for form in ("uv", "pivot"):
-        tensors = factor_tensors(form, found, torch.ones(6, 14, dtype=F64), torch.float32)
+        tensors = find_form(form).encode(found, torch.ones(6, 14, dtype=F64), Floats(torch.float32))
         assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
@@ -159,8 +159,8 @@ def install(loaded: LoadedBlock, name: str, form: str) -> FactoredLinear:
     dense = loaded.dense_linear(name)
     rank = min(dense.weight.shape) // 2
     left, values, right = torch.linalg.svd(dense.weight.double(), full_matrices=False)
-    tensors = factor_tensors(
-        form, left[:, :rank], values[:rank, None] * right[:rank], dense.weight.dtype
+    tensors = find_form(form).encode(
+        left[:, :rank], values[:rank, None] * right[:rank], Floats(dense.weight.dtype)
     )
     module = factored(dense, {"form": form, "rank": rank})
     bias = {} if dense.bias is None else {"bias": dense.bias.detach()}

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import streamcomp
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.errors import StreamcompError
-from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.modeling.streamer import BlockStreamer
 from streamcomp.planning.rates import MachineRates
 from tests.families.tiny import NotBuiltError, default_model, save_tiny

@@ -11,7 +11,9 @@ from torch import Generator, Tensor
 
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.linalg.low_rank import Decomposition
-from streamcomp.methods import Moment, find_method
+from streamcomp.methods import Moment
+from streamcomp.methods.rom import Rom
+from streamcomp.methods.svd_llm import SvdLlm
 from tests.jobs import (
     SMALL,
     compress,
@@ -43,7 +45,7 @@ def moment_of(weight: Tensor, inputs: Tensor, side: str) -> Moment:
 
 
 def decomposed(weight: Tensor, moment: Moment) -> Decomposition:
-    return find_method("rom").decompose(weight, moment, 0.0)  # type: ignore[union-attr]
+    return Rom().decompose(weight, moment, 0.0)
 
 
 def principal(outputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,7 @@ def test_it_is_svd_llm_on_the_same_moments(
 
     found = decomposed(weight, moment)
 
-    expected = find_method("svd-llm").decompose(weight, moment, 0.0)  # type: ignore[union-attr]
+    expected = SvdLlm().decompose(weight, moment, 0.0)
     assert torch.equal(found.spectrum, expected.spectrum)
     for ours, theirs in zip(found.factors(weight, 5), expected.factors(weight, 5), strict=True):
         assert torch.equal(ours, theirs)

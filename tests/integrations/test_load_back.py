@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from streamcomp.forms.runtime import MODULES, FactoredLinear
 from streamcomp.integrations.transformers import PLUGIN, StreamCompConfig, plugin_source
-from streamcomp.modeling.modules import FORMS, FactoredLinear, SharedLinear
 from tests.jobs import (
     REPOSITORY,
     Finished,
@@ -45,7 +45,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "shared": {"method": "swsc", "clusters": 4},
     "shared by rows": {"method": "swsc", "clusters": 4, "axis": "rows"},
 }
-KINDS = [*FORMS, *OTHERS]
+KINDS = ["uv", "pivot", *OTHERS]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_factored_linears_are_in_their_places(form: str, compressed: Callable[..
     specs = factored_modules(out)
     assert found.keys() == specs.keys()
     for name, module in found.items():
-        assert type(module) is {**FORMS, "shared": SharedLinear}[form]
+        assert type(module) is MODULES[form]
         assert isinstance(module, nn.Linear)
         assert module.rank == specs[name]["rank"]
         torch.testing.assert_close(

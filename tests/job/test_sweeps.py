@@ -625,9 +625,12 @@ def test_the_ratio_of_each_linear_of_the_chosen_blocks(
 CONTRADICTIONS: list[tuple[Settings, str]] = [
     ({"form": "shared"}, "form shared is not for method two-sided"),
     ({"method": "swsc", "form": "pivot"}, "form pivot is not for method swsc"),
-    ({"statistics": "compressed"}, "method two-sided takes its statistics from the dense model"),
-    ({"statistics": "none"}, "method two-sided takes its statistics from the dense model"),
-    ({"method": "rom", "statistics": "none"}, "method rom needs statistics"),
+    ({"statistics": "compressed"}, "statistics compressed are not for method two-sided: use dense"),
+    ({"statistics": "none"}, "statistics none are not for method two-sided: use dense"),
+    (
+        {"method": "rom", "statistics": "none"},
+        "statistics none are not for method rom: use compressed or dense",
+    ),
     ({"method": "rom", "allocation": "loss"}, "use --statistics dense"),
     (
         {"method": "svd-llm", "statistics": "compressed", "allocation": "loss"},

@@ -5,13 +5,13 @@ import torch
 from torch import Generator, Tensor
 
 from streamcomp.linalg import low_rank, symmetric
+from streamcomp.linalg.fitting import fit_left
 from streamcomp.linalg.low_rank import (
     Decomposition,
     damped_outputs,
     decompose_inputs,
     decompose_outputs,
     decompose_two_sided_inputs,
-    fit_left,
     output_moment,
 )
 

@@ -9,15 +9,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from streamcomp.linalg.allocation import largest_rank
+from streamcomp.forms import find_form
+from streamcomp.linalg.channel_sharing import sharing_bytes
+from streamcomp.linalg.low_rank import basis_bytes, decomposition_bytes
 from streamcomp.linalg.symmetric import solve_dtype
-from streamcomp.modeling.modules import FORMS as BY_RANK
-from streamcomp.planning.cost import (
-    analysis_bytes,
-    decomposition_bytes,
-    factorization_bytes,
-    sharing_bytes,
-)
 from streamcomp.planning.meter import PeakMeter
 from tests.jobs import REPOSITORY, run_python
 
@@ -42,8 +37,11 @@ MEASURE = """
 import ctypes, json, os, sys
 import torch
 from streamcomp.linalg.low_rank import decompose_weight
-from streamcomp.methods import GradientMoment, Moment, factor_tensors, find_method
+from streamcomp.forms import Allowance, Floats, find_form
+from streamcomp.methods import GradientMoment, Moment, find_method
+from streamcomp.recipe import Recipe
 from streamcomp.planning import meter as m
+from tests.methods.sites import Place
 
 SMALL_PAGES, MAPPED_FROM = (41, 1, 0, 0, 0), (-3, 64 * 2**10)  # prctl, mallopt
 torch.set_num_threads(1)
@@ -73,7 +71,8 @@ def once(rows, columns, ranks, side, method, dtype):
     before = m.resident_bytes()
     found = find_method({"damped": "svd-llm", "no data": "svd-llm"}.get(method, method))
     if method == "swsc":
-        found.share(weight, Moment(side, moment), rows * columns // 2, dtype=dtype)
+        recipe, allowance = Recipe(method=method), Allowance(1, rows * columns // 2)
+        found.compress(Place(rows, columns, dtype), weight, Moment(side, moment), allowance, recipe)
         return [taken(before)]
     if method == "no data":
         found = decompose_weight(weight)
@@ -84,7 +83,7 @@ def once(rows, columns, ranks, side, method, dtype):
     for form, rank in ranks.items():
         m.release()
         meter.restart()
-        held = factor_tensors(form, *found.factors(weight, rank), dtype)
+        held = find_form(form).encode(*found.factors(weight, rank), Floats(dtype))
         results.append(taken(before))
         held = None
     return results
@@ -107,7 +106,7 @@ print(json.dumps([kernels, results]))
 
 METHODS = ("svd-llm", "two-sided")  # with the moments of the gradients, or without
 
-FORMS = tuple(BY_RANK)
+FORMS = ("uv", "pivot")
 
 DTYPES = ("float32", "bfloat16")  # solved in fp64, or in fp32
 
@@ -128,7 +127,7 @@ class Measured:
 
 def rank_of(shape: tuple[int, int], form: str) -> int:
     """The rank of a ratio of 0.2."""
-    return largest_rank(form, *shape, 0.8 * shape[0] * shape[1])
+    return find_form(form).largest_rank(*shape, 0.8 * shape[0] * shape[1])
 
 
 def measure(keys: list[Key], forms: tuple[str, ...] = ()) -> Measured:
@@ -194,8 +193,8 @@ def test_a_factorization_takes_what_was_counted_and_not_much_less(
     measured: Measured, shape: tuple[int, int], side: str, form: str, method: str, dtype: str
 ) -> None:
     kind = getattr(torch, dtype)
-    counted = factorization_bytes(*shape, rank_of(shape, form), form, kind)
-    counted += analysis_bytes(*shape, method == "two-sided", solve_dtype(kind))
+    counted = find_form(form).encoding_bytes(*shape, rank_of(shape, form), kind)
+    counted += basis_bytes(*shape, solve_dtype(kind), gradients=method == "two-sided")
     taken = measured.parts[shape, side, method, dtype][1 + FORMS.index(form)]
 
     assert measured.fits(taken, counted, dtype)

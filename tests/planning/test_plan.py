@@ -19,10 +19,10 @@ import streamcomp
 from streamcomp import BudgetError, Recipe, RecipeError, Resources
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import read_index
+from streamcomp.forms import find_form
 from streamcomp.job.progress import SilentProgress
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning.blocks import plan_blocks
-from streamcomp.planning.cost import factorization_flops
 from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import CONTEXT_BYTES, WORKSPACE_BYTES
 from streamcomp.planning.plan import Plan, make_evaluation_plan, make_plan
@@ -694,7 +694,7 @@ def test_factors_take_the_seconds_of_their_ranks(models: dict[str, Path]) -> Non
         output, block = made.outputs[step.step.output], made.blocks[step.step.block]
         ranks = {m: output.ranks[m.full_name] for m in block.targets}
         wanted = sum(
-            RATES.seconds(factorization_flops(m.rows, m.columns, rank, "pivot"))
+            RATES.seconds(find_form("pivot").encoding_flops(m.rows, m.columns, rank))
             for m, rank in ranks.items()
             if rank is not None
         )

@@ -4,12 +4,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from streamcomp.errors import RecipeError
-from streamcomp.linalg.allocation import stored_numbers
-from streamcomp.linalg.low_rank import FIRST_DAMPING, GRADIENT_DAMPING, damped_outputs
-from streamcomp.methods import METHODS, GradientMoment, Moment, factor_tensors, find_method
-from streamcomp.modeling.modules import FORMS
+from streamcomp.forms import Floats, find_form
+from streamcomp.forms.runtime import MODULES
 
+FORMS = ("uv", "pivot")
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 
 
@@ -27,6 +25,10 @@ def product(form: str, tensors: dict[str, Tensor]) -> Tensor:
     return torch.stack([rows[place] for place in tensors["pivots"].tolist()])
 
 
+def encoded(form: str, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    return find_form(form).encode(left, right, Floats(dtype))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 7, 11])
@@ -35,7 +37,7 @@ def test_the_factors_multiply_out_to_the_projected_weight(
 ) -> None:
     weight, basis = problem(shape, rank, random)
 
-    tensors = factor_tensors(form, basis.clone(), basis.T @ weight, torch.float64)
+    tensors = encoded(form, basis.clone(), basis.T @ weight, torch.float64)
 
     assert torch.allclose(product(form, tensors), basis @ (basis.T @ weight), atol=1e-12)
 
@@ -46,9 +48,9 @@ def test_the_runtime_modules_hold_the_same_matrix(
     form: str, shape: tuple[int, int], random: Generator
 ) -> None:
     weight, basis = problem(shape, 7, random)
-    module = FORMS[form](shape[1], shape[0], 7, dtype=torch.float64).requires_grad_(False)
+    module = MODULES[form](shape[1], shape[0], 7, dtype=torch.float64).requires_grad_(False)
 
-    module.load_state_dict(factor_tensors(form, basis.clone(), basis.T @ weight, torch.float64))
+    module.load_state_dict(encoded(form, basis.clone(), basis.T @ weight, torch.float64))
 
     assert torch.allclose(module.dense_weight(), basis @ (basis.T @ weight), atol=1e-12)
 
@@ -57,7 +59,7 @@ def test_both_forms_are_one_matrix(random: Generator) -> None:
     weight, basis = problem((20, 12), 7, random)
 
     uv, pivot = (
-        product(f, factor_tensors(f, basis.clone(), basis.T @ weight, torch.float64)) for f in FORMS
+        product(f, encoded(f, basis.clone(), basis.T @ weight, torch.float64)) for f in FORMS
     )
 
     assert torch.allclose(uv, pivot, atol=1e-12)
@@ -70,7 +72,12 @@ def test_narrow_factors_come_as_close_as_their_dtype_allows(
 ) -> None:
     weight, basis = problem((20, 12), 7, random)
 
-    tensors = factor_tensors(form, basis.clone(), basis.T @ weight.to(dtype).double(), dtype)
+    tensors = encoded(
+        form,
+        basis.clone(),
+        basis.T @ weight.to(dtype).double(),
+        dtype,
+    )
 
     wide = {name: t if t.dtype == torch.int32 else t.double() for name, t in tensors.items()}
     wanted = basis @ (basis.T @ weight)
@@ -81,7 +88,7 @@ def test_narrow_factors_come_as_close_as_their_dtype_allows(
 def test_pivots_are_a_permutation(random: Generator) -> None:
     weight, basis = problem((20, 12), 7, random)
 
-    pivots = factor_tensors("pivot", basis.clone(), basis.T @ weight, torch.float64)["pivots"]
+    pivots = encoded("pivot", basis.clone(), basis.T @ weight, torch.float64)["pivots"]
 
     assert pivots.dtype == torch.int32
     assert sorted(pivots.tolist()) == list(range(20))
@@ -98,7 +105,7 @@ def test_columns_of_zeros_in_the_left_factor_are_survived(
     right = basis.T @ weight
     basis[:, columns] = 0
 
-    tensors = factor_tensors(form, basis.clone(), right.clone(), dtype)
+    tensors = encoded(form, basis.clone(), right.clone(), dtype)
 
     wide = {name: t if t.dtype == torch.int32 else t.double() for name, t in tensors.items()}
     wanted = basis @ right
@@ -113,16 +120,10 @@ def test_as_many_floats_are_stored_as_the_allocation_counts(
 ) -> None:
     weight, basis = problem(shape, rank, random)
 
-    tensors = factor_tensors(form, basis.clone(), basis.T @ weight, torch.float16)
+    tensors = encoded(form, basis.clone(), basis.T @ weight, torch.float16)
 
     floats = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
-    assert floats == stored_numbers(form, *shape, rank)
-
-
-def test_methods_are_found_by_the_name_they_carry() -> None:
-    assert all(find_method(name).name == name for name in METHODS)
-    with pytest.raises(RecipeError, match="'magic' unknown; one of: two-sided, svd-llm, rom, swsc"):
-        find_method("magic")
+    assert floats == find_form(form).numbers(*shape, rank)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -135,8 +136,11 @@ def test_factors_solved_in_fp32_are_as_close_as_those_in_fp64(
     lost = []
 
     for solved in (torch.float32, torch.float64):
-        tensors = factor_tensors(
-            form, basis.to(solved, copy=True), (basis.T @ weight).to(solved), dtype
+        tensors = encoded(
+            form,
+            basis.to(solved, copy=True),
+            (basis.T @ weight).to(solved),
+            dtype,
         )
         wide = {name: t if t.dtype == torch.int32 else t.double() for name, t in tensors.items()}
         lost.append(float((product(form, wide) - wanted).norm() / wanted.norm()))
@@ -144,57 +148,3 @@ def test_factors_solved_in_fp32_are_as_close_as_those_in_fp64(
     # What is stored has at most four digits: where fp32 rounds a few numbers to a neighbour, the
     # error moves by a part of itself.
     assert lost[0] < 1.1 * lost[1]
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_decomposition_outlives_the_factors_made_of_it(
-    form: str, shape: tuple[int, int], random: Generator
-) -> None:
-    weight, inputs = problem(shape, 7, random)[0], problem(shape[::-1], 7, random)[0]
-    found = find_method("svd-llm").decompose(  # type: ignore[union-attr]
-        weight, Moment("inputs", inputs @ inputs.T), 0.1
-    )
-    before = torch.matmul(*found.factors(weight, 5))
-
-    left, right = found.factors(weight, 5)
-    factor_tensors(form, left, right, torch.float64)  # overwrites both
-
-    assert torch.equal(torch.matmul(*found.factors(weight, 5)), before)
-
-
-# -- moments of fewer rows than directions
-
-
-@pytest.mark.parametrize("method", ["svd-llm", "two-sided"])
-@pytest.mark.parametrize(
-    ("dtype", "rows", "damped"),
-    [(torch.float64, 0, False), (torch.float64, 12, False), (torch.float64, 11, True)]
-    + [(torch.bfloat16, 12, False), (torch.bfloat16, 11, True)],
-    ids=str,
-)
-@pytest.mark.parametrize("side", ["inputs", "outputs"])
-def test_rows_too_few_for_the_directions_leave_them_to_the_weight(
-    side: str, dtype: torch.dtype, rows: int, damped: bool, method: str, random: Generator
-) -> None:
-    """In no dtype, and on no side, does rounding order what the data says nothing of."""
-    weight = problem((12, 20), 7, random)[0].to(dtype)
-    inputs = torch.randn(20, rows or 40, dtype=torch.float64, generator=random)
-    wide = weight.double()
-    moment = inputs @ inputs.T
-    value = moment if side == "inputs" else wide @ moment @ wide.T
-    gradient = GradientMoment(torch.eye(12, dtype=torch.float64), 12.0)
-
-    found = find_method(method).decompose(  # type: ignore[union-attr]
-        weight,
-        Moment(side, value, rows, gradient=gradient),  # type: ignore[arg-type]
-        0.0,
-    )
-
-    outputs = wide @ moment @ wide.T
-    if damped:
-        outputs = damped_outputs(outputs, weight, FIRST_DAMPING)
-    energies = torch.linalg.eigvalsh(outputs).flip(0)
-    scale = 1.0 if method == "svd-llm" else 1 + GRADIENT_DAMPING
-    # Seven digits of the moment's own: the twelfth direction has 1e-6 of the mean energy.
-    assert torch.allclose(found.spectrum / scale, energies, rtol=1e-6, atol=1e-9 * energies[0])

@@ -9,9 +9,9 @@ import torch
 from torch import Generator, nn
 from torch.profiler import ProfilerActivity, profile
 
-from streamcomp.modeling.modules import (
+from streamcomp.forms.runtime import (
     AXES,
-    FORMS,
+    MODULES,
     FactoredLinear,
     NameMap,
     PivotLinear,
@@ -22,12 +22,13 @@ from streamcomp.modeling.modules import (
 from tests.modeling.folders import open_skeleton
 from tests.pico import make_pico
 
+FORMS = ("uv", "pivot")
 NAMES = {"uv": ["U", "weight"], "pivot": ["coef", "pivots", "weight"]}
 
 
 def filled(form: str, random: Generator, *, bias: bool = False, **place: Any) -> FactoredLinear:
     """Of 20 inputs, 12 outputs and rank 7, with random values."""
-    module = FORMS[form](20, 12, 7, bias, **place).requires_grad_(False)
+    module = MODULES[form](20, 12, 7, bias, **place).requires_grad_(False)
     for parameter in module.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=random))
     if isinstance(module, PivotLinear):
@@ -279,7 +280,7 @@ def test_a_dense_linear_is_replaced_by_an_empty_one_of_its_kind(form: str, bias:
 
     module = factored(dense, spec(form=form))
 
-    assert isinstance(module, FORMS[form])
+    assert isinstance(module, MODULES[form])
     assert (module.in_features, module.out_features, module.rank) == (20, 12, 4)
     assert (module.bias is not None) == bias
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}

@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 __all__ = [
     "AXES",
     "FORMAT_VERSION",
-    "FORMS",
+    "MODULES",
     "FactoredLinear",
     "LowRankLinear",
     "NameMap",
@@ -39,6 +39,7 @@ class FactoredLinear(nn.Linear):
     """A linear of ``rank`` r below both its sides: n inputs, m outputs."""
 
     form = ""
+    keys: frozenset[str] = frozenset()  # in the config's entry, in addition to those of every form
     weight: nn.Parameter  # (r, n)
 
     def __init__(
@@ -50,6 +51,11 @@ class FactoredLinear(nn.Linear):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, **place)) if bias else None
         )
+
+    @classmethod
+    def options(cls, spec: Mapping[str, Any], rows: int, columns: int) -> dict[str, Any]:
+        """Arguments that ``keys`` of ``spec`` give; ValueError where they are impossible."""
+        return {}
 
     def reset_parameters(self) -> None:
         """Nothing: factors come from a checkpoint."""
@@ -134,6 +140,7 @@ class SharedLinear(FactoredLinear):
     """
 
     form = "shared"
+    keys = frozenset({"clusters", "axis"})
     labels: Tensor  # (m,) for rows, (n,) for columns; int16 where that holds k, else int32
 
     def __init__(
@@ -158,6 +165,18 @@ class SharedLinear(FactoredLinear):
         labels = torch.empty(channels, dtype=whole, device=place.get("device"))
         self.register_buffer("labels", labels)
 
+    @classmethod
+    def options(cls, spec: Mapping[str, Any], rows: int, columns: int) -> dict[str, Any]:
+        clusters, axis = spec.get("clusters"), spec.get("axis")
+        if axis not in AXES:
+            raise ValueError(f"streamcomp: axis {axis!r} is impossible: {' or '.join(AXES)}")
+        channels = rows if axis == "rows" else columns
+        if type(clusters) is not int or not 0 < clusters <= channels:
+            raise ValueError(
+                f"streamcomp: clusters {clusters!r} are impossible for {channels} {axis}"
+            )
+        return {"clusters": clusters, "axis": axis}
+
     def forward(self, input: Tensor) -> Tensor:
         output = nn.functional.linear(nn.functional.linear(input, self.weight), self.U, self.bias)
         labels = self.labels.int()  # an index is int32 at least
@@ -180,49 +199,32 @@ class SharedLinear(FactoredLinear):
         return _wide(self.U)
 
 
-# Forms that hold any matrix of a rank, and nothing else: ``shared`` is not one of them.
-FORMS: dict[str, type[FactoredLinear]] = {
-    module.form: module for module in (LowRankLinear, PivotLinear)
+MODULES: dict[str, type[FactoredLinear]] = {
+    module.form: module for module in (LowRankLinear, PivotLinear, SharedLinear)
 }
 
 _KEYS = {"form", "rank", "dtype"}
-_SHARED_KEYS = {"clusters", "axis"}
 
 
 def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
-    """An empty factored linear in the place of ``dense``, as ``spec`` of the config says.
+    """An empty factored linear instead of ``dense``, as ``spec`` of the config says.
 
-    ``spec`` holds ``form``, ``rank`` and ``dtype``; for the form ``shared`` also ``clusters``
-    and ``axis``. Anything else is refused, for a reader that skips what it does not know returns
-    a wrong model. Raises ValueError.
+    ``spec`` holds ``form``, ``rank`` and ``dtype``, and the keys of its form. Anything else is
+    refused, for a reader that skips what it does not know returns a wrong model. Raises ValueError.
     """
     form, rank = spec.get("form"), spec.get("rank")
-    shared = form == SharedLinear.form
-    unknown = sorted(set(spec) - _KEYS - (_SHARED_KEYS if shared else set()))
+    kind = MODULES.get(form) if isinstance(form, str) else None
+    unknown = sorted(set(spec) - _KEYS - (kind.keys if kind else set()))
     if unknown:
         raise ValueError(f"streamcomp: unknown key {unknown[0]!r}: written by a newer version?")
-    if not isinstance(form, str) or (form not in FORMS and not shared):
+    if kind is None:
         raise ValueError(f"streamcomp: unknown form {form!r}: written by a newer version?")
     rows, columns = dense.out_features, dense.in_features
     if type(rank) is not int or not 0 < rank < min(rows, columns):
         raise ValueError(f"streamcomp: rank {rank!r} is impossible for {rows} x {columns}")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     bias = dense.bias is not None
-    if not shared:
-        return FORMS[form](columns, rows, rank, bias, **place)
-    clusters, axis = _sharing(spec, rows, columns)
-    return SharedLinear(columns, rows, rank, bias, clusters=clusters, axis=axis, **place)
-
-
-def _sharing(spec: Mapping[str, Any], rows: int, columns: int) -> tuple[int, str]:
-    """``clusters`` and ``axis`` of a ``shared`` form; ValueError where they cannot be."""
-    clusters, axis = spec.get("clusters"), spec.get("axis")
-    if axis not in AXES:
-        raise ValueError(f"streamcomp: axis {axis!r} is impossible: {' or '.join(AXES)}")
-    channels = rows if axis == "rows" else columns
-    if type(clusters) is not int or not 0 < clusters <= channels:
-        raise ValueError(f"streamcomp: clusters {clusters!r} are impossible for {channels} {axis}")
-    return clusters, axis
+    return kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
 
 
 class NameMap:
