@@ -41,8 +41,8 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from streamcomp.evaluation.inspection import Family, Inspection
     from streamcomp.job.progress import JobProgress
+    from streamcomp.tools.inspect import Family, Inspection
 
 __all__ = ["main"]
 
@@ -438,7 +438,7 @@ def _check_same_recipe(out: Path, settings: dict[str, Any]) -> None:
     given = {name.replace("-", "_") for name in _asked(settings)} - {"damping"}
     if report is None or not given:
         return
-    before, now = Recipe.from_mapping(report["recipe"], "report"), _make_recipe(settings)
+    before, now = report.settings, _make_recipe(settings)
     others = [name for name in sorted(given) if getattr(before, name) != getattr(now, name)]
     if others:
         raise RecipeError(
@@ -817,7 +817,8 @@ def _device_row(memory: dict[str, int]) -> dict[str, str]:
 
 
 def _print_summary(out: Path, report: dict[str, Any]) -> None:
-    from streamcomp.evaluation.health import numerical_health
+    from streamcomp.job.rows import Report
+    from streamcomp.report.health import numerical_health
 
     model, memory = report["model"], report["memory"]
     longest = sorted(report["stages"].items(), key=lambda stage: -stage[1])[:_STAGES_SHOWN]
@@ -840,7 +841,7 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
         rows["left as it is"] = f"{len(report['left'])} modules, see {out}/streamcomp_report.json"
     console = _console()
     _print_rows(console, rows, title=str(out))
-    for warning in numerical_health(report).warnings():
+    for warning in numerical_health(Report.from_dict(report)).warnings():
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     console.print(
         f"load it:  import streamcomp; AutoModelForCausalLM.from_pretrained({str(out)!r})",

@@ -15,6 +15,7 @@ from streamcomp.checkpoint.index import read_header
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.errors import SourceError
+from streamcomp.job.rows import AnalysisRow
 from streamcomp.linalg.low_rank import Decomposition
 from streamcomp.methods.base import GradientMoment, Moment
 from streamcomp.modeling.linears import Linear
@@ -70,18 +71,18 @@ def write_decomposition(folder: Path, block: int, linear: Linear, found: Decompo
 
 
 def read_decomposition(
-    folder: Path, block: int, linear: Linear, known: dict[str, Any], device: torch.device
+    folder: Path, block: int, linear: Linear, row: AnalysisRow, device: torch.device
 ) -> Decomposition:
-    """What :func:`write_decomposition` kept; ``known`` is its :func:`health` from the journal."""
+    """What :func:`write_decomposition` kept; ``row`` is its :func:`health` from the journal."""
     tensors = _read(_path(folder, analysis_key(block), linear.name), device)
     return Decomposition(
         tensors["spectrum"],
         tensors["left"],
         tensors.get("right"),
         linear.rows > linear.columns,
-        known["damping"],
-        float("inf") if known["condition"] is None else known["condition"],
-        known["fallback"],
+        row.damping,
+        float("inf") if row.condition is None else row.condition,
+        row.fallback,
     )
 
 

@@ -1,10 +1,10 @@
 """What a job has done, one line per finished step, durable before the next one begins.
 
 ``journal.jsonl`` opens with a header (format version, fingerprint, levers); each further
-line is one finished step with its results. A line is appended and synced after the files
-that it speaks of, so it never promises what is not there. A line that a crash cut short
-is dropped. A lock on the output folder keeps a second process out; the kernel releases
-it with the process, so nothing stale is left by SIGKILL.
+line is one finished step with its results (:mod:`streamcomp.job.rows`). A line is appended and
+synced after the files that it speaks of, so it never promises what is not there. A line that a
+crash cut short is dropped. A lock on the output folder keeps a second process out; the kernel
+releases it with the process, so nothing stale is left by SIGKILL.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import CalibrationError, JobLockedError, JobMismatchError, OutputError
+from streamcomp.job.rows import Header, JobLevers, StepRow
 from streamcomp.recipe import OUTPUT_FIELDS, Recipe
 
 __all__ = [
@@ -39,7 +40,6 @@ __all__ = [
 
 JOURNAL = "journal.jsonl"
 _VERSION = 5
-_HEADER = {"version", "fingerprint", "levers", "total", "planned_seconds"}
 _PIECE_BYTES = 1 << 20
 
 # field -> value; all must agree for a job to be continued
@@ -59,18 +59,19 @@ def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
 
 
 def check_fingerprint(
-    found: Mapping[str, Any], wanted: Fingerprint, folder: Path, *, versions: bool = True
+    held: Mapping[str, Any], wanted: Fingerprint, folder: Path, *, versions: bool = True
 ) -> None:
-    """JobMismatchError naming the first field in which ``found`` is not what is ``wanted``.
+    """JobMismatchError naming the first field in which ``held`` differs from ``wanted``.
 
-    Those that shape the output alone come last: kept work may serve a job with others.
+    Fields that shape the output alone come last: kept work may serve a job with others.
     """
+    held = _completed(held)
     for field in sorted(wanted, key=lambda name: name in OUTPUT_FIELDS):
         value = wanted[field]
         if not versions and field in ("torch", "transformers"):
             continue
-        if found.get(field) != value:
-            was, now = found.get(field), value
+        if held.get(field) != value:
+            was, now = held.get(field), value
             what = (
                 "the model's files have changed, or it is another model"
                 if field == "source"
@@ -84,8 +85,14 @@ def check_fingerprint(
 
 def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two jobs differ in nothing but what shapes their output."""
+    one, other = _completed(one), _completed(other)
     names = (one.keys() | other.keys()) - set(OUTPUT_FIELDS)
     return all(one.get(name) == other.get(name) for name in names)
+
+
+def _completed(held: Mapping[str, Any]) -> Fingerprint:
+    """``held`` with the defaults of settings that did not exist when it was taken."""
+    return {name: _plain(value) for name, value in asdict(Recipe()).items()} | dict(held)
 
 
 @contextmanager
@@ -112,8 +119,8 @@ class Journal:
     def __init__(
         self,
         path: Path,
-        header: dict[str, Any],
-        steps: list[dict[str, Any]],
+        header: Header,
+        steps: list[StepRow],
         inherited: bool = False,
     ) -> None:
         self.path, self.header, self.steps = path, header, steps
@@ -132,52 +139,47 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         try:
             header, *steps = [_entry(line) for line in whole.splitlines()]
-            if header.get("version") == _VERSION and not header.keys() >= _HEADER:
-                raise ValueError("incomplete")
-            if not all("step" in step for step in steps):
-                raise ValueError("nameless")
+            if header.get("version") != _VERSION:
+                raise JobMismatchError(
+                    f"{path} was written by another version of streamcomp: remove {folder}",
+                    field="version",
+                )
+            return cls(path, Header.from_dict(header), [StepRow.from_dict(step) for step in steps])
         except (ValueError, RecursionError):
             raise OutputError(f"{path} is damaged: remove {folder} and start again") from None
-        if header.get("version") != _VERSION:
-            raise JobMismatchError(
-                f"{path} was written by another version of streamcomp: remove {folder}",
-                field="version",
-            )
-        return cls(path, header, steps)
 
     @classmethod
     def begin(
-        cls, folder: Path, found: Fingerprint, levers: dict[str, Any], seconds: list[float]
+        cls, folder: Path, wanted: Fingerprint, levers: JobLevers, seconds: list[float]
     ) -> Journal:
         """A new journal of a job whose steps are planned to take ``seconds`` each."""
-        header = {
-            "version": _VERSION,
-            "fingerprint": found,
-            "levers": levers,
-            "total": len(seconds),
-            "planned_seconds": seconds,
-        }
-        write_text(folder / JOURNAL, json.dumps(header) + "\n")
+        header = Header(
+            version=_VERSION,
+            fingerprint=wanted,
+            levers=levers,
+            total=len(seconds),
+            planned_seconds=tuple(seconds),
+        )
+        write_text(folder / JOURNAL, _line(header))
         return cls(folder / JOURNAL, header, [])
 
     def inherit(self, wanted: Fingerprint, before: str) -> Journal:
         """A journal of the job ``wanted`` that begins with the steps of this one ``before`` one."""
-        names = [entry["step"] for entry in self.steps]
+        names = [row.step for row in self.steps]
         steps = self.steps[: names.index(before)] if before in names else []
-        header = self.header | {"fingerprint": wanted}
+        header = replace(self.header, fingerprint=wanted)
         return Journal(self.path, header, steps, inherited=True)
 
     def trim(self) -> None:
         """Cut off what a crash left behind the last whole line, before appending."""
-        lines = [json.dumps(entry) + "\n" for entry in (self.header, *self.steps)]
+        lines = [_line(row) for row in (self.header, *self.steps)]
         with output_errors(self.path):
             if self.inherited or self.path.stat().st_size != sum(map(len, lines)):
                 write_text(self.path, "".join(lines))
 
-    def commit(self, step: str, results: Mapping[str, Any]) -> None:
-        """Append that ``step`` is done, durably."""
-        entry = {"step": step, **results}
-        line = (json.dumps(entry) + "\n").encode()
+    def commit(self, row: StepRow) -> None:
+        """Append that a step is done, durably."""
+        line = _line(row).encode()
         with output_errors(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
@@ -186,15 +188,19 @@ class Journal:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        self.steps.append(entry)
+        self.steps.append(row)
 
     @property
     def finished(self) -> bool:
-        return len(self.steps) == int(self.header["total"])
+        return len(self.steps) == self.header.total
 
-    def find(self, step: str) -> dict[str, Any] | None:
-        """Results of ``step``, None if it is not done."""
-        return next((entry for entry in self.steps if entry["step"] == step), None)
+    def find(self, step: str) -> StepRow | None:
+        """The row of ``step``, None if it is not done."""
+        return next((row for row in self.steps if row.step == step), None)
+
+
+def _line(row: Header | StepRow) -> str:
+    return json.dumps(row.to_dict()) + "\n"
 
 
 def _entry(line: bytes) -> dict[str, Any]:

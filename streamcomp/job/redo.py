@@ -62,7 +62,7 @@ def redo_linears(
             f"{folder} keeps no moments: --redo needs a job that was run with --keep-work "
             "(and the same --work-dir)"
         )
-    if not same_analysis(journal.header["fingerprint"], report["fingerprint"]):
+    if not same_analysis(journal.header.fingerprint, report["fingerprint"]):
         raise JobMismatchError(
             f"{folder} keeps the work of another job than that in {out}: give its own --work-dir",
             field="work_dir",

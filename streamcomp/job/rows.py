@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from streamcomp.planning.levers import Levers
 from streamcomp.planning.rates import MachineRates
+from streamcomp.recipe import Recipe
 
 __all__ = [
     "AnalysisRow",
@@ -134,6 +135,12 @@ class Header(Row):
     total: int  # steps
     planned_seconds: tuple[float, ...]  # of each step
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The part of the fingerprint that is the recipe."""
+        names = {field.name for field in fields(Recipe)}
+        return {name: value for name, value in self.fingerprint.items() if name in names}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult(Row):
@@ -228,6 +235,12 @@ class Report(Row):
     def to_dict(self) -> dict[str, Any]:
         """As above, with the fields of the report itself all there."""
         return {name: _plain(value) for name, value in vars(self).items() if value is not None}
+
+    @property
+    def settings(self) -> Recipe:
+        """The recipe, without settings that this version does not have."""
+        names = {field.name for field in fields(Recipe)}
+        return Recipe.from_mapping({k: v for k, v in self.recipe.items() if k in names}, "report")
 
     @property
     def nll(self) -> float | None:

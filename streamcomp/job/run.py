@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,10 @@ from streamcomp.job.journal import (
     same_analysis,
 )
 from streamcomp.job.progress import JobProgress
+from streamcomp.job.rows import JobLevers, StepRow
 from streamcomp.job.workspace import Stage, Workspace, check_finite
 from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning.levers import Levers
 from streamcomp.planning.meter import (
     PeakMeter,
     budget_bytes,
@@ -121,7 +121,7 @@ class Job:
         if found is not None:
             holder = self.out if self.folders.works_inside else self.work
             with locked(holder):  # a job that runs there is no "other job" to be removed
-                check_fingerprint(found.header["fingerprint"], self.fingerprint, holder)
+                check_fingerprint(found.header.fingerprint, self.fingerprint, holder)
         for note in self.skeleton.notes:
             self.progress.note(note)
         if unused := self.skeleton.blocks_unused:
@@ -155,10 +155,10 @@ class Job:
             return None
         header = found.header
         if (
-            header["levers"].get("keep_work")
+            header.levers.keep_work
             and found.finished
-            and header["fingerprint"] != self.fingerprint
-            and same_analysis(header["fingerprint"], self.fingerprint)
+            and header.fingerprint != self.fingerprint
+            and same_analysis(header.fingerprint, self.fingerprint)
         ):
             return found.inherit(self.fingerprint, before=_RANKS)
         return found
@@ -180,16 +180,16 @@ class Job:
         if found is None:
             self._settings = fits
             return make_plan(self.skeleton, self.recipe, self.budget, rates, **fits)
-        held = found.header["levers"]
-        if keep and not held["keep_work"]:
+        held = found.header.levers
+        if keep and not held.keep_work:
             self.progress.note(
                 "--keep-work comes too late: this job began without it, and removes its work"
             )
-        fits |= {"analysis": held["analysis"], "keep_work": held["keep_work"]}
+        fits |= {"analysis": held.analysis, "keep_work": held.keep_work}
         self._settings = fits
         ranked = found.find(_RANKS)
-        fits["ranks"] = ranked["ranks"] if ranked else None
-        levers = Levers.of_journal(held)
+        fits["ranks"] = list(ranked.ranks) if ranked else None
+        levers = held.planned
         try:
             return make_plan(self.skeleton, self.recipe, self.budget, rates, levers=levers, **fits)
         except BudgetError:
@@ -208,16 +208,17 @@ class Job:
             return plan
 
     def _resume(self, found: Journal | None) -> None:
-        levers = asdict(self.plan.levers) | {
-            "threads": torch.get_num_threads(),
-            "device": str(self.device),
-            "analysis": self.plan.analysis,
-            "keep_work": self._settings["keep_work"],
-        }
+        levers = JobLevers(
+            **asdict(self.plan.levers),
+            threads=torch.get_num_threads(),
+            device=str(self.device),
+            analysis=self.plan.analysis,
+            keep_work=self._settings["keep_work"],
+        )
         total = len(self.plan.steps)
         seconds = [round(step.seconds, 3) for step in self.plan.steps]
         if found is not None and found.inherited:
-            found.header |= {"total": total, "planned_seconds": seconds}
+            found.header = replace(found.header, total=total, planned_seconds=tuple(seconds))
         self.journal = found or Journal.begin(self.work, self.fingerprint, levers, seconds)
         self.journal.trim()
         self.space = Workspace(
@@ -237,7 +238,7 @@ class Job:
         """Do every step that is not done yet."""
         names = [step.name for step in self.plan.steps]
         done = len(self.journal.steps)
-        if [entry["step"] for entry in self.journal.steps] != names[:done]:
+        if [row.step for row in self.journal.steps] != names[:done]:
             raise JobMismatchError(f"{self.journal.path} lists other steps", field="steps")
         self.progress.begin(
             str(self.out), [step.seconds for step in self.plan.steps], done, self.budget
@@ -265,14 +266,15 @@ class Job:
                 "device_peak_bytes": self.meter.device_peak(),
                 "device_predicted_bytes": self.plan.steps[number].device_bytes,
             }
-        self.journal.commit(step.name, results)
+        row = StepRow.from_dict({"step": step.name, **results})
+        self.journal.commit(row)
         self.space.drop(live_after([s.step for s in self.plan.steps], number + 1))
         release()
-        for note in results.get("notes", []):
+        for note in row.notes:
             self.progress.note(note)
-        self.progress.finish_step(number, step.name, results["seconds"], results.get("detail", ""))
+        self.progress.finish_step(number, step.name, row.seconds, row.detail)
         if step.kind == _RANKS:
-            self._rank(results["ranks"])
+            self._rank(list(row.ranks))
 
     def _do(self, stage: Stage, step: Step) -> dict[str, Any]:
         if runs_windows(step):
@@ -333,9 +335,9 @@ class Job:
         return {}
 
 
-def steps_of_output(steps: list[dict[str, Any]], output: int) -> list[dict[str, Any]]:
-    """Journal lines that one output rests on: its own, and those that all share."""
-    return [step for step in steps if step.get("output", output) == output]
+def steps_of_output(steps: Iterable[StepRow], output: int) -> list[StepRow]:
+    """Rows of the steps that one output rests on: its own, and those that all share."""
+    return [step for step in steps if step.output in (None, output)]
 
 
 def check_system() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.errors import JobMismatchError, NonFiniteError
 from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.progress import JobProgress
+from streamcomp.job.rows import StepRow
 from streamcomp.methods import Method, Swsc
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
@@ -130,10 +130,10 @@ class Workspace:
         """
         stage("loading")
         with self.streamer.block(number) as loaded:
-            for step in self.journal.steps:
-                if step.get("block") == number and step["digest"] != loaded.digest:
+            for row in self.journal.steps:
+                if row.block == number and row.digest != loaded.digest:
                     raise JobMismatchError(
-                        f"{loaded.name} has other bytes now than in step {step['step']!r}: the "
+                        f"{loaded.name} has other bytes now than in step {row.step!r}: the "
                         "model's files have changed; give another OUT",
                         field="source",
                     )
@@ -247,9 +247,9 @@ class Workspace:
     @property
     def unreached(self) -> set[str]:
         """Linears, by their names on disk, that no calibration token reached."""
-        return {name for step in self.journal.steps for name in step.get("unreached", [])}
+        return {name for row in self.journal.steps for name in row.unreached}
 
-    def results(self, kind: str, block: int) -> dict[str, Any] | None:
+    def results(self, kind: str, block: int) -> StepRow | None:
         """What the journal holds of the step of ``kind`` on ``block``."""
         return self.journal.find(f"{kind} {block}")
 

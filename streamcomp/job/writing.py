@@ -270,7 +270,7 @@ def _decomposition(
         kind = "reverse" if work.recipe.two_sided else "analyse"
         results = work.results(kind, step.block)
         assert results is not None
-        known = next(item for item in results["analysis"] if item["name"] == linear.disk_name)
+        known = next(row for row in results.analysis if row.name == linear.disk_name)
         return read_decomposition(work.folder, step.block, linear, known, work.device)
     assert not isinstance(work.method, Swsc)
     if moment is None:

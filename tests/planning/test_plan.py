@@ -503,7 +503,7 @@ def test_what_products_take_on_this_machine_raises_every_peak(models: dict[str, 
     assert peaks[1] - peaks[0] == 7 * MiB
 
 
-@pytest.mark.parametrize("caller", ["job.run", "api", "job.redo", "evaluation.perplexity"])
+@pytest.mark.parametrize("caller", ["job.run", "api", "job.redo", "tools.evaluate"])
 def test_what_was_measured_of_products_is_planned_for(
     caller: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -514,7 +514,7 @@ def test_what_was_measured_of_products_is_planned_for(
         "job.run": lambda: compress(model, out, text),
         "api": lambda: streamcomp.plan(model, Recipe(**SETTINGS), RESOURCES),
         "job.redo": lambda: streamcomp.redo(model, out, "q_proj", damping=0.1, resources=RESOURCES),
-        "evaluation.perplexity": lambda: streamcomp.evaluate(
+        "tools.evaluate": lambda: streamcomp.evaluate(
             model, str(text), seq_len=16, windows=2, resources=RESOURCES
         ),
     }

@@ -17,7 +17,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import streamcomp
 from streamcomp import OutputError, RecipeError, UnsupportedModelError
-from streamcomp.evaluation import export
 from streamcomp.linalg.channel_sharing import AXES, share_channels
 from streamcomp.methods.factors import factor_tensors, shared_tensors
 from streamcomp.modeling.modules import (
@@ -26,6 +25,7 @@ from streamcomp.modeling.modules import (
     LowRankLinear,
     SharedLinear,
 )
+from streamcomp.tools import export
 from tests.jobs import (
     RESOURCES,
     Interrupted,
