@@ -144,7 +144,7 @@ class Header(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult(Row):
-    """What a step has to tell; each kind of step fills in its part."""
+    """Everything that a step reports; each kind of step fills in its part."""
 
     block: int | None = None
     output: int | None = None  # None: all outputs share the step
@@ -233,7 +233,7 @@ class Report(Row):
     asked: float | None = None  # the ratio asked for
 
     def to_dict(self) -> dict[str, Any]:
-        """As above, with the fields of the report itself all there."""
+        """Plain values; of the report itself, every field that is not None."""
         return {name: _plain(value) for name, value in vars(self).items() if value is not None}
 
     @property

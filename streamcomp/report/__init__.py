@@ -1,1 +1,1 @@
-"""What a finished job has to tell: figures, warnings, a page and a model card."""
+"""The report of a finished job: figures, warnings, a page and a model card."""

@@ -1,4 +1,4 @@
-"""What the page tells of linears: ranks, losses, numerical health, refinement."""
+"""Sections of the page on linears: ranks, losses, numerical health, refinement."""
 
 from __future__ import annotations
 

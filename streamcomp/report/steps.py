@@ -1,4 +1,4 @@
-"""What the page tells of steps: memory, time, and how close to the machine's speed they came."""
+"""Sections of the page on steps: memory, time, and how close they came to the machine's speed."""
 
 from __future__ import annotations
 

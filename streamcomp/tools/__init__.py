@@ -1,1 +1,1 @@
-"""What can be done with a checkpoint: evaluate, export and inspect it."""
+"""Tools for a checkpoint, dense or compressed: evaluate, export and inspect it."""

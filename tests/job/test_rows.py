@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from streamcomp import OutputError
+from streamcomp.job.publish import REPORT, read_report
 from streamcomp.job.rows import (
     AnalysisRow,
     Header,
     JobLevers,
     LinearRow,
     Refined,
+    RefinedBlock,
+    Report,
     Row,
     StepResult,
     StepRow,
 )
 from streamcomp.planning.levers import Levers
+from tests.report.reports import report
 
 LEVERS = JobLevers(4, 2, 256, 512, 1, 3, 1, "cpu", True, False)
 HEADER = Header(
@@ -74,7 +80,20 @@ FULL = StepRow(
 )
 
 
-@pytest.mark.parametrize("row", [HEADER, ANALYSIS, LINEAR, SHARED, PLAIN, FULL], ids=repr)
+REPORT_ROW = report(
+    [LINEAR, SHARED],
+    refined=(RefinedBlock(block=0, before=0.5, after=0.25, steps=8),),
+    levers=LEVERS,
+    left={"h.0.gate": "a router"},
+    asked=0.2,
+)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [HEADER, ANALYSIS, LINEAR, SHARED, PLAIN, FULL, REPORT_ROW],
+    ids=lambda row: type(row).__name__,
+)
 def test_a_row_comes_back_from_json(row: Row) -> None:
     text = json.dumps(row.to_dict())
 
@@ -132,3 +151,38 @@ def test_a_whole_number_is_a_float_too() -> None:
     seconds = StepRow.from_dict(MEASURED | {"seconds": 2}).seconds
 
     assert seconds == 2.0 and type(seconds) is float
+
+
+# -- reports -----------------------------------------------------------------------------
+
+
+def test_a_report_passes_over_what_another_version_told() -> None:
+    plain = REPORT_ROW.to_dict()
+    plain |= {"redone": [], "recipe": {"method": "svd-llm", "centred": False}}
+    plain["linears"] = [linear | {"colour": "red"} for linear in plain["linears"]]
+
+    read = Report.from_dict(plain)
+
+    assert read == replace(REPORT_ROW, recipe=plain["recipe"])
+    assert read.settings.method == "svd-llm"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": []}, r"Report.model is \[\]"),
+        ({"seconds": "long"}, "Report.seconds is 'long'"),
+        ({"linears": [{"name": 3}]}, "Report.linears lacks rows"),
+        ({"recipe": {"ratio": "half"}}, "report: ratio = 'half'"),
+        ({"recipe": {"method": "magic"}}, "method 'magic' unknown"),
+    ],
+    ids=str,
+)
+def test_a_report_with_other_values_is_damaged(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / REPORT).write_text(json.dumps(REPORT_ROW.to_dict() | change))
+
+    with pytest.raises(OutputError, match=f"is damaged .*{message}.*: remove .* and start again"):
+        read_report(tmp_path)
