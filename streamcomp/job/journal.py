@@ -1,4 +1,4 @@
-"""What a job has done, one line per finished step, durable before the next one begins.
+"""The steps that a job has finished, one line each, durable before the next one begins.
 
 ``journal.jsonl`` opens with a header (format version, fingerprint, levers); each further
 line is one finished step with its results (:mod:`streamcomp.job.rows`). A line is appended and
@@ -47,7 +47,7 @@ Fingerprint = dict[str, Any]
 
 
 def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
-    """What decides a job's result: source, recipe, calibration files, library versions."""
+    """All that decides a job's result: source, recipe, calibration files, library versions."""
     fields: Fingerprint = {"source": _source_hash(index)}
     fields |= {name: _plain(value) for name, value in asdict(recipe).items()}
     fields["calibration_files"] = [
@@ -225,7 +225,7 @@ def _source_hash(index: CheckpointIndex) -> str:
 
 
 def _text_hash(path: Path) -> str:
-    """Of all bytes of a file, or of a folder's texts: a copy of them elsewhere is the same text."""
+    """Hash of a file, or of a folder's texts: a copy of them elsewhere has the same one."""
     total = hashlib.blake2b(digest_size=16)
     for file in [path] if path.is_file() else text_files(path):
         try:

@@ -121,7 +121,7 @@ class JobLevers(Levers):
 
     @property
     def planned(self) -> Levers:
-        """Those that a plan is made with."""
+        """The levers that a plan is made with."""
         return Levers.of_journal(vars(self))
 
 

@@ -39,7 +39,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is made of."""
+    """Size, type and families of linears of a checkpoint."""
 
     model_type: str
     dtype: str

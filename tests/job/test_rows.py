@@ -89,11 +89,10 @@ REPORT_ROW = report(
 )
 
 
-@pytest.mark.parametrize(
-    "row",
-    [HEADER, ANALYSIS, LINEAR, SHARED, PLAIN, FULL, REPORT_ROW],
-    ids=lambda row: type(row).__name__,
-)
+ROWS = [HEADER, ANALYSIS, LINEAR, SHARED, PLAIN, FULL, REPORT_ROW]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: type(row).__name__)
 def test_a_row_comes_back_from_json(row: Row) -> None:
     text = json.dumps(row.to_dict())
 
