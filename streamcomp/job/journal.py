@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import CalibrationError, JobLockedError, JobMismatchError, OutputError
 from streamcomp.job.rows import Header, JobLevers, StepRow
-from streamcomp.recipe import OUTPUT_FIELDS, Recipe
+from streamcomp.recipe import DECOMPOSITION_FIELDS, OUTPUT_FIELDS, Recipe
 
 __all__ = [
     "JOURNAL",
@@ -36,10 +36,11 @@ __all__ = [
     "fingerprint",
     "locked",
     "same_analysis",
+    "same_moments",
 ]
 
 JOURNAL = "journal.jsonl"
-_VERSION = 5
+_VERSION = 6
 _PIECE_BYTES = 1 << 20
 
 # field -> value; all must agree for a job to be continued
@@ -63,10 +64,11 @@ def check_fingerprint(
 ) -> None:
     """JobMismatchError naming the first field in which ``held`` differs from ``wanted``.
 
-    Fields that shape the output alone come last: kept work may serve a job with others.
+    Fields that shape decompositions or the output alone come last, because kept work may serve a
+    job in which they differ.
     """
     held = _completed(held)
-    for field in sorted(wanted, key=lambda name: name in OUTPUT_FIELDS):
+    for field in sorted(wanted, key=lambda name: name in (*DECOMPOSITION_FIELDS, *OUTPUT_FIELDS)):
         value = wanted[field]
         if not versions and field in ("torch", "transformers"):
             continue
@@ -85,9 +87,12 @@ def check_fingerprint(
 
 def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two jobs differ in nothing but what shapes their output."""
-    one, other = _completed(one), _completed(other)
-    names = (one.keys() | other.keys()) - set(OUTPUT_FIELDS)
-    return all(one.get(name) == other.get(name) for name in names)
+    return _same_but(OUTPUT_FIELDS, one, other)
+
+
+def same_moments(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two jobs differ in nothing but what shapes their decompositions and their output."""
+    return _same_but((*DECOMPOSITION_FIELDS, *OUTPUT_FIELDS), one, other)
 
 
 def _completed(held: Mapping[str, Any]) -> Fingerprint:
@@ -163,12 +168,16 @@ class Journal:
         write_text(folder / JOURNAL, _line(header))
         return cls(folder / JOURNAL, header, [])
 
-    def inherit(self, wanted: Fingerprint, before: str) -> Journal:
-        """A journal of the job ``wanted`` that begins with the steps of this one ``before`` one."""
-        names = [row.step for row in self.steps]
-        steps = self.steps[: names.index(before)] if before in names else []
-        header = replace(self.header, fingerprint=wanted)
-        return Journal(self.path, header, steps, inherited=True)
+    def inherit(self, wanted: Fingerprint, before: tuple[str, ...], **levers: Any) -> Journal:
+        """A journal of the job ``wanted`` that begins with steps of this one.
+
+        It takes the steps before the first whose name begins with one of ``before``, and the
+        levers, of which ``levers`` are replaced.
+        """
+        ends = (n for n, row in enumerate(self.steps) if row.step.startswith(before))
+        held = replace(self.header.levers, **levers)
+        header = replace(self.header, fingerprint=wanted, levers=held)
+        return Journal(self.path, header, self.steps[: next(ends, 0)], inherited=True)
 
     def trim(self) -> None:
         """Cut off what a crash left behind the last whole line, before appending."""
@@ -201,6 +210,12 @@ class Journal:
 
 def _line(row: Header | StepRow) -> str:
     return json.dumps(row.to_dict()) + "\n"
+
+
+def _same_but(fields: Iterable[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    one, other = _completed(one), _completed(other)
+    names = (one.keys() | other.keys()) - set(fields)
+    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _entry(line: bytes) -> dict[str, Any]:

@@ -118,6 +118,7 @@ class JobLevers(Levers):
     device: str
     analysis: bool  # whether decompositions are kept from one sweep to the next
     keep_work: bool
+    from_moments: bool = False  # whether decompositions are made of moments that a job kept
 
     @property
     def planned(self) -> Levers:

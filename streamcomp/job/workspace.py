@@ -21,7 +21,7 @@ from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.errors import JobMismatchError, NonFiniteError
 from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.progress import JobProgress
-from streamcomp.job.rows import StepRow
+from streamcomp.job.rows import AnalysisRow
 from streamcomp.methods import Method, Swsc
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
@@ -249,9 +249,10 @@ class Workspace:
         """Linears, by their names on disk, that no calibration token reached."""
         return {name for row in self.journal.steps for name in row.unreached}
 
-    def results(self, kind: str, block: int) -> StepRow | None:
-        """What the journal holds of the step of ``kind`` on ``block``."""
-        return self.journal.find(f"{kind} {block}")
+    def analysis_of(self, block: int) -> tuple[AnalysisRow, ...]:
+        """Figures of the decompositions of the linears of ``block``, as they were made last."""
+        steps = (row for row in reversed(self.journal.steps) if row.block == block)
+        return next(row.analysis for row in steps if row.analysis)
 
 
 def work_files(folder: Path) -> list[Path]:
