@@ -250,31 +250,31 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
     if report is not None and (journal is None or journal.finished):
         steps = report.steps
         return JobStatus(
-            out,
-            True,
-            len(steps),
-            len(steps),
-            steps[-1].step,
-            report.seconds,
-            0.0,
-            report.memory.peak_bytes,
-            report.recipe,
+            out=out,
+            finished=True,
+            steps_done=len(steps),
+            steps_total=len(steps),
+            last_step=steps[-1].step,
+            seconds=report.seconds,
+            seconds_left=0.0,
+            peak_bytes=report.memory.peak_bytes,
+            recipe=report.recipe,
         )
     if journal is None:
         raise OutputError(f"{out} holds no job, or its work lies elsewhere: give --work-dir")
     seconds = sum(step.seconds for step in journal.steps)
     planned, done = journal.header.planned_seconds, len(journal.steps)
-    pace = seconds / sum(planned[:done]) if done else 1.0
+    pace = seconds / (sum(planned[:done]) or seconds) if seconds else 1.0
     return JobStatus(
-        out,
-        False,
-        done,
-        len(planned),
-        journal.steps[-1].step if journal.steps else "",
-        seconds,
-        pace * sum(planned[done:]),
-        max((step.peak_bytes for step in journal.steps), default=0),
-        journal.header.recipe,
+        out=out,
+        finished=False,
+        steps_done=done,
+        steps_total=len(planned),
+        last_step=journal.steps[-1].step if journal.steps else "",
+        seconds=seconds,
+        seconds_left=pace * sum(planned[done:]),
+        peak_bytes=max((step.peak_bytes for step in journal.steps), default=0),
+        recipe=journal.header.recipe,
     )
 
 

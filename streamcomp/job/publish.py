@@ -100,7 +100,9 @@ def read_report(out: Path) -> Report | None:
         return None
     try:
         report = Report.from_dict(read_json(out / REPORT))
-        _ = report.settings  # its recipe is one
+        if not report.steps:
+            raise ValueError("no steps")
+        _ = report.settings  # refuses a recipe that is none
         return report
     except SourceError as error:
         raise OutputError(f"{error}: remove {out} and start again") from None

@@ -174,6 +174,7 @@ def test_a_report_passes_over_what_another_version_told() -> None:
         ({"linears": [{"name": 3}]}, "Report.linears lacks rows"),
         ({"recipe": {"ratio": "half"}}, "report: ratio = 'half'"),
         ({"recipe": {"method": "magic"}}, "method 'magic' unknown"),
+        ({"steps": []}, "no steps"),
     ],
     ids=str,
 )
