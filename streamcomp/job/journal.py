@@ -25,7 +25,7 @@ from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import CalibrationError, JobLockedError, JobMismatchError, OutputError
-from streamcomp.job.rows import Header, JobLevers, StepRow
+from streamcomp.job.rows import Header, JobLevers, Row, StepRow
 from streamcomp.recipe import DECOMPOSITION_FIELDS, OUTPUT_FIELDS, Recipe
 
 __all__ = [
@@ -208,7 +208,7 @@ class Journal:
         return next((row for row in self.steps if row.step == step), None)
 
 
-def _line(row: Header | StepRow) -> str:
+def _line(row: Row) -> str:
     return json.dumps(row.to_dict()) + "\n"
 
 

@@ -102,8 +102,8 @@ def rank_map(linears: Sequence[LinearRow], dense: Sequence[DenseRow]) -> Section
     """The share of the full rank that each linear keeps, as a map of families and blocks."""
     if not linears:
         return None
-    rows = families([*linears, *dense])
-    places, below = block_labels([*_by_block([*linears, *dense])])
+    both: list[LinearRow | DenseRow] = [*linears, *dense]
+    rows, (places, below) = families(both), block_labels([*_by_block(both)])
     marks, width, height = [], 100 / len(places), 100 / len(rows)
     for number, members in enumerate(rows.values()):
         for block, cell in _by_block(members).items():

@@ -57,7 +57,7 @@ def memory_plot(steps: Sequence[StepRow], budget: int) -> Section:
 def seconds_plot(steps: Sequence[StepRow]) -> Section:
     totals: Counter[str] = Counter()
     for step in steps:
-        totals.update(step.stages)  # type: ignore[arg-type]  # seconds are counted as well
+        totals.update(step.stages)
     stages = [stage for stage, _ in totals.most_common()]  # the longest are at the bottom
     colors = {stage: f"var(--c{min(number, _COLORS)})" for number, stage in enumerate(stages)}
     longest = max(sum(step.stages.values()) for step in steps)
