@@ -41,8 +41,8 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from streamcomp.evaluation.inspection import Family, Inspection
     from streamcomp.job.progress import JobProgress
+    from streamcomp.tools.inspect import Family, Inspection
 
 __all__ = ["main"]
 
@@ -760,7 +760,8 @@ def _device_row(memory: dict[str, int]) -> dict[str, str]:
 
 
 def _print_summary(out: Path, report: dict[str, Any]) -> None:
-    from streamcomp.evaluation.health import numerical_health
+    from streamcomp.job.rows import Report
+    from streamcomp.report.health import numerical_health
 
     model, memory = report["model"], report["memory"]
     longest = sorted(report["stages"].items(), key=lambda stage: -stage[1])[:_STAGES_SHOWN]
@@ -783,7 +784,7 @@ def _print_summary(out: Path, report: dict[str, Any]) -> None:
         rows["left as it is"] = f"{len(report['left'])} modules, see {out}/streamcomp_report.json"
     console = _console()
     _print_rows(console, rows, title=str(out))
-    for warning in numerical_health(report).warnings():
+    for warning in numerical_health(Report.from_dict(report)).warnings():
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     console.print(
         f"load it:  import streamcomp; AutoModelForCausalLM.from_pretrained({str(out)!r})",

@@ -32,10 +32,11 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": _MODELS,
     "planning": _MODELS | {"calibration"},
     "job": _MODELS | {"calibration", "planning"},
-    "evaluation": _JOBS,
+    "report": _JOBS,
+    "tools": _JOBS,
     "integrations": _JOBS,
-    "api": _JOBS | {"evaluation", "integrations"},
-    "cli": _JOBS | {"evaluation", "integrations", "api"},
+    "api": _JOBS | {"report", "tools", "integrations"},
+    "cli": _JOBS | {"report", "tools", "integrations", "api"},
     "__main__": {"cli"},
 }
 

@@ -64,7 +64,7 @@ class JobFolders:
         begun = found is not None or Journal.read(self.work) is not None
         ours = {WORK_FOLDER}
         if begun and not (found and found.inherited):
-            written = any("output" in entry for entry in found.steps) if found else False
+            written = any(row.output is not None for row in found.steps) if found else False
             if self.works_inside or written:
                 return  # it is this job's, or check_shards will say what is missing
             ours |= {folder.name for folder in self.outputs if folder != self.out}

@@ -33,7 +33,7 @@ class Levers:
 
     @classmethod
     def of_journal(cls, held: Mapping[str, Any]) -> Levers:
-        """Those that a job began with, among what its journal's header holds."""
+        """Those that a job began with, among ``held``, all of its journal's."""
         return cls(**{field.name: held[field.name] for field in fields(cls)})
 
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from streamcomp.checkpoint import writer
 from streamcomp.job.journal import JOURNAL, Journal
+from streamcomp.job.rows import StepRow
 from streamcomp.planning.meter import warm_up
 from tests.jobs import compress, tree
 
@@ -70,17 +71,17 @@ def watch(point: Points) -> None:
         replace(source, target)
         point(f"after {Path(target).name} got its name")
 
-    def points_at_commit(journal: Journal, step: str, results: Any) -> None:
-        line = json.dumps({"step": step, **results}) + "\n"
+    def points_at_commit(journal: Journal, row: StepRow) -> None:
+        line = json.dumps(row.to_dict()) + "\n"
 
         def tear() -> None:
             with journal.path.open("a") as file:
                 file.write(line[: len(line) // 2])
 
-        point(f"before {step} is committed")
-        point(f"within the journal line of {step}", tear)
-        commit(journal, step, results)
-        point(f"after {step} is committed")
+        point(f"before {row.step} is committed")
+        point(f"within the journal line of {row.step}", tear)
+        commit(journal, row)
+        point(f"after {row.step} is committed")
 
     def points_at_pwrite(descriptor: int, data: memoryview, offset: int) -> int:
         half = len(data) // 2

@@ -986,7 +986,7 @@ def test_a_gpu_that_is_full_ends_the_job_and_keeps_what_is_done(
 
     assert compress(pico("llama"), out, text).report["model"]["ratio"] > 0
     with (
-        mock.patch("streamcomp.evaluation.perplexity._Run.nll", side_effect=full),
+        mock.patch("streamcomp.tools.evaluate._Run.nll", side_effect=full),
         pytest.raises(BudgetError, match="evaluation needs more of the GPU"),
     ):
         streamcomp.evaluate(out, str(text), seq_len=32, resources=RESOURCES)

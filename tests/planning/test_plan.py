@@ -521,7 +521,7 @@ def test_what_products_take_on_this_machine_raises_every_peak(models: dict[str, 
     assert peaks[1] - peaks[0] == 7 * MiB
 
 
-@pytest.mark.parametrize("caller", ["job.run", "api", "evaluation.perplexity"])
+@pytest.mark.parametrize("caller", ["job.run", "api", "tools.evaluate"])
 def test_what_was_measured_of_products_is_planned_for(
     caller: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -529,7 +529,7 @@ def test_what_was_measured_of_products_is_planned_for(
     calls: dict[str, Callable[[], object]] = {
         "job.run": lambda: compress(model, out, text),
         "api": lambda: streamcomp.plan(model, Recipe(**SETTINGS), RESOURCES),
-        "evaluation.perplexity": lambda: streamcomp.evaluate(
+        "tools.evaluate": lambda: streamcomp.evaluate(
             model, str(text), seq_len=16, windows=2, resources=RESOURCES
         ),
     }

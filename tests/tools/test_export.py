@@ -16,7 +16,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import streamcomp
 from streamcomp import OutputError, RecipeError, UnsupportedModelError
-from streamcomp.evaluation import export
 from streamcomp.forms import Floats
 from streamcomp.forms.runtime import (
     FORMAT_VERSION,
@@ -26,6 +25,7 @@ from streamcomp.forms.runtime import (
 )
 from streamcomp.forms.shared import Shared
 from streamcomp.linalg.channel_sharing import AXES, share_channels
+from streamcomp.tools import export
 from tests.jobs import (
     RESOURCES,
     Interrupted,

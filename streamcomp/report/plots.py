@@ -1,4 +1,4 @@
-"""Plots as SVG, 0..100 both ways, stretched to the page while lines keep their width.
+"""Plots, 0..100 both ways: a template draws them as SVG, stretched to the page.
 
 Labels are HTML around them, so that text has its size on a phone too.
 """
@@ -6,22 +6,22 @@ Labels are HTML around them, so that text has its size on a phone too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-
-from streamcomp.evaluation.markup import Html, percent, tag, text
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 __all__ = [
     "Axis",
+    "Bar",
+    "CellMap",
+    "Key",
+    "Line",
+    "Plot",
     "bar",
     "block_labels",
-    "cell_map",
     "centres",
-    "key",
-    "line",
     "linear_axis",
     "loss_axis",
-    "plot",
+    "percent",
     "step_plot",
 ]
 
@@ -35,6 +35,10 @@ _LETTER_WIDTH = 1.8  # of a sweep's name, percent of the plot
 _LOG_FROM = 30  # a log axis where the largest loss is that many times the least
 _LOG_DECADES = 6  # losses further below the largest lie on the floor of the plot
 _ROW_REM = 1.35  # height of a row of cells
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,72 @@ class Axis:
         if self.log:
             return 100 * math.log(high / value) / math.log(high / low)
         return 100 * (high - value) / (high - low)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A path of ``width`` pixels, however the plot is stretched; ``M x yh0`` is a dot."""
+
+    path: str
+    color: str
+    width: float
+    tip: str = ""
+    dash: str = "none"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A rectangle, in percent of the plot from its upper left corner."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    color: str
+    tip: str = ""
+    opacity: float = 1
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend."""
+
+    label: str
+    color: str
+    width: float
+    dash: str = "none"
+    opacity: float = 1
+
+
+@dataclass(frozen=True)
+class Plot:
+    """``marks`` over a grid.
+
+    ``below`` are labels by percent of the width, ``second`` a further row of them, ``title`` what
+    they mean.
+    """
+
+    axis: Axis
+    keys: Sequence[Key]
+    marks: Sequence[Bar | Line]
+    below: Mapping[float, str]
+    title: str
+    second: Mapping[float, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CellMap:
+    """Cells in named ``rows``, one over the other, each as high as a line of text."""
+
+    keys: Sequence[Key]
+    rows: Sequence[str]
+    marks: Sequence[Bar]
+    below: Mapping[float, str]
+
+    @property
+    def height(self) -> float:
+        """In rem."""
+        return _ROW_REM * len(self.rows)
 
 
 def linear_axis(high: float, distances: Sequence[float], form: Callable[[float], str]) -> Axis:
@@ -70,54 +140,16 @@ def loss_axis(losses: Sequence[float], form: Callable[[float], str] = percent) -
     return Axis([10.0**power for power in range(first, last + 1)], form, log=True)
 
 
-def line(path: str, color: str, width: float, tip: str = "", dash: str = "none") -> Html:
-    """A path of ``width`` pixels, however the plot is stretched; ``M x yh0`` is a dot."""
-    title = tag("title", text(tip)) if tip else Html("")
-    return tag("path", title, d=path, stroke=color, stroke_width=width, stroke_dasharray=dash)
-
-
 def bar(
     x: float, width: float, low: float, high: float, color: str, tip: str = "", opacity: float = 1
-) -> Html:
+) -> Bar:
     """A bar around ``x`` from ``low`` up to ``high``, all in percent of the plot."""
-    place = {"x": f"{x - width / 2:.2f}", "y": f"{high:.2f}"}
-    size = {"width": f"{width:.2f}", "height": f"{low - high:.2f}"}
-    more = {"fill_opacity": f"{opacity:.2f}"} if opacity < 1 else {}
-    title = tag("title", text(tip)) if tip else Html("")
-    return tag("rect", title, fill=color, **place, **size, **more)
-
-
-def key(label: str, color: str, width: float, dash: str = "none", opacity: float = 1) -> Html:
-    """An entry of a legend."""
-    mark = tag("g", line("M0 5h24", color, width, dash=dash), opacity=f"{opacity:.2f}")
-    return tag("span", tag("svg", mark, viewBox="0 0 24 10"), text(label))
-
-
-def plot(
-    axis: Axis,
-    keys: Iterable[Html],
-    marks: Iterable[Html],
-    below: Mapping[float, str],
-    title: str,
-    second: Mapping[float, str] | None = None,
-) -> Html:
-    """``marks`` over a grid.
-
-    ``below`` are labels by percent of the width, ``second`` a further row of them, ``title`` what
-    they mean.
-    """
-    grid = (line(f"M0 {axis(tick):.2f}h100", "var(--line)", 1) for tick in axis.ticks)
-    svg = tag("svg", *grid, *marks, viewBox="0 0 100 100", preserveAspectRatio="none")
-    upright = _labels("top", {axis(tick): axis.form(tick) for tick in axis.ticks})
-    rows = [tag("div", *_labels("left", row), class_="x") for row in (below, second) if row]
-    upper = tag("div", *upright, class_="y"), svg
-    drawn = tag("div", *upper, *rows, tag("p", text(title), class_="dim"), class_="plot")
-    return tag("div", tag("div", *keys, class_="legend"), drawn)
+    return Bar(x - width / 2, high, width, low - high, color, tip, opacity)
 
 
 def step_plot(
-    axis: Axis, keys: Iterable[Html], marks: Iterable[Html], names: Sequence[str]
-) -> Html:
+    axis: Axis, keys: Sequence[Key], marks: Sequence[Bar | Line], names: Sequence[str]
+) -> Plot:
     """A plot over steps, whose sweeps over the blocks are told apart by bands and by name.
 
     Where the steps are few all are named, else some of their blocks.
@@ -132,7 +164,7 @@ def step_plot(
             labels[place] = number
         elif every == 1:
             labels[place] = name.rpartition(": ")[2]
-    bands: list[Html] = []
+    bands: list[Bar] = []
     sweeps: dict[float, str] = {}
     start = 0
     for stop in (*(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)):
@@ -144,7 +176,7 @@ def step_plot(
         start = stop
     if len(sweeps) < 2:
         bands, sweeps = [], {}
-    return plot(axis, keys, [*bands, *marks], labels, "step (a number is a block)", sweeps)
+    return Plot(axis, keys, [*bands, *marks], labels, "step (a number is a block)", sweeps)
 
 
 def block_labels(blocks: Sequence[int]) -> tuple[dict[int, float], dict[float, str]]:
@@ -154,37 +186,17 @@ def block_labels(blocks: Sequence[int]) -> tuple[dict[int, float], dict[float, s
     return places, {place: str(block) for block, place in places.items() if block % every == 0}
 
 
-def cell_map(
-    keys: Iterable[Html], rows: Sequence[str], marks: Iterable[Html], below: Mapping[float, str]
-) -> Html:
-    """Cells in named ``rows``, one over the other, each as high as a line of text."""
-    svg = tag("svg", *marks, viewBox="0 0 100 100", preserveAspectRatio="none")
-    sides = tag("div", *(tag("span", text(row)) for row in rows), class_="rows"), svg
-    drawn = tag(
-        "div",
-        *sides,
-        tag("div", *_labels("left", below), class_="x"),
-        tag("p", text("block"), class_="dim"),
-        class_="plot map",
-        style=f"grid-template-rows:{_ROW_REM * len(rows):.2f}rem 1.4rem",
-    )
-    return tag("div", tag("div", *keys, class_="legend"), drawn)
-
-
 def centres(count: int) -> list[float]:
+    """Middles of ``count`` equal slots, in percent of the width."""
     return [100 * (place + 0.5) / count for place in range(count)]
 
 
 def _every(count: int) -> int:
-    """Of so many blocks, label each that this divides."""
+    """Among ``count`` blocks, those that this number divides get a label."""
     return next(every for every in _BLOCKS if count <= _MOST_LABELS * every)
 
 
 def _kind(name: str) -> str:
-    """What a step does, without its output and its block."""
+    """The words of a step's name, without its output and its block."""
     words, _, number = name.rpartition(": ")[2].rpartition(" ")
     return words if number.isdecimal() else name
-
-
-def _labels(side: str, labels: Mapping[float, str]) -> list[Html]:
-    return [tag("span", text(v), style=f"{side}:{at:.2f}%") for at, v in labels.items()]

@@ -39,7 +39,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is made of."""
+    """Size, type and families of linears of a checkpoint."""
 
     model_type: str
     dtype: str
@@ -140,8 +140,8 @@ def _family(members: Sequence[_Member], shared: dict[str, tuple[str, ...]]) -> F
 
 
 def _range(numbers: Iterable[int | None]) -> tuple[int, int] | None:
-    known = [number for number in numbers if number is not None]
-    return (min(known), max(known)) if known else None
+    given = [number for number in numbers if number is not None]
+    return (min(given), max(given)) if given else None
 
 
 def _shared_inputs(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:
@@ -149,7 +149,7 @@ def _shared_inputs(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:
     calls = trace_calls(lambda: skeleton.dry_record(1, _TRACED_TOKENS)[1]).calls
     stream = StreamShape(1, _TRACED_TOKENS, skeleton.hidden_size, skeleton.dtype)
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
-    found: dict[str, tuple[str, ...]] = {}
+    shared: dict[str, tuple[str, ...]] = {}
     kinds = set()
     for number in range(len(skeleton)):
         kind = skeleton.block_kind(number)
@@ -160,5 +160,5 @@ def _shared_inputs(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:
         linears = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
         for names in trace_block(block, linears, hidden, calls[number]).groups:
             for name in names:
-                found[name] = tuple(other for other in names if other != name)
-    return found
+                shared[name] = tuple(other for other in names if other != name)
+    return shared

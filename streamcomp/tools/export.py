@@ -74,9 +74,9 @@ def export_checkpoint(
     if factors is not None:
         for name, text in extra.items():
             write_text(destination / name, text)
-        linears = [{"name": name, "spec": spec | {"form": form}} for name, spec in modules.items()]
+        specs = {name: spec | {"form": form} for name, spec in modules.items()}
         dtypes = {name: info.dtype for name, info in index.tensors.items()}
-        config["quantization_config"] = quantization_config(linears, dtypes)
+        config["quantization_config"] = quantization_config(specs, dtypes)
         config["auto_map"] = auto_map
     write_index(destination, shards)
     write_json(destination / "config.json", config)

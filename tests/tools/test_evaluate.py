@@ -41,15 +41,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(model: Path, text: Path | None, batch: int = 0, head: int = 0) -> Evaluation:
     """Streamed, with ``batch`` windows per forward and ``head`` tokens per call of the head."""
-    from streamcomp.evaluation import perplexity
+    from streamcomp.tools import evaluate as module
 
-    planned = perplexity.make_evaluation_plan
+    planned = module.make_evaluation_plan
 
     def levers(*args: Any, **kwargs: Any) -> tuple[int, int, int]:
         most, tokens, peak = planned(*args, **kwargs)
         return batch or most, head or tokens, peak
 
-    with mock.patch.object(perplexity, "make_evaluation_plan", levers):
+    with mock.patch.object(module, "make_evaluation_plan", levers):
         return streamcomp.evaluate(
             model,
             None if text is None else str(text),

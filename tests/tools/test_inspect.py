@@ -13,7 +13,7 @@ import pytest
 
 import streamcomp
 from streamcomp import Inspection, OutputError, cli
-from streamcomp.evaluation.inspection import Family
+from streamcomp.tools.inspect import Family
 from tests.jobs import (
     Interrupt,
     Interrupted,
