@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from streamcomp.planning.meter import PeakMeter, release, resident_bytes, settle
 from torch import Tensor
 
 from streamcomp.linalg.symmetric import eigh
-from streamcomp.planning.meter import PeakMeter, release, resident_bytes, settle
 
 try:
     from scipy.linalg import eigh as scipy_eigh

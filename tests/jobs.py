@@ -16,13 +16,13 @@ from unittest import mock
 
 import torch
 from safetensors.torch import load_file
+from streamcomp.planning.rates import MachineRates
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import streamcomp
 from streamcomp import CompressResult, Recipe, Resources, cli
 from streamcomp.job.progress import SilentProgress
-from streamcomp.planning.rates import MachineRates
 
 REPOSITORY = Path(__file__).parents[1]
 

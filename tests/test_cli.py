@@ -12,10 +12,10 @@ from unittest import mock
 import click
 import pytest
 import torch
+from streamcomp.planning.rates import MachineRates
 
 import streamcomp
 from streamcomp import cli
-from streamcomp.planning.rates import MachineRates
 from tests.jobs import (
     ENVIRONMENT,
     REPOSITORY,

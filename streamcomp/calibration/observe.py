@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from streamcomp.errors import NonFiniteError
-from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment, moment_dtype
+from streamcomp.linalg.dtypes import moment_dtype
+from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment
 from streamcomp.methods.base import GradientMoment, Moment, Side
 from streamcomp.modeling.linears import Linear
 
@@ -20,7 +21,7 @@ _FEW = 128
 # How much longer an operation in fp64 takes than one of a moment.
 _WIDE = 4
 
-__all__ = ["MomentGroup", "Observer", "group_moments", "moment_dtype"]
+__all__ = ["MomentGroup", "Observer", "group_moments"]
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from streamcomp.forms import find_form, storage_of
 from streamcomp.forms.runtime import FactoredLinear, LowRankLinear
+from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
-from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.modeling.taps import Call
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcomp.calibration.observe import moment_dtype
 from streamcomp.forms.runtime import FactoredLinear
+from streamcomp.linalg.dtypes import moment_dtype
 from streamcomp.linalg.fitting import refit_left
 from streamcomp.modeling.streamer import LoadedBlock
 

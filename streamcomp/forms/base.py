@@ -16,7 +16,8 @@ from streamcomp.errors import NonFiniteError
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.forms.storage import Storage
 from streamcomp.linalg.allocation import Curve, even_choices, least_loss_choices
-from streamcomp.linalg.symmetric import PANEL, solve_dtype
+from streamcomp.linalg.dtypes import solve_dtype
+from streamcomp.linalg.symmetric import PANEL
 
 __all__ = ["Allowance", "Form", "Matrix"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -62,7 +63,10 @@ def as_kept(site: Site, decomposition: Decomposition) -> Decomposition:
 def write_decomposition(folder: Path, block: int, site: Site, decomposition: Decomposition) -> None:
     """Keep the spectrum and the bases."""
     decomposition = as_kept(site, decomposition)
-    entries = [Entry("spectrum", decomposition.spectrum.cpu()), Entry("left", decomposition.left.cpu())]
+    entries = [
+        Entry("spectrum", decomposition.spectrum.cpu()),
+        Entry("left", decomposition.left.cpu()),
+    ]
     if decomposition.right is not None:
         entries.append(Entry("right", decomposition.right.cpu()))
     write_shard(_path(folder, Analysis(block), site.name), entries)

@@ -262,9 +262,7 @@ def _choose_levers(planner: StepPlanner, fixed: Levers | None) -> tuple[Levers, 
     largest = batch or _largest_batch(stream)
     linears, groups = planner.most_linears, planner.most_groups
     chosen = Levers(largest, largest, stream.seq_len, stream.seq_len, linears, groups)
-    smallest = least = Levers(
-        batch or 1, batch or 1, 1, min(stream.seq_len, _FEW_TOKENS), 1, 1
-    )
+    smallest = least = Levers(batch or 1, batch or 1, 1, min(stream.seq_len, _FEW_TOKENS), 1, 1)
     for lever, most in (("linears", linears), ("groups", groups)):
         tries = [replace(least, **{lever: number}) for number in range(most, 0, -1)]
         least = min(tries, key=planner.all_bytes)

@@ -71,8 +71,7 @@ def compression_steps(
         ]
     elif analysis:
         steps += [
-            Analyse.make(block, chosen, keeps_moments=keeps_moments)
-            for block in range(chosen.stop)
+            Analyse.make(block, chosen, keeps_moments=keeps_moments) for block in range(chosen.stop)
         ]
     if from_moments:
         steps += [Decompose.make(block) for block in chosen]

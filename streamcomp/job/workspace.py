@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.checkpoint.atomic import sync_folder
+from streamcomp.checkpoint.index import TensorInfo, read_header
 from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.errors import JobMismatchError, NonFiniteError
 from streamcomp.job.block_plan import BlockPlan
-from streamcomp.checkpoint.index import TensorInfo, read_header
 from streamcomp.job.files import States, Windows, is_step_file
 from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.levers import Levers

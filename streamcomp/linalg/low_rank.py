@@ -38,16 +38,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamcomp.linalg.moments import moment_dtype
-from streamcomp.linalg.symmetric import (
-    PANEL,
-    SMALL,
-    cholesky,
-    eigh,
-    gram,
-    sandwich,
-    solve_dtype,
-)
+from streamcomp.linalg.dtypes import moment_dtype, solve_dtype
+from streamcomp.linalg.symmetric import PANEL, SMALL, cholesky, eigh, gram, sandwich
 
 __all__ = [
     "FIRST_DAMPING",

@@ -11,15 +11,10 @@ from torch import Tensor
 
 from streamcomp.linalg.symmetric import exact_products, mirror
 
-__all__ = ["ROWS_PER_UPDATE", "SecondMoment", "moment_dtype", "panel_of"]
+__all__ = ["ROWS_PER_UPDATE", "SecondMoment", "panel_of"]
 
 # Rows cast and multiplied at a time, so that the cast copy stays small beside the moment.
 ROWS_PER_UPDATE = 2048
-
-
-def moment_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Moments are kept in fp32; in fp64 for a model that is."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def panel_of(size: int) -> int:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from streamcomp.calibration.observe import MomentGroup, Observer, group_moments, moment_dtype
+from streamcomp.calibration.observe import MomentGroup, Observer, group_moments
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.errors import NonFiniteError
+from streamcomp.linalg.dtypes import moment_dtype
 from streamcomp.modeling.linears import Linear, find_linears
 from streamcomp.modeling.streamer import BlockStreamer
 from streamcomp.modeling.tracing import trace_block

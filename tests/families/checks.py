@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from streamcomp.planning.rates import MachineRates
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -25,7 +26,6 @@ from streamcomp.calibration.corpus import load_windows
 from streamcomp.errors import StreamcompError
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.modeling.streamer import BlockStreamer
-from streamcomp.planning.rates import MachineRates
 from tests.families.tiny import NotBuiltError, default_model, save_tiny
 from tests.jobs import (
     RESOURCES,

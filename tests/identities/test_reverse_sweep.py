@@ -10,21 +10,21 @@ from unittest import mock
 
 import pytest
 import torch
+from streamcomp.job.analysis import read_moment, read_output_gradient
+from streamcomp.planning import plan
+from streamcomp.planning.blocks import BlockPlan, plan_blocks
+from streamcomp.planning.levers import Levers
 from torch import Tensor, nn
 
 import streamcomp
 from streamcomp import CompressResult, Resources
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
-from streamcomp.job.analysis import read_moment, read_output_gradient
 from streamcomp.job.folders import WORK_FOLDER
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.methods import Moment
 from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning import plan
-from streamcomp.planning.blocks import BlockPlan, plan_blocks
-from streamcomp.planning.levers import Levers
 from tests.jobs import (
     BUDGET,
     SMALL,

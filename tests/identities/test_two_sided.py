@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from streamcomp.forms import Floats, find_form
+from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import (
     GRADIENT_DAMPING,
     Decomposition,
@@ -15,7 +16,6 @@ from streamcomp.linalg.low_rank import (
     decompose_two_sided_outputs,
     output_moment,
 )
-from streamcomp.linalg.symmetric import solve_dtype
 from streamcomp.methods import GradientMoment, Moment
 from streamcomp.methods.two_sided import TwoSided
 from tests.jobs import product

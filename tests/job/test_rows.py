@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from streamcomp.planning.levers import Levers
 
 from streamcomp import OutputError
 from streamcomp.job.publish import REPORT, read_report
@@ -23,7 +24,6 @@ from streamcomp.job.rows import (
     StepResult,
     StepRow,
 )
-from streamcomp.planning.levers import Levers
 from tests.report.reports import report
 
 LEVERS = JobLevers(4, 2, 256, 512, 1, 3, 1, "cpu", True, False)

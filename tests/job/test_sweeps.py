@@ -13,13 +13,13 @@ from unittest import mock
 
 import pytest
 import torch
+from streamcomp.planning import plan
+from streamcomp.planning.levers import Levers
 from torch import Tensor
 
 import streamcomp
 from streamcomp import JobMismatchError, Recipe, RecipeError
 from streamcomp.job.progress import SilentProgress
-from streamcomp.planning import plan
-from streamcomp.planning.levers import Levers
 from tests.jobs import (
     RESOURCES,
     Interrupt,

@@ -12,8 +12,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-
-from streamcomp.errors import RecipeError
 from streamcomp.planning import meter
 from streamcomp.planning.meter import (
     CONTEXT_BYTES,
@@ -26,6 +24,8 @@ from streamcomp.planning.meter import (
     resident_bytes,
     warm_up,
 )
+
+from streamcomp.errors import RecipeError
 from tests.jobs import REPOSITORY, run_python
 
 MiB = 2**20

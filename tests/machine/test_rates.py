@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from streamcomp.planning.rates import MachineRates, measure_disk, measure_rates
 
 

@@ -13,6 +13,11 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from streamcomp.planning.blocks import plan_blocks
+from streamcomp.planning.levers import Levers
+from streamcomp.planning.meter import CONTEXT_BYTES, WORKSPACE_BYTES
+from streamcomp.planning.plan import Plan, make_evaluation_plan, make_plan
+from streamcomp.planning.rates import MachineRates
 from transformers import AutoModelForCausalLM
 
 import streamcomp
@@ -22,11 +27,6 @@ from streamcomp.checkpoint.index import read_index
 from streamcomp.forms import find_form
 from streamcomp.job.progress import SilentProgress
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning.blocks import plan_blocks
-from streamcomp.planning.levers import Levers
-from streamcomp.planning.meter import CONTEXT_BYTES, WORKSPACE_BYTES
-from streamcomp.planning.plan import Plan, make_evaluation_plan, make_plan
-from streamcomp.planning.rates import MachineRates
 from tests.jobs import (
     BUDGET,
     REPOSITORY,

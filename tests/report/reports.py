@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from streamcomp.planning.rates import MachineRates
+
 from streamcomp.job.rows import (
     JobLevers,
     LinearRow,
@@ -13,7 +15,6 @@ from streamcomp.job.rows import (
     Report,
     StepRow,
 )
-from streamcomp.planning.rates import MachineRates
 
 MIB = 2**20
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
+from streamcomp.modeling.sites import Site
+
 from streamcomp.calibration.observe import (
     MomentGroup,
     Observer,
@@ -20,7 +22,6 @@ from streamcomp.job.rows import AnalysisRow, StepResult
 from streamcomp.job.steps.base import Phase, Step, loading
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.methods import GradientMoment, Moment
-from streamcomp.modeling.sites import Site
 from streamcomp.modeling.streamer import LoadedBlock
 
 __all__ = [
@@ -90,7 +91,8 @@ def observing(
         "weights": block.weight_bytes,
         "moments": block.moment_bytes(groups),
         "factors": factors,
-        "activations": block.activations(batch) + observing_bytes(block.groups, block.stream, batch),
+        "activations": block.activations(batch)
+        + observing_bytes(block.groups, block.stream, batch),
     }
     seconds = outline.forward_seconds(block.number) + moment_seconds(outline, groups)
     return Phase("observing", parts, seconds)

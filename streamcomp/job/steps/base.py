@@ -41,7 +41,9 @@ class Phase:
 
     def next_to(self, captured: int) -> Phase:
         """This phase with so many bytes of masks and positions in memory."""
-        return replace(self, parts={**self.parts, _CAPTURED: captured + self.parts.get(_CAPTURED, 0)})
+        return replace(
+            self, parts={**self.parts, _CAPTURED: captured + self.parts.get(_CAPTURED, 0)}
+        )
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,7 @@ def loading(outline: Outline, number: int, factors: int = 0) -> Phase:
     return Phase("loading", parts, outline.read_seconds(number))
 
 
-def running(
-    name: str, outline: Outline, block: BlockPlan, batch: int, factors: int = 0
-) -> Phase:
+def running(name: str, outline: Outline, block: BlockPlan, batch: int, factors: int = 0) -> Phase:
     """All windows through ``block``, ``batch`` at a time, with ``factors`` bytes of factors in it.
 
     A pivoted linear concatenates and permutes its output: then activations count twice.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
+from streamcomp.modeling.sites import Site
 
 from streamcomp.calibration.refine import (
     TrainingData,
@@ -29,7 +30,6 @@ from streamcomp.job.steps.base import Phase
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.linalg.dtypes import gradient_dtype
 from streamcomp.methods import Factors
-from streamcomp.modeling.sites import Site
 from streamcomp.modeling.streamer import LoadedBlock
 
 __all__ = ["Factored", "refine", "refining", "update", "updating"]

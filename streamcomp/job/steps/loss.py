@@ -82,9 +82,7 @@ class Loss(Step):
         if math.isnan(mean):
             raise NonFiniteError("the loss on the calibration text is NaN: the weights are damaged")
         perplexity = math.exp(min(mean, _LARGEST))
-        return StepResult(
-            nll=mean, detail=f"perplexity {perplexity:.2f} on the calibration text"
-        )
+        return StepResult(nll=mean, detail=f"perplexity {perplexity:.2f} on the calibration text")
 
 
 def loading_head(outline: Outline, run_dtype: torch.dtype) -> Phase:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from streamcomp.modeling.sites import Site
+
 from streamcomp.calibration.observe import Observer
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.checkpoint.writer import Entry, write_shard
@@ -22,7 +24,6 @@ from streamcomp.job.steps.follow import Factored, refine, refining, update, upda
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.linalg.dtypes import moment_dtype, solve_dtype
 from streamcomp.methods import Factors, Moment
-from streamcomp.modeling.sites import Site
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.recipe import Recipe
 
@@ -262,7 +263,9 @@ class WriteBlock(Step):
         if recipe.follows and DenseStates(number) in self.reads:
             if self._dense_target:
                 with loaded.dense():
-                    work.propagate(stage, "forward", loaded, DenseStates(number), self._dense_target)
+                    work.propagate(
+                        stage, "forward", loaded, DenseStates(number), self._dense_target
+                    )
             if factored and recipe.update:
                 factored = update(work, stage, loaded, self.output, factored)
             if factored and recipe.refine:
