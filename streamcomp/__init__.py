@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         plan,
         status,
     )
-    from streamcomp.planning.plan import Plan
+    from streamcomp.job.plan import Plan
     from streamcomp.tools.evaluate import Evaluation
     from streamcomp.tools.inspect import Inspection
 
@@ -75,7 +75,7 @@ __all__ = [
 _HOMES = {
     "Evaluation": "streamcomp.tools.evaluate",
     "Inspection": "streamcomp.tools.inspect",
-    "Plan": "streamcomp.planning.plan",
+    "Plan": "streamcomp.job.plan",
 }
 
 

@@ -15,6 +15,8 @@ from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
 from streamcomp.integrations.transformers import AUTO_MAP, PLUGIN, plugin_source
 from streamcomp.job.folders import WORK_FOLDER, output_folders
 from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked
+from streamcomp.job.plan import Plan, make_plan
+from streamcomp.job.planner import Conditions
 from streamcomp.job.progress import JobProgress, SilentProgress
 from streamcomp.job.publish import (
     REPORT,
@@ -24,24 +26,11 @@ from streamcomp.job.publish import (
     to_json,
 )
 from streamcomp.job.rows import Report
-from streamcomp.job.run import (
-    Job,
-    check_system,
-    choose_device,
-    prepare_process,
-    steps_of_output,
-)
+from streamcomp.job.run import Job, rows_of_output
 from streamcomp.job.workspace import remove_work
+from streamcomp.machine.session import check_system, machine, probe
 from streamcomp.methods import find_method
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning.meter import (
-    budget_bytes,
-    device_budget_bytes,
-    is_memory_backed,
-    warm_up,
-)
-from streamcomp.planning.plan import Plan, make_plan
-from streamcomp.planning.rates import measure_rates
 from streamcomp.recipe import Recipe, Resources
 from streamcomp.report.card import model_card
 from streamcomp.report.html import html_report
@@ -108,18 +97,19 @@ def compress(
     """
     recipe, resources = recipe or Recipe(), resources or Resources()
     out, progress = Path(out), progress or SilentProgress()
-    prepare_process(resources)
+    check_system()
     _check_texts(recipe)
     index = read_index(checkpoint_folder(model, revision))
     finished = _finished(index, out, recipe, resources)
     if finished is not None:
         return finished
-    job = Job(index, out, recipe, resources, progress)
     try:
-        with job.open():
-            job.run()
-            folders = job.folders.outputs
-            reports = [_publish(job, number) for number in range(len(folders))]
+        with machine(resources) as here:
+            job = Job(index, out, recipe, resources, here, progress)
+            with job.open():
+                job.run()
+                folders = job.folders.outputs
+                reports = [_publish(job, number) for number in range(len(folders))]
     except (OutputError, JobLockedError):  # another process may have finished it meanwhile
         finished = _finished(index, out, recipe, resources)
         if finished is None:
@@ -165,26 +155,25 @@ def plan(
     Raises BudgetError with the least budget that does where none of its plans fits.
     """
     recipe, resources = recipe or Recipe(), resources or Resources()
-    prepare_process(resources)
-    device = choose_device(resources.device)
-    method = find_method(recipe.method)
-    _check_texts(recipe)
-    with headers_folder(model, revision) as folder:
-        skeleton = Skeleton(read_index(folder))
-        skeleton.check_tensors(head=method.needs_gradients)
-        gradients, training = method.needs_gradients, recipe.refine > 0
-        kernels = warm_up(device, skeleton.dtype, gradients=gradients, training=training)
-        return make_plan(
-            skeleton,
-            recipe,
-            budget_bytes(resources.max_ram, elsewhere=True),
-            measure_rates(device, skeleton.dtype),
-            analysis=resources.keep_work and method.can_be_analysed(recipe),
-            keep_work=resources.keep_work,
-            kernel_bytes=kernels,
-            memory_backed=resources.work_dir is not None and is_memory_backed(resources.work_dir),
-            device_budget=device_budget_bytes(device, resources.max_vram),
-        )
+    method, work = find_method(recipe.method), resources.work_dir
+    with machine(resources, elsewhere=True) as here:
+        _check_texts(recipe)
+        with headers_folder(model, revision) as folder:
+            skeleton = Skeleton(read_index(folder))
+            skeleton.check_tensors(head=method.needs_gradients)
+            kernels = here.kernel_bytes(
+                skeleton.dtype, gradients=method.needs_gradients, training=recipe.refine > 0
+            )
+            conditions = Conditions(
+                budget_bytes=here.budget_bytes,
+                rates=here.rates(skeleton.dtype),
+                device_budget=here.device_budget,
+                kernel_bytes=kernels,
+                work_in_memory=work is not None and probe().is_memory_backed(work),
+                keeps_work=resources.keep_work,
+                keeps_analysis=resources.keep_work and method.can_be_analysed(recipe),
+            )
+            return make_plan(skeleton, recipe, conditions)
 
 
 def evaluate(
@@ -205,7 +194,7 @@ def evaluate(
     through the model's chat template.
     """
     resources = resources or Resources()
-    prepare_process(resources)
+    check_system()
     if text:
         check_text(text, chat=chat)
     index = read_index(checkpoint_folder(model, revision))
@@ -286,9 +275,9 @@ def _publish(job: Job, output: int) -> Report:
         job.index,
         written,
         job.plan,
-        job.rates,
+        job.conditions.rates,
         job.journal.header,
-        steps_of_output(job.journal.steps, output),
+        rows_of_output(job.journal.steps, output),
         job.plan.outputs[output].asked,
     )
     dtypes = {info.name: info.dtype for info in written}

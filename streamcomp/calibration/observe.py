@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.errors import NonFiniteError
 from streamcomp.linalg.dtypes import moment_dtype
-from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment
+from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment, moment_flops
 from streamcomp.methods.base import GradientMoment, Moment, Side
 from streamcomp.modeling.linears import Linear
 
@@ -21,7 +22,7 @@ _FEW = 128
 # How much longer an operation in fp64 takes than one of a moment.
 _WIDE = 4
 
-__all__ = ["MomentGroup", "Observer", "group_moments"]
+__all__ = ["MomentGroup", "Observer", "group_moments", "observing_bytes", "observing_flops"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,24 @@ def group_moments(
         else:
             groups.append(MomentGroup("inputs", inputs, tuple(members), gradients))
     return tuple(sorted(groups, key=lambda group: group.side == "inputs"))
+
+
+def observing_bytes(groups: Sequence[MomentGroup], stream: StreamShape, batch: int) -> int:
+    """Rows that a moment casts and multiplies at a time, of ``batch`` windows."""
+    widest = max((group.size for group in groups), default=0)
+    rows = min(ROWS_PER_UPDATE, batch * stream.seq_len)
+    return 2 * rows * widest * moment_dtype(stream.dtype).itemsize
+
+
+def observing_flops(groups: Sequence[MomentGroup], tokens: int) -> tuple[float, float]:
+    """Operations of the moments of ``groups`` over ``tokens``, and of products W^T g for them."""
+    moments, products = 0.0, 0.0
+    for group in groups:
+        moments += moment_flops(group.size, tokens)
+        for site in group.sites if group.gradients else ():
+            moments += moment_flops(min(site.rows, site.columns), tokens)
+            products += 2.0 * tokens * site.numel if site.rows > site.columns else 0.0
+    return moments, products
 
 
 class Observer:

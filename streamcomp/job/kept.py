@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from streamcomp.methods import GradientMoment, Moment
 from streamcomp.modeling.sites import Site
 
 __all__ = [
-    "as_kept",
     "figures",
     "read_decomposition",
     "read_moment",
@@ -37,32 +35,20 @@ _OUTPUT_GRADIENT = "output_gradient"
 
 def figures(site: Site, decomposition: Decomposition) -> AnalysisRow:
     """How the decomposition of ``site`` went."""
-    condition = decomposition.condition
     return AnalysisRow(
         name=site.disk_name,
         rows=site.rows,
         columns=site.columns,
-        energy=float(decomposition.spectrum.sum()),
+        energy=decomposition.energy,
         damping=decomposition.damping,
-        condition=condition if condition < float("inf") else None,
+        condition=decomposition.finite_condition,
         fallback=decomposition.fallback,
     )
 
 
-def as_kept(site: Site, decomposition: Decomposition) -> Decomposition:
-    """With the bases in fp32 (fp64 for a model that is); the spectrum stays in fp64.
-
-    Factors are fitted anew to what is rounded when they are written, so fp32 loses nothing.
-    """
-    wide = site.source.torch_dtype == torch.float64
-    dtype = torch.float64 if wide else torch.float32
-    right = None if decomposition.right is None else decomposition.right.to(dtype)
-    return replace(decomposition, left=decomposition.left.to(dtype), right=right)
-
-
 def write_decomposition(folder: Path, block: int, site: Site, decomposition: Decomposition) -> None:
     """Keep the spectrum and the bases."""
-    decomposition = as_kept(site, decomposition)
+    decomposition = decomposition.rounded(site.dtype)
     entries = [
         Entry("spectrum", decomposition.spectrum.cpu()),
         Entry("left", decomposition.left.cpu()),

@@ -1,4 +1,4 @@
-"""What runs at a time, and the bytes that it has to fit."""
+"""Levers: how much runs at a time."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from streamcomp.errors import BudgetError
-from streamcomp.units import format_bytes
-
-__all__ = ["Budget", "Levers"]
-
-# By which the baseline differs from one process to the next.
-_DRIFT_BYTES = 2 * 2**20
+__all__ = ["Levers"]
 
 
 @dataclass(frozen=True)
@@ -35,27 +29,3 @@ class Levers:
     def of_journal(cls, held: Mapping[str, Any]) -> Levers:
         """Those that a job began with, among ``held``, all of its journal's."""
         return cls(**{field.name: held[field.name] for field in fields(cls)})
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bytes allowed, the option that says so, and the least that some plan needs."""
-
-    option: str
-    nbytes: int
-    least: int
-
-    @property
-    def minimum(self) -> int:
-        """Whole MiB, enough also for a process that begins a little larger."""
-        return -(-(self.least + _DRIFT_BYTES) // 2**20) * 2**20
-
-    def check(self, needed: int, what: str, purpose: str = "") -> None:
-        """BudgetError where the ``needed`` bytes of ``what`` do not fit."""
-        if needed > self.nbytes:
-            raise BudgetError(
-                f"{what} needs {format_bytes(needed)}{purpose}, the budget is "
-                f"{format_bytes(self.nbytes)}: {self.option} {self.minimum // 2**20}M fits",
-                budget_bytes=self.nbytes,
-                minimum_bytes=self.minimum,
-            )

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from streamcomp.errors import RecipeError
 from streamcomp.forms import Allowance, Form, find_form, storage_of
+from streamcomp.job.block_plan import BlockPlan
 from streamcomp.methods import find_method
-from streamcomp.modeling.linears import Linear
+from streamcomp.modeling.sites import Site
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.recipe import Recipe
 from streamcomp.units import format_bytes, parse_bytes
@@ -20,10 +21,8 @@ __all__ = [
     "OutputPlan",
     "Ranks",
     "allocate",
-    "asked_ratios",
     "block_saving",
-    "inner_ratio",
-    "plan_output",
+    "plan_outputs",
 ]
 
 Ranks = Mapping[str, int | None]  # by full name; None = dense
@@ -47,24 +46,39 @@ class OutputPlan:
     def ranks(self) -> dict[str, int | None]:
         return {name: kept.rank if kept else None for name, kept in self.allowances.items()}
 
-    def most_rank(self, linear: Linear, form: str) -> int | None:
-        """The largest rank that a linear may come to have; None = it stays dense."""
-        allowance = self.allowances[linear.full_name]
+    def most_rank(self, site: Site, form: Form) -> int | None:
+        """The largest rank that a site may come to have; None = it stays dense."""
+        allowance = self.allowances[site.full_name]
         if allowance is None or self.final:
             return None if allowance is None else allowance.rank
-        return find_form(form).largest_rank(linear.rows, linear.columns)
+        return form.largest_rank(site.rows, site.columns)
 
 
-def asked_ratios(skeleton: Skeleton, recipe: Recipe, linears: Sequence[Linear]) -> list[float]:
+def plan_outputs(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    blocks: Sequence[BlockPlan],
+    ranks: Sequence[Ranks] | None,
+) -> list[OutputPlan]:
+    """One for each ratio of the recipe; ``ranks`` of each where the spectra have led to them."""
+    eligible = [site for block in blocks for site in block.sites.eligible]
+    chosen = [site for block in blocks for site in block.targets]
+    return [
+        _plan_output(skeleton, recipe, asked, eligible, chosen, ranks[place] if ranks else None)
+        for place, asked in enumerate(_asked_ratios(skeleton, recipe, eligible))
+    ]
+
+
+def _asked_ratios(skeleton: Skeleton, recipe: Recipe, sites: Sequence[Site]) -> list[float]:
     """The recipe's ratios; for a size, the ratio whose output has at most that many bytes."""
     if not recipe.size:
         return list(recipe.ratios)
     wanted = parse_bytes(recipe.size)
     infos = [i for k in range(len(skeleton)) for i in skeleton.block_tensors(k)]
     whole = sum(info.nbytes for info in (*infos, *skeleton.other_tensors()))
-    dense = sum(linear.source.nbytes for linear in linears)
+    dense = sum(site.source.nbytes for site in sites)
     form = find_form(recipe.form)
-    extra = sum(form.extra_bytes(linear.rows, linear.columns) for linear in linears)
+    extra = sum(form.extra_bytes(site.rows, site.columns) for site in sites)
     headers = _HEADER_BYTES * (len(infos) + len(form.tensors) * len(linears))
     least = whole - dense + extra + headers
     ratio = 1 - (wanted - least) / dense
@@ -76,12 +90,12 @@ def asked_ratios(skeleton: Skeleton, recipe: Recipe, linears: Sequence[Linear]) 
     return [ratio]
 
 
-def plan_output(
+def _plan_output(
     skeleton: Skeleton,
     recipe: Recipe,
     asked: float,
-    eligible: Sequence[Linear],
-    chosen: Sequence[Linear],
+    eligible: Sequence[Site],
+    chosen: Sequence[Site],
     ranks: Ranks | None,
 ) -> OutputPlan:
     """Share ``asked`` among the ``chosen`` of all ``eligible`` linears.
@@ -89,38 +103,38 @@ def plan_output(
     ``ranks`` are those that the spectra have led to, where they are known already.
     """
     form, method = find_form(recipe.form), find_method(recipe.method)
-    for linear in chosen:
-        method.check(linear, recipe)
+    for site in chosen:
+        method.check(site, recipe)
     if ranks is None:
-        shared = form.share_evenly(chosen, inner_ratio(recipe, asked, eligible, chosen))
+        shared = form.share_evenly(chosen, _inner_ratio(recipe, asked, eligible, chosen))
     else:
-        shared = [_at_rank(form, linear, ranks[linear.full_name]) for linear in chosen]
-    allowances: dict[str, Allowance | None] = {linear.full_name: None for linear in eligible}
+        shared = [_at_rank(form, site, ranks[site.full_name]) for site in chosen]
+    allowances: dict[str, Allowance | None] = {site.full_name: None for site in eligible}
     allowances |= {m.full_name: kept for m, kept in zip(chosen, shared, strict=True)}
     numbers = [
-        linear.numel if (kept := allowances[linear.full_name]) is None else kept.numbers
-        for linear in eligible
+        site.numel if (kept := allowances[site.full_name]) is None else kept.numbers
+        for site in eligible
     ]
-    reached = 1 - sum(numbers) / sum(linear.numel for linear in eligible)
+    reached = 1 - sum(numbers) / sum(site.numel for site in eligible)
     final = ranks is not None or recipe.allocation == "uniform"
     nbytes = _output_bytes(skeleton, recipe, eligible, allowances)
     return OutputPlan(asked, allowances, final, reached, nbytes)
 
 
-def _at_rank(form: Form, linear: Linear, rank: int | None) -> Allowance | None:
+def _at_rank(form: Form, site: Site, rank: int | None) -> Allowance | None:
     if rank is None:
         return None
-    return Allowance(rank, int(form.numbers(linear.rows, linear.columns, rank)))
+    return Allowance(rank, int(form.numbers(site.rows, site.columns, rank)))
 
 
-def inner_ratio(
-    recipe: Recipe, asked: float, eligible: Sequence[Linear], chosen: Sequence[Linear]
+def _inner_ratio(
+    recipe: Recipe, asked: float, eligible: Sequence[Site], chosen: Sequence[Site]
 ) -> float:
     """The share to remove from the ``chosen`` linears alone."""
     if recipe.module_ratio:
         return recipe.module_ratio
-    inside = sum(linear.numel for linear in chosen)
-    inner = asked * sum(linear.numel for linear in eligible) / inside
+    inside = sum(site.numel for site in chosen)
+    inner = asked * sum(site.numel for site in eligible) / inside
     if inner >= 1:
         raise RecipeError(
             f"--blocks {recipe.blocks} holds {inside:,} of the linears' parameters, too few to "
@@ -132,12 +146,12 @@ def inner_ratio(
 def allocate(
     recipe: Recipe,
     asked: float,
-    eligible: Sequence[Linear],
-    chosen: Sequence[Linear],
+    eligible: Sequence[Site],
+    chosen: Sequence[Site],
     spectra: Sequence[Tensor],
 ) -> dict[str, int | None]:
     """Ranks of the ``chosen`` linears that lose least, given the spectrum of each."""
-    inner = inner_ratio(recipe, asked, eligible, chosen)
+    inner = _inner_ratio(recipe, asked, eligible, chosen)
     shared = find_form(recipe.form).share_by_loss(chosen, spectra, inner)
     return {
         m.full_name: kept.rank if kept else None for m, kept in zip(chosen, shared, strict=True)
@@ -147,18 +161,18 @@ def allocate(
 def _output_bytes(
     skeleton: Skeleton,
     recipe: Recipe,
-    linears: Sequence[Linear],
+    sites: Sequence[Site],
     allowances: Allowances,
 ) -> int:
     total = sum(i.nbytes for k in range(len(skeleton)) for i in skeleton.block_tensors(k))
     total += sum(info.nbytes for info in skeleton.other_tensors())
-    return total + sum(block_saving(recipe, linear, allowances) for linear in linears)
+    return total + sum(block_saving(find_form(recipe.form), site, allowances) for site in sites)
 
 
-def block_saving(recipe: Recipe, linear: Linear, allowances: Allowances) -> int:
-    """Bytes by which the factored linear differs from the dense one."""
-    kept = allowances[linear.full_name]
+def block_saving(form: Form, site: Site, allowances: Allowances) -> int:
+    """Bytes by which the factors at ``site`` differ from its dense weight."""
+    kept = allowances[site.full_name]
     if kept is None:
         return 0
-    form, storage = find_form(recipe.form), storage_of(linear.dtype)
-    return form.nbytes(linear.rows, linear.columns, kept, storage) - linear.source.nbytes
+    storage = storage_of(site.dtype)
+    return form.nbytes(site.rows, site.columns, kept, storage) - site.source.nbytes

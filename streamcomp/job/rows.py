@@ -13,8 +13,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-from streamcomp.planning.levers import Levers
-from streamcomp.planning.rates import MachineRates
+from streamcomp.job.levers import Levers
+from streamcomp.machine.rates import MachineRates
 from streamcomp.recipe import Recipe
 
 __all__ = [

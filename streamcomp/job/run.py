@@ -33,6 +33,8 @@ from streamcomp.job.progress import JobProgress
 from streamcomp.job.rows import JobLevers, StepRow
 from streamcomp.job.runner import run_steps
 from streamcomp.job.schedule import can_keep_analysis
+from streamcomp.job.steps.decompose import Decompose
+from streamcomp.job.steps.ranks import ShareRanks
 from streamcomp.job.workspace import Workspace
 from streamcomp.machine.session import Machine, probe
 from streamcomp.methods import find_method
@@ -75,7 +77,7 @@ class Job:
         )
         self.skeleton.check_tensors(head=gradients)
         self._kernel_bytes = self.here.kernel_bytes(
-            self.skeleton.dtype, gradients=gradients, training=training
+            self.skeleton.dtype, gradients=gradients, training=self.recipe.refine > 0
         )
         self.folders = JobFolders(
             self.index.folder, self.out, self.resources.work_dir, self.recipe, len(self.skeleton)
@@ -133,13 +135,14 @@ class Job:
         begun = Journal.read(self.work) if self.work.is_dir() else None
         if begun is None or not begun.steps:
             return None
-        before, levers = begun.header.fingerprint, begun.header.levers
-        if before == self.fingerprint or not (levers.keep_work and begun.finished):
+        held, levers = begun.header.fingerprint, begun.header.levers
+        if held == self.fingerprint or not (levers.keep_work and begun.finished):
             return begun
-        if same_analysis(before, self.fingerprint):
-            return begun.inherit(self.fingerprint)
-        if levers.analysis and same_moments(before, self.fingerprint):
-            return begun.inherit(self.fingerprint, from_moments=True)
+        if same_analysis(held, self.fingerprint):
+            return begun.inherit(self.fingerprint, (ShareRanks.label,))
+        if levers.analysis and same_moments(held, self.fingerprint):
+            before = (Decompose.label, ShareRanks.label)
+            return begun.inherit(self.fingerprint, before, from_moments=True)
         return begun
 
     def _check_unchanged(self, begun: Journal | None) -> None:
@@ -176,7 +179,8 @@ class Job:
         """With the levers that the job began with, where they still fit."""
         if begun is None:
             return make_plan(self.skeleton, self.recipe, self.conditions)
-        levers, ranks = begun.header.levers.planned, begun.ranks
+        ranked, levers = begun.find(ShareRanks.label), begun.header.levers.planned
+        ranks = ranked.ranks if ranked else None
         try:
             return make_plan(
                 self.skeleton, self.recipe, self.conditions, levers=levers, ranks=ranks

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from streamcomp.errors import NonFiniteError
+from streamcomp.linalg.dtypes import solve_dtype
 
 __all__ = [
     "PANEL",

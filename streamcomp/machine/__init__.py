@@ -1,1 +1,1 @@
-"""This computer: its memory, device and speed, and one ``with`` that sets it up and puts it back."""
+"""This computer: its memory, device and speed, set up by one ``with`` that puts it all back."""

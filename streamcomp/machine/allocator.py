@@ -1,4 +1,4 @@
-"""The heap of this process: freed memory goes back to the system, so that RSS follows what is held."""
+"""The heap of this process: freed memory goes back, so that RSS follows what is held."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
+from streamcomp.job.plan import Plan
 from streamcomp.job.rows import (
     DenseRow,
     Header,
@@ -21,8 +22,7 @@ from streamcomp.job.rows import (
     Report,
     StepRow,
 )
-from streamcomp.planning.plan import Plan
-from streamcomp.planning.rates import MachineRates
+from streamcomp.machine.rates import MachineRates
 
 __all__ = ["job_report", "model_name", "perplexity"]
 
@@ -49,7 +49,7 @@ def job_report(
     linears = tuple(linear for step in steps for linear in step.linears)
     factored = {linear.name for linear in linears}
     unreached = {name for step in steps for name in step.unreached}
-    reached = [linear for linear in plan.linears if linear.disk_name not in unreached]
+    reached = [linear for linear in plan.outline.eligible if linear.disk_name not in unreached]
     eligible = sum(linear.numel for linear in reached)
     return Report(
         model=_model_figures(index, written, eligible),
@@ -75,7 +75,7 @@ def job_report(
             for step in steps
             if step.refined is not None and step.block is not None
         ),
-        left=plan.left | dict.fromkeys(sorted(unreached), _UNREACHED),
+        left=plan.outline.left | dict.fromkeys(sorted(unreached), _UNREACHED),
         steps=tuple(
             replace(step, linears=(), analysis=(), ranks=(), refined=None, unreached=())
             for step in steps

@@ -12,29 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from streamcomp.calibration.corpus import HELD_OUT, load_windows
-from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
+from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.atomic import make_folder
 from streamcomp.checkpoint.index import CheckpointIndex
+from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.errors import NonFiniteError
+from streamcomp.job.journal import Journal
+from streamcomp.job.plan import Plan, make_evaluation_plan
+from streamcomp.job.planner import Conditions
 from streamcomp.job.progress import JobProgress
-from streamcomp.job.run import choose_device
+from streamcomp.job.rows import JobLevers
+from streamcomp.job.runner import run_steps
+from streamcomp.job.workspace import Workspace
+from streamcomp.machine.memory import PeakMeter
+from streamcomp.machine.session import Machine, machine, probe
 from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.streamer import BlockStreamer
-from streamcomp.planning.meter import (
-    PeakMeter,
-    budget_bytes,
-    device_budget_bytes,
-    is_memory_backed,
-    limit_device,
-    release,
-    warm_up,
-    within_device,
-)
-from streamcomp.planning.plan import make_evaluation_plan
 from streamcomp.recipe import Resources
 
 __all__ = ["Evaluation", "evaluate_checkpoint"]
@@ -78,60 +72,66 @@ def evaluate_checkpoint(
 
     ``text`` is a source as in calibration; None is the held-out part of the Python
     reference. ``chat`` renders it through the chat template. Each window is predicted from its
-    own beginning. Holds one block, one micro-batch, and at the end the head with the logits of a
-    few tokens.
+    own beginning. A job of three kinds of steps: the windows are embedded, run through each block,
+    and scored through the head.
     """
-    started = time.perf_counter()
-    meter = PeakMeter()
-    budget = budget_bytes(resources.max_ram)
-    device = choose_device(resources.device)
-    device_budget = device_budget_bytes(device, resources.max_vram)
-    skeleton = Skeleton(index)
-    skeleton.check_tensors(head=True)
-    kernels = warm_up(device, skeleton.dtype)
-    text = text or HELD_OUT
-    tokens = load_windows(index.folder, [text], windows, seq_len, None, chat=chat)
-    for note in (*skeleton.notes, *tokens.notes):
-        progress.note(note)
-    release()
-    shape = StreamShape(len(tokens.tokens), seq_len, skeleton.hidden_size, skeleton.dtype)
-    with _work_folder(resources.work_dir) as work:
-        batch, head_tokens, predicted = make_evaluation_plan(
-            skeleton,
-            shape,
-            budget,
+    started, meter = time.perf_counter(), PeakMeter()
+    with machine(resources) as here, _work_folder(resources.work_dir) as folder:
+        skeleton = Skeleton(index)
+        skeleton.check_tensors(head=True)
+        kernels = here.kernel_bytes(skeleton.dtype)
+        text = text or HELD_OUT
+        tokens = load_windows(index.folder, [text], windows, seq_len, None, chat=chat)
+        for note in (*skeleton.notes, *tokens.notes):
+            progress.note(note)
+        shape = StreamShape(len(tokens.tokens), seq_len, skeleton.hidden_size, skeleton.dtype)
+        conditions = Conditions(
+            budget_bytes=here.budget_bytes,
+            rates=here.rates(skeleton.dtype, folder),
+            device_budget=here.device_budget,
             kernel_bytes=kernels,
-            memory_backed=is_memory_backed(work),
-            device_budget=device_budget,
+            work_in_memory=probe().is_memory_backed(folder),
         )
-        limit_device(device, device_budget)
-        progress.begin("evaluate", [1.0] * (len(skeleton) + 1), 0, budget)
-        try:
-            run = _Run(skeleton, device, tokens.tokens, shape, batch, work, progress)
-            with within_device("evaluation", device_budget):
-                nll = run.nll(run.through_blocks(), head_tokens)
-        finally:
-            progress.end()
-    predicted_tokens = shape.windows * (seq_len - 1)
-    mean = nll / predicted_tokens
-    if math.isnan(mean):
+        plan = make_evaluation_plan(skeleton, shape, conditions)
+        here.limit_device()
+        before = meter.peak()
+        meter.close()
+        work = _workspace(plan, here, folder)
+        write_shard(work.windows_path, [Entry("tokens", tokens.tokens)])
+        run_steps("evaluate", plan, work, progress)
+        rows = work.journal.steps
+    mean = rows[-1].nll
+    if mean is None or math.isnan(mean):
         raise NonFiniteError(
             f"{index.folder}: its logits are NaN on {text}; the weights are damaged"
         )
     return Evaluation(
         math.exp(mean) if mean < _MOST_NLL else math.inf,
         mean,
-        predicted_tokens,
+        shape.windows * (seq_len - 1),
         shape.windows,
         seq_len,
         text,
         index.numel,
         index.nbytes,
         time.perf_counter() - started,
-        meter.peak(),
-        predicted,
-        budget,
+        max(before, *(row.peak_bytes for row in rows)),
+        plan.peak_bytes,
+        plan.budget_bytes,
     )
+
+
+def _workspace(plan: Plan, here: Machine, folder: Path) -> Workspace:
+    """A workspace with a journal of its own, which ends with the ``folder``."""
+    levers = JobLevers(
+        **asdict(plan.levers),
+        threads=torch.get_num_threads(),
+        device=str(here.device),
+        analysis=False,
+        keep_work=False,
+    )
+    journal = Journal.begin(folder, {}, levers, [step.seconds for step in plan.steps])
+    return Workspace(plan.outline, plan.levers, here.device, folder, journal, lambda output: [])
 
 
 @contextmanager
@@ -141,76 +141,3 @@ def _work_folder(folder: Path | None) -> Iterator[Path]:
         make_folder(folder)
     with tempfile.TemporaryDirectory(prefix="streamcomp-", dir=folder) as name:
         yield Path(name)
-
-
-class _Run:
-    """One evaluation: embeds, passes every block, and adds up the loss."""
-
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        device: torch.device,
-        tokens: Tensor,
-        shape: StreamShape,
-        batch: int,
-        work: Path,
-        progress: JobProgress,
-    ) -> None:
-        self.skeleton, self.device, self.tokens, self.shape = skeleton, device, tokens, shape
-        self.batch, self.work, self.progress = batch, work, progress
-        self.streamer = BlockStreamer(skeleton, device)
-
-    def through_blocks(self) -> HiddenStates:
-        """The last block's output; every file before it is deleted."""
-        source = HiddenStates(self.work / "hidden-0.bin", self.shape)
-        source.create()
-        for start, stop in self._batches():
-            source.write(start, self.streamer.embed(self.tokens[start:stop].long()))
-        source.close()
-        for number in range(len(self.skeleton)):
-            started = time.perf_counter()
-            target = HiddenStates(self.work / f"hidden-{number + 1}.bin", self.shape)
-            source.open()
-            target.create()
-            with self.streamer.block(number) as block:
-                for start, stop in self._batches():
-                    self.progress.stage(number, block.name, "forward", start / self.shape.windows)
-                    hidden = source.read(start, stop).to(self.device)
-                    call = self.streamer.calls(self.tokens[start:stop].long())[number]
-                    target.write(start, block.run(hidden, call))
-            source.close()
-            source.remove()
-            target.close()
-            source = target
-            release()
-            self.progress.finish_step(number, f"block {number}", time.perf_counter() - started, "")
-        return source
-
-    @torch.no_grad()
-    def nll(self, states: HiddenStates, head_tokens: int) -> float:
-        """Sum of -log p over all predicted tokens, ``head_tokens`` positions at a time."""
-        total, last = 0.0, self.shape.seq_len - 1  # nothing is predicted from the last position
-        started = time.perf_counter()
-        states.open()
-        with self.streamer.head() as head:
-            for window in range(self.shape.windows):
-                self.progress.stage(
-                    len(self.skeleton), "head", "logits", window / self.shape.windows
-                )
-                hidden = states.read(window, window + 1).to(self.device)
-                targets = self.tokens[window, 1:].long().to(self.device)
-                for start in range(0, last, head_tokens):
-                    stop = min(start + head_tokens, last)
-                    logits = head(hidden[:, start : start + head_tokens])[0, : stop - start]
-                    loss = functional.cross_entropy(
-                        logits.float(), targets[start:stop], reduction="none"
-                    )
-                    total += float(loss.double().sum())
-        states.close()
-        states.remove()
-        self.progress.finish_step(len(self.skeleton), "head", time.perf_counter() - started, "")
-        return total
-
-    def _batches(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.shape.windows, self.batch):
-            yield start, min(start + self.batch, self.shape.windows)

@@ -100,8 +100,8 @@ def observing(
 
 def moment_seconds(outline: Outline, groups: Pass) -> float:
     """Summing up the moments of ``groups``, and those of their gradients."""
-    rates, flops = outline.rates, observing_flops(groups, outline.tokens)
-    return flops.moments / rates.moment_flops + flops.products / rates.model_flops
+    moments, products = observing_flops(groups, outline.tokens)
+    return moments / outline.rates.moment_flops + products / outline.rates.model_flops
 
 
 def decomposing(outline: Outline, block: BlockPlan, groups: Pass) -> Iterator[Phase]:

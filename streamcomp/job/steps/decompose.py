@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from streamcomp.job import kept
 from streamcomp.job.files import Analysis, Moments
@@ -21,9 +22,11 @@ __all__ = ["Decompose"]
 class Decompose(Step):
     """All sites of one block, from moments that another job kept; those of one site at a time."""
 
+    label: ClassVar[str] = "decompose"
+
     @classmethod
     def make(cls, block: int) -> Decompose:
-        return cls(f"decompose {block}", block, -1, (Moments(block),), (Analysis(block),))
+        return cls(f"{cls.label} {block}", block, -1, (Moments(block),), (Analysis(block),))
 
     @property
     def after_capture(self) -> bool:

@@ -112,7 +112,7 @@ def update(
         left, right = refit.factors(site)
         tensors = work.outline.form.encode(left, right, storage_of(site.dtype))
         updated[site] = replace(factors, tensors=tensors)
-        site.install(loaded, updated[site])
+        site.install(loaded, tensors, factors.spec)
     return updated
 
 
@@ -154,5 +154,5 @@ def refine(
             for leaf, tensor in trained.tensors[site].items()
         }
         better[site] = replace(factors, tensors=factors.tensors | tensors)
-        site.install(loaded, better[site])
+        site.install(loaded, better[site].tensors, factors.spec)
     return better, Refined(before=trained.before, after=trained.after, steps=trained.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from streamcomp.job import kept
 from streamcomp.job.files import Analysis
@@ -27,9 +28,11 @@ class ShareRanks(Step):
     Holds all spectra, 8 bytes for each direction of each site, and their hulls.
     """
 
+    label: ClassVar[str] = "ranks"
+
     @classmethod
     def make(cls, chosen: range) -> ShareRanks:
-        return cls("ranks", reads=tuple(Analysis(block) for block in chosen))
+        return cls(cls.label, reads=tuple(Analysis(block) for block in chosen))
 
     @property
     def on_host(self) -> bool:

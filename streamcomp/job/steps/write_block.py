@@ -210,14 +210,15 @@ class WriteBlock(Step):
                 if allowance is None:
                     continue
                 stage(f"factorizing {site.leaf}")
-                factors = self._factors(work, loaded, site, moment, allowance.with_more(spare))
-                spare = factors.spare(allowance.with_more(spare))
+                allowance = replace(allowance, numbers=allowance.numbers + spare)
+                factors = self._factors(work, loaded, site, moment, allowance)
+                spare = factors.spare(allowance)
                 moment = None if moment is None else moment.damped(factors.least_damping)
                 factored[site] = factors
                 if not runs_again:
                     site.free(loaded)
                 elif not work.recipe.follows:
-                    site.install(loaded, factors)
+                    site.install(loaded, factors.tensors, factors.spec)
 
     def _factors(
         self,
@@ -258,7 +259,7 @@ class WriteBlock(Step):
         """The factors after update and refinement, and the windows through them."""
         recipe, number = work.recipe, self.block
         for site, factors in factored.items():
-            site.install(loaded, factors)
+            site.install(loaded, factors.tensors, factors.spec)
         refined = None
         if recipe.follows and DenseStates(number) in self.reads:
             if self._dense_target:
@@ -287,7 +288,7 @@ class WriteBlock(Step):
         return entries + [Entry(info.name, info) for info in rest if info.name not in names]
 
     def _unreached(self, work: Workspace, factored: Factored) -> tuple[str, ...]:
-        """Sites that were to be factored, and stay dense since no calibration token reached them."""
+        """Sites to factor that stay dense, because no calibration token reached them."""
         allowances = work.outline.outputs[self.output].allowances
         return tuple(
             site.disk_name
