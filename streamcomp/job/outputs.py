@@ -79,7 +79,7 @@ def _asked_ratios(skeleton: Skeleton, recipe: Recipe, sites: Sequence[Site]) -> 
     dense = sum(site.source.nbytes for site in sites)
     form = find_form(recipe.form)
     extra = sum(form.extra_bytes(site.rows, site.columns) for site in sites)
-    headers = _HEADER_BYTES * (len(infos) + len(form.tensors) * len(linears))
+    headers = _HEADER_BYTES * (len(infos) + len(form.tensors) * len(sites))
     least = whole - dense + extra + headers
     ratio = 1 - (wanted - least) / dense
     if not 0 < ratio < 1:

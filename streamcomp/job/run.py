@@ -71,10 +71,7 @@ class Job:
     def open(self) -> Iterator[None]:
         """Plan, make the folders, take the lock, and begin or continue the journal."""
         self.skeleton = Skeleton(self.index)
-        gradients, training = (
-            find_method(self.recipe.method).needs_gradients,
-            self.recipe.refine > 0,
-        )
+        gradients = find_method(self.recipe.method).needs_gradients
         self.skeleton.check_tensors(head=gradients)
         self._kernel_bytes = self.here.kernel_bytes(
             self.skeleton.dtype, gradients=gradients, training=self.recipe.refine > 0
