@@ -392,17 +392,18 @@ def _progress(quiet: bool) -> JobProgress:
 
 def _at_a_time(made: streamcomp.Plan) -> str:
     """What the levers are set to; rounding differs between settings, the speed but little."""
-    levers, kinds = made.levers, {step.step.kind for step in made.steps}
-    parts = [f"{levers.batch} windows of {made.stream.seq_len} tokens at a time"]
-    if "reverse" in kinds:
+    levers, outline = made.levers, made.outline
+    seq_len = outline.stream.seq_len
+    parts = [f"{levers.batch} windows of {seq_len} tokens at a time"]
+    if outline.method.needs_gradients:
         parts.append(f"{levers.reverse_batch} in reverse")
-    if "loss" in kinds:
         parts.append(f"{levers.head_tokens} tokens in the head")
-    if levers.feed_forward_tokens < made.stream.seq_len:
+    if levers.feed_forward_tokens < seq_len:
         parts.append(f"{levers.feed_forward_tokens} in a feed-forward")
-    times = {"passes": max(len(block.passes(levers)) for block in made.blocks)}
-    if made.analysis:
-        times["readings"] = max(len(block.passes(levers, observed=False)) for block in made.blocks)
+    times = {"passes": max(len(block.passes(levers)) for block in outline.blocks)}
+    if outline.analysis:
+        readings = (block.passes(levers, observed=False) for block in outline.blocks)
+        times["readings"] = max(map(len, readings))
     parts += [f"{count} {what} of a block" for what, count in times.items() if count > 1]
     more = f" (+{format_seconds(made.levers_seconds)})" if made.levers_seconds else ""
     return ", ".join(parts) + more
@@ -462,8 +463,8 @@ def plan(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
             "disk": f"{format_bytes(made.disk_bytes)} at most, {format_bytes(made.output_bytes)} "
             "of it the result",
             "at a time": _at_a_time(made),
-            "linears": f"{len(made.linears)} eligible, ratio {made.ratio:.4f}, "
-            f"{len(made.left)} other modules left as they are",
+            "linears": f"{len(made.outline.eligible)} eligible, ratio {made.ratio:.4f}, "
+            f"{len(made.outline.left)} other modules left as they are",
         },
     )
 
@@ -692,8 +693,8 @@ def _merged(steps: Any) -> list[tuple[str, Any, float, int]]:
 
 def _alike(one: Any, other: Any) -> bool:
     """Whether two steps do the same to two blocks, with the same needs."""
-    same = (one.step.kind, one.step.output, one.peak_bytes, one.peak_phase) == (
-        other.step.kind, other.step.output, other.peak_bytes, other.peak_phase
+    same = (type(one.step), one.step.output, one.peak_bytes, one.peak_phase) == (
+        type(other.step), other.step.output, other.peak_bytes, other.peak_phase
     )  # fmt: skip
     return same and one.step.block >= 0
 

@@ -16,13 +16,14 @@ from unittest import mock
 
 import torch
 from safetensors.torch import load_file
-from streamcomp.planning.rates import MachineRates
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import streamcomp
 from streamcomp import CompressResult, Recipe, Resources, cli
 from streamcomp.job.progress import SilentProgress
+from streamcomp.machine.rates import MachineRates
+from streamcomp.machine.session import Probe, probed
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -66,10 +67,18 @@ def compress(
         )
 
 
-def quick_plan() -> Any:
-    """A patch: the machine's speed, only shown, is not measured; that takes longer than a job."""
-    rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
-    return mock.patch("streamcomp.job.run.measure_rates", return_value=rates)
+RATES = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
+
+
+class QuickProbe(Probe):
+    """The machine's speed, only shown, is not measured; that takes longer than a job."""
+
+    def rates(self, device: torch.device, dtype: torch.dtype) -> MachineRates:
+        return RATES
+
+
+def quick_plan() -> contextlib.AbstractContextManager[None]:
+    return probed(QuickProbe())
 
 
 class Interrupted(Exception):

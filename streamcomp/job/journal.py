@@ -155,15 +155,16 @@ class Journal:
 
     @classmethod
     def begin(
-        cls, folder: Path, wanted: Fingerprint, levers: JobLevers, seconds: list[float]
+        cls, folder: Path, wanted: Fingerprint, levers: JobLevers, seconds: Iterable[float]
     ) -> Journal:
         """A new journal of a job whose steps are planned to take ``seconds`` each."""
+        planned = tuple(seconds)
         header = Header(
             version=_VERSION,
             fingerprint=wanted,
             levers=levers,
-            total=len(seconds),
-            planned_seconds=tuple(seconds),
+            total=len(planned),
+            planned_seconds=planned,
         )
         write_text(folder / JOURNAL, _line(header))
         return cls(folder / JOURNAL, header, [])

@@ -37,10 +37,10 @@ _OLDER_ARGUMENTS = (
 
 
 class LoadedBlock:
-    """A block with its weights: ``module`` to run and hook, ``digest`` of the bytes read."""
+    """Block ``number`` with its weights: ``module`` to run, ``digest`` of the bytes read."""
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name, self.digest = module, name, ""
+    def __init__(self, module: nn.Module, name: str, number: int = 0) -> None:
+        self.module, self.name, self.number, self.digest = module, name, number, ""
         self._replaced: dict[str, nn.Module] = {}
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class BlockStreamer:
         """A block with its weights; they are dropped at the end of the ``with``."""
         name = self.skeleton.block_name(number)
         module = self.skeleton.block(number)
-        loaded = LoadedBlock(module, name)
+        loaded = LoadedBlock(module, name, number)
         try:
             loaded.digest = self._load(lambda parameter: parameter.startswith(name + "."))
             _check_loaded(name, module)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
-from streamcomp.modeling.sites import Site
-
 from streamcomp.calibration.observe import (
     MomentGroup,
     Observer,
@@ -22,6 +20,7 @@ from streamcomp.job.rows import AnalysisRow, StepResult
 from streamcomp.job.steps.base import Phase, Step, loading
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.methods import GradientMoment, Moment
+from streamcomp.modeling.sites import Site
 from streamcomp.modeling.streamer import LoadedBlock
 
 __all__ = [
@@ -119,7 +118,7 @@ def decomposing_one(
 ) -> Phase:
     """One decomposition; ``moments`` bytes of them are there, ``dropped`` bytes of weights not."""
     work = outline.method.working_bytes(
-        site, group.side, group.tokens(block.stream), block.stream.dtype, outline.recipe
+        site, group.side, group.tokens(outline.tokens), block.stream.dtype, outline.recipe
     )
     parts = {
         "weights": block.weight_bytes - dropped,

@@ -18,6 +18,10 @@ from streamcomp.job.workspace import Stage, Workspace
 __all__ = ["ShareRanks"]
 
 _SECONDS = 0.5
+_ONE_SIDED = (
+    "allocation loss compares energies across linears, which only those of method two-sided bear: "
+    "ranks shared evenly (--allocation uniform) are better here"
+)
 _SPECTRUM_BYTES = 12 * 8  # of a direction, with its place on the hulls
 
 
@@ -61,4 +65,5 @@ class ShareRanks(Step):
         ranks = tuple(
             allocate(recipe, output.asked, eligible, chosen, spectra) for output in outline.outputs
         )
-        return StepResult(ranks=ranks, notes=work.method.notes_on_allocation)
+        notes = () if work.method.losses_compare else (_ONE_SIDED,)
+        return StepResult(ranks=ranks, notes=notes)
