@@ -53,7 +53,6 @@ ROWS = (
     Row("svd-llm, pivot, update", (*SVD, "--update"), "svd"),
     Row("svd-llm, pivot, anchored 0.5", (*SVD, "--update", "--anchor", "0.5"), "svd"),
     Row("rom, uv", ("--method", "rom", "--form", "uv")),
-    Row("rom, uv, centred", ("--method", "rom", "--form", "uv", "--centred")),
     Row("rom, uv, last 12 blocks", ("--method", "rom", "--form", "uv", "--blocks", "last:12"),
         ratios=("0.2",)),
     Row("swsc, data-free", ("--method", "swsc", "--statistics", "none")),

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
         export,
         inspect,
         plan,
-        redo,
         status,
     )
     from streamcomp.evaluation.inspection import Inspection
@@ -69,7 +68,6 @@ __all__ = [
     "export",
     "inspect",
     "plan",
-    "redo",
     "status",
 ]
 

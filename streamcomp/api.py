@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from streamcomp.calibration.corpus import check_text
-from streamcomp.checkpoint.atomic import write_text
 from streamcomp.checkpoint.hub import checkpoint_folder, headers_folder
 from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_index
 from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
@@ -29,7 +28,6 @@ from streamcomp.job.publish import (
     read_report,
     to_json,
 )
-from streamcomp.job.redo import redo_linears
 from streamcomp.job.run import (
     Job,
     check_system,
@@ -59,7 +57,6 @@ __all__ = [
     "export",
     "inspect",
     "plan",
-    "redo",
     "status",
 ]
 
@@ -153,54 +150,6 @@ def _finished(
         check_fingerprint(report["fingerprint"], fingerprint(index, recipe), out, versions=False)
     _clean(resources.work_dir or out / WORK_FOLDER, done[0])
     return _result(folders, done, already_done=True)
-
-
-def redo(
-    model: str | Path,
-    out: str | Path,
-    pattern: str,
-    *,
-    damping: float,
-    resources: Resources | None = None,
-    revision: str | None = None,
-    progress: JobProgress | None = None,
-) -> CompressResult:
-    """Decompose the linears of a finished job again whose name matches the regex ``pattern``.
-
-    With another ``damping``, from the moments that the job kept (``Resources.keep_work``); ranks
-    stay as they are. Interrupted, it can be run again.
-
-    Raises RecipeError where nothing matches or the job kept nothing.
-    """
-    resources = resources or Resources()
-    out, progress = Path(out), progress or SilentProgress()
-    prepare_process(resources)
-    index = read_index(checkpoint_folder(model, revision))
-    report = read_report(out)
-    if report is None:
-        several = [folder.name for folder in sorted(out.glob("ratio-*")) if read_report(folder)]
-        raise OutputError(
-            f"{out} holds several outputs: --redo one of them, {out / several[0]}"
-            if several
-            else f"{out} holds no finished job: --redo is for one that kept its work"
-        )
-    recipe = Recipe.from_mapping(report["recipe"], "report")
-    check_fingerprint(report["fingerprint"], fingerprint(index, recipe), out, versions=False)
-    places = [out / WORK_FOLDER, out.parent / WORK_FOLDER]  # the latter where out is one of several
-    work = resources.work_dir or next((place for place in places if place.is_dir()), places[0])
-    redone = redo_linears(index, out, work, recipe, resources, report, pattern, damping, progress)
-    names = {linear["name"] for linear in redone}
-    report["linears"] = [
-        next(new for new in redone if new["name"] == old["name"]) if old["name"] in names else old
-        for old in report["linears"]
-    ]
-    report["redone"] = [
-        *report.get("redone", []),
-        {"pattern": pattern, "damping": damping, "linears": sorted(names)},
-    ]
-    write_text(out / "streamcomp_report.html", html_report(report))
-    write_text(out / REPORT, to_json(report))
-    return CompressResult(out, report, already_done=False)
 
 
 def plan(
@@ -381,6 +330,6 @@ def _clean(work: Path, report: Mapping[str, Any] | None) -> None:
             over = not any(work.iterdir())  # killed just before the folder itself was removed
         else:
             ours = journal.header["fingerprint"] == report["fingerprint"]
-            over = ours and journal.finished and not journal.header["levers"].get("keep_work")
+            over = ours and journal.finished and not journal.header["levers"]["keep_work"]
         if over:
             remove_work(work)

@@ -122,7 +122,8 @@ _quiet = click.option(
 _keep_work = click.option(
     "--keep-work",
     is_flag=True,
-    help="Keep decompositions and moments in the work folder: other ratios and --redo use them.",
+    help="Keep decompositions and moments in the work folder, for jobs of another ratio, form or "
+    "damping with the same --work-dir.",
 )
 
 _stream_dir = _work_folder(
@@ -229,12 +230,6 @@ _recipe = _options(
         metavar="SHARE",
         help="Added to the moments' diagonals, relative to their mean.  [default: 0.01 of the "
         "gradients for two-sided, else as little as is needed]  Example: --damping 1e-3",
-    ),
-    click.option(
-        "--centred",
-        is_flag=True,
-        default=None,
-        help="For rom: components about the mean, which adds a bias to each linear.",
     ),
     click.option(
         "--clusters",
@@ -354,17 +349,9 @@ def _names(command: click.Command) -> set[str]:
 @_recipe
 @_resources
 @_keep_work
-@click.option(
-    "--redo",
-    metavar="REGEX",
-    help="On a finished OUT whose work was kept: decompose the linears that match again, with "
-    "--damping.  Example: --redo 'layers\\.1[0-2]\\.mlp' --damping 1e-3",
-)
 @_revision
 @_output
-def compress(
-    model: str, out: Path, redo: str | None, as_json: bool, quiet: bool, **settings: Any
-) -> None:
+def compress(model: str, out: Path, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Compress MODEL (a folder, or a name on the hub) into the folder OUT.
 
     Run it again with the same settings and it goes on where it stopped; on a finished OUT
@@ -372,9 +359,6 @@ def compress(
 
     Example: streamcomp compress meta-llama/Llama-3.3-70B-Instruct out/ --max-ram 32G
     """
-    if redo is not None:
-        _redo(model, out, redo, as_json, quiet, settings)
-        return
     recipe, resources = _make_recipe(settings), _make_resources(settings)
     result = streamcomp.compress(
         model,
@@ -404,47 +388,6 @@ def _progress(quiet: bool) -> JobProgress:
     from streamcomp.job.progress import console_progress
 
     return console_progress(quiet)
-
-
-def _redo(
-    model: str, out: Path, pattern: str, as_json: bool, quiet: bool, settings: dict[str, Any]
-) -> None:
-    damping = _asked(settings).get("damping")
-    if not damping:
-        raise RecipeError("--redo needs the --damping to use, e.g. --damping 1e-3")
-    resources = _make_resources(settings)
-    _check_same_recipe(out, settings)
-    result = streamcomp.redo(
-        model,
-        out,
-        pattern,
-        damping=damping,
-        resources=resources,
-        revision=settings["revision"],
-        progress=_progress(quiet or as_json),
-    )
-    if as_json:
-        _print_json(_with_others(result))
-        return
-    done = result.report["redone"][-1]
-    click.echo(f"{out}: {len(done['linears'])} linears done again, damping {done['damping']:g}")
-
-
-def _check_same_recipe(out: Path, settings: dict[str, Any]) -> None:
-    """RecipeError where a setting beside --damping is another than that of the job in ``out``."""
-    from streamcomp.job.publish import read_report
-
-    report = read_report(out)
-    given = {name.replace("-", "_") for name in _asked(settings)} - {"damping"}
-    if report is None or not given:
-        return
-    before, now = Recipe.from_mapping(report["recipe"], "report"), _make_recipe(settings)
-    others = [name for name in sorted(given) if getattr(before, name) != getattr(now, name)]
-    if others:
-        raise RecipeError(
-            f"--redo keeps the recipe of the job in {out} but for --damping: leave out "
-            f"{', '.join(others)}"
-        )
 
 
 def _at_a_time(made: streamcomp.Plan) -> str:

@@ -19,6 +19,7 @@ from streamcomp.units import parse_bytes
 __all__ = [
     "ALLOCATIONS",
     "AXES",
+    "DECOMPOSITION_FIELDS",
     "FORMS",
     "METHODS",
     "OUTPUT_FIELDS",
@@ -43,6 +44,8 @@ _BLOCKS = re.compile(r"(?:(first|last):(\d+)|(\d+)-(\d+))")
 OUTPUT_FIELDS = (
     "ratio", "size", "form", "allocation", "module_ratio", "update", "anchor", "refine", "rate"
 )  # fmt: skip
+# Fields that shape decompositions, not moments: jobs that differ in these too share their moments.
+DECOMPOSITION_FIELDS = ("damping",)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,6 @@ class Recipe:
     allocation: str = _AUTO  # how ranks are shared among linears: ALLOCATIONS
     blocks: str = ""  # those to compress: "last:12", "first:4", "3-10"; "" = all
     module_ratio: float = 0.0  # share removed from each linear of those blocks; 0 = from ratio
-    centred: bool = False  # rom: components about the mean, which adds a bias
     clusters: int = 0  # swsc: representatives per linear; 0 = whatever loses least
     axis: str = "auto"  # swsc: AXES
     damping: float = 0.0  # relative, added to the moments; 0 = the method's own
@@ -198,8 +200,6 @@ class Recipe:
              f"statistics {self.statistics} does not have: use --allocation uniform"),
             (self.allocation == "loss" and self.module_ratio > 0,
              "module_ratio shares the ratio evenly: use --allocation uniform"),
-            (self.centred and (self.method != "rom" or self.follows or self.allocation == "loss"),
-             "centred is for method rom, without update, refine and allocation loss"),
             (shared and self.follows, "update and refine are not for method swsc"),
             (self.statistics == "none" and self.follows, "update and refine need statistics"),
             (self.clusters > 0 and not shared, "clusters is for method swsc"),
@@ -222,7 +222,7 @@ class Resources:
     max_vram: str | None = None  # of the GPU, as max_ram; None = 90% of what is free there
     threads: int = 0  # CPU threads; 0 = one per core the process may use
     work_dir: Path | None = None  # streams and journal; None = OUT/.streamcomp
-    keep_work: bool = False  # keep analysis and moments for other ratios and for redo
+    keep_work: bool = False  # keep decompositions and moments for jobs to come
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):

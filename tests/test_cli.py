@@ -106,7 +106,7 @@ def test_each_option_tells_its_default_and_an_example(name: str, option: click.O
     assert option.help
     if option.is_flag:
         return  # off unless given
-    absent = option.name in ("config", "module_ratio", "redo", "size")  # unless given
+    absent = option.name in ("config", "module_ratio", "size")  # unless given
     assert "[default: " in option.help or option.show_default or absent
     chosen = isinstance(option.type, click.Choice)
     assert chosen or option.name == "seed" or f"Example: {option.opts[0]} " in option.help
@@ -134,7 +134,7 @@ def test_each_setting_of_a_recipe_has_an_option() -> None:
 
     assert set(vars(streamcomp.Recipe())) | set(vars(streamcomp.Resources())) <= options
     of_plan = {parameter.name for parameter in GROUP.commands["plan"].params}
-    assert of_plan == options - {"out", "redo"}
+    assert of_plan == options - {"out"}
 
 
 def test_the_module_runs_and_tells_its_version() -> None:
@@ -198,7 +198,6 @@ def watched(*arguments: object, **environment: str) -> list[Any]:
         (("plan", "model", "--ratio", 2), 2),
         (("compress", "model", "out", "--size", "5 apples"), 2),
         (("compress", "model", "out", "--device", "tpu"), 2),
-        (("compress", "model", "out", "--redo", "mlp"), 2),
         (("eval", "model", "--threads", 100_000), 2),
     ],
 )
@@ -330,18 +329,6 @@ def test_several_ratios_give_a_folder_each(model: Path, text: Path, tmp_path: Pa
     refused = job(model, out, text, "--ratio", "0.2,0.5")
     assert refused.code == 6 and "is not empty" in refused.err
     assert "Traceback" not in refused.err
-
-
-def test_linears_are_done_again_from_kept_work(model: Path, text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert job(model, out, text, "--keep-work").code == 0
-
-    without = job(model, out, text, "--redo", "down_proj")
-    assert without.code == 2 and "--redo needs the --damping to use" in without.err
-    done = job(model, out, text, "--redo", "down_proj", "--damping", 0.1)
-    assert done.code == 0 and "2 linears done again, damping 0.1" in done.out
-    found = job(model, out, text, "--redo", r"0\.mlp\.down", "--damping", 0.2, "--json").json
-    assert [entry["damping"] for entry in found["redone"]] == [0.1, 0.2]
 
 
 def test_plan_shows_the_sweeps(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

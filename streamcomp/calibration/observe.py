@@ -90,8 +90,7 @@ class Observer:
 
     A context manager. Holds the moments, ``sum(group.nbytes(dtype))``, until they are taken.
     An output is observed without its bias: it is W x whose energy is to be kept. Groups with
-    gradients observe every backward too, through hooks on the linears' outputs. ``totals`` sums
-    the rows as well, for methods that subtract the mean.
+    gradients observe every backward too, through hooks on the linears' outputs.
     """
 
     def __init__(
@@ -100,11 +99,9 @@ class Observer:
         block_name: str,
         groups: Sequence[MomentGroup],
         device: torch.device,
-        *,
-        totals: bool = False,
     ) -> None:
         self._block, self._block_name, self._groups = block, block_name, groups
-        self._device, self._totals = device, totals
+        self._device = device
         self._watched: dict[MomentGroup, _Watched] = {}
         self._gradients: dict[Linear, _GradientSum] = {}
         self._hooks: list[Any] = []
@@ -114,8 +111,6 @@ class Observer:
             module = self._module(group.linears[0])
             dtype = moment_dtype(module.weight.dtype)
             watched = _Watched(SecondMoment(group.size, dtype=dtype, device=self._device))
-            if self._totals:
-                watched.total = torch.zeros(group.size, dtype=torch.float64, device=self._device)
             self._watched[group] = watched
             self._hooks.append(_watch(module, group.side, watched, recorded=group.gradients))
             for linear in group.linears if group.gradients else ():
@@ -139,7 +134,7 @@ class Observer:
         """Hand over the moment of ``group`` and forget it; NonFiniteError if it overflowed."""
         watched = self._watched.pop(group)
         _check(f"{self._block_name}.{group.linears[0].name}", group.side, watched.moment.value)
-        return Moment(group.side, watched.moment.value, watched.rows, watched.total)
+        return Moment(group.side, watched.moment.value, watched.rows)
 
     def take_gradient(self, linear: Linear) -> GradientMoment:
         """Hand over the gradients' moment of ``linear`` and forget it; NonFiniteError as above."""
@@ -155,21 +150,14 @@ class Observer:
 
 @dataclass
 class _Watched:
-    """A moment, and the number and sum of its rows."""
+    """A moment, and the number of its rows."""
 
     moment: SecondMoment
     rows: int = 0
-    total: Tensor | None = None
 
     def update(self, rows: Tensor, shift: Tensor | None = None) -> None:
         self.moment.update(rows, shift)
-        count = rows.numel() // rows.shape[-1]
-        self.rows += count
-        if self.total is not None:
-            for few in rows.detach().reshape(-1, rows.shape[-1]).split(ROWS_PER_UPDATE):
-                self.total += few.sum(0, dtype=torch.float64)  # which casts them all
-            if shift is not None:
-                self.total -= count * shift.detach().double()
+        self.rows += rows.numel() // rows.shape[-1]
 
 
 @dataclass

@@ -35,9 +35,8 @@ def export_checkpoint(
 ) -> Path:
     """Write ``index``, a compressed model, to ``destination`` with every linear in ``form``.
 
-    ``dense`` multiplies the factors out; ``uv`` turns pivots into a plain left factor. What one
-    of the two cannot hold is refused: channels that share weights as ``uv``, a bias that the
-    architecture does not have as ``dense``. One linear is in memory at a time. ``extra`` are
+    ``dense`` multiplies the factors out; ``uv`` turns pivots into a plain left factor, and refuses
+    channels that share weights. One linear is in memory at a time. ``extra`` are
     small files that only ``uv`` needs, and ``auto_map`` the config's way to them. A run that was
     interrupted goes on after its last whole shard.
     """
@@ -97,11 +96,6 @@ def _check_form(form: str, modules: dict[str, dict[str, Any]]) -> None:
             raise RecipeError(
                 f"{name} has channels that share weights, no two factors hold them: "
                 "export it with --form dense"
-            )
-        if form == "dense" and "bias" in spec:
-            raise RecipeError(
-                f"{name} has a bias that its architecture does not know, every loader would "
-                "leave it out: export it with --form uv"
             )
 
 

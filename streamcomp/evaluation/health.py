@@ -67,7 +67,7 @@ class Health:
 def numerical_health(report: Mapping[str, Any]) -> Health:
     """Look at the linears of a report."""
     linears: list[Record] = report.get("linears", [])
-    asked = asked_damping(report)
+    asked = asked_damping(report.get("recipe", {}))
     # one-sided losses are energies of a linear's outputs, which say nothing beside another's
     compares = report.get("recipe", {}).get("method") == "two-sided"
     total = math.fsum(map(loss_of, linears)) if compares else None
@@ -76,21 +76,17 @@ def numerical_health(report: Mapping[str, Any]) -> Health:
     return Health(
         linears,
         [linear for linear in linears if linear.get("fallback")],
-        [m for m in linears if _far(m.get("damping", 0), asked[m["name"]])],
+        [m for m in linears if _far(m.get("damping", 0), asked)],
         [m for m in linears if "condition" in m and m["condition"] is None and not _shared(m)],
         total,
         heaviest if heavy else None,
     )
 
 
-def asked_damping(report: Mapping[str, Any]) -> dict[str, float]:
-    """The damping that the recipe, its method or the last redo asks for, by linear."""
-    recipe = report.get("recipe", {})
+def asked_damping(recipe: Mapping[str, Any]) -> float:
+    """The damping that the recipe or its method asks for."""
     usual = GRADIENT_DAMPING if recipe.get("method") == "two-sided" else 0.0
-    found = {linear["name"]: recipe.get("damping") or usual for linear in report.get("linears", [])}
-    for redone in report.get("redone", []):
-        found |= dict.fromkeys(redone["linears"], redone["damping"])
-    return found
+    return float(recipe.get("damping") or usual)
 
 
 def loss_of(linear: Record) -> float:

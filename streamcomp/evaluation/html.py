@@ -164,7 +164,7 @@ def _summary(report: _Record, linears: Sequence[_Record]) -> str:
     words = [
         f"{word} {recipe[word]}" for word in ("method", "form", "allocation") if word in recipe
     ]
-    words += [word for word in ("centred", "update", "refine") if recipe.get(word)]
+    words += [word for word in ("update", "refine") if recipe.get(word)]
     blocks = len({_block(linear["name"]) for linear in linears})
     factored = f"{counted(len(linears), 'linear')} factored in {counted(blocks, 'block')}"
     return " · ".join([f"{report['model'].get('type') or 'unknown'} model", *words, factored])
@@ -279,13 +279,8 @@ def _above(what: str, amounts: Sequence[tuple[float, str]]) -> str:
 
 
 def _notes(report: _Record) -> Html:
-    """What the job said, and what was done again after it."""
-    notes = [
-        f"{counted(len(redone['linears']), 'linear')} matched by {redone['pattern']}: decomposed "
-        f"again, with damping {redone['damping']:g}."
-        for redone in report.get("redone", [])
-    ]
-    notes += report.get("notes", [])
+    """What the job said."""
+    notes = report.get("notes", [])
     return section("Notes", "" if notes else "None.", listing(notes))
 
 

@@ -68,7 +68,7 @@ def job_report(
         },
         "seconds": round(sum(step["seconds"] for step in steps), 1),
         "stages": _summed(step["stages"] for step in steps),
-        "limits": _summed(step.get("limits", {}) for step in steps),
+        "limits": _summed(step["limits"] for step in steps),
         "rates": asdict(rates),
         "windows": next((step["windows"] for step in steps if "windows" in step), 0),
         "recipe": recipe,

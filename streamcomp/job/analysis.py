@@ -130,7 +130,7 @@ def read_moment(
     if f"gradient.{linear.name}" in tensors:
         energy = float(tensors[f"energy.{linear.name}"])
         gradient = GradientMoment(tensors[f"gradient.{linear.name}"], energy)
-    return Moment(group.side, tensors["value"], int(tensors["rows"]), None, gradient)
+    return Moment(group.side, tensors["value"], int(tensors["rows"]), gradient)
 
 
 def _path(folder: Path, key: str, name: str) -> Path:

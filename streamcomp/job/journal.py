@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import CalibrationError, JobLockedError, JobMismatchError, OutputError
-from streamcomp.recipe import OUTPUT_FIELDS, Recipe
+from streamcomp.recipe import DECOMPOSITION_FIELDS, OUTPUT_FIELDS, Recipe
 
 __all__ = [
     "JOURNAL",
@@ -35,10 +35,11 @@ __all__ = [
     "fingerprint",
     "locked",
     "same_analysis",
+    "same_moments",
 ]
 
 JOURNAL = "journal.jsonl"
-_VERSION = 5
+_VERSION = 6
 _HEADER = {"version", "fingerprint", "levers", "total", "planned_seconds"}
 _PIECE_BYTES = 1 << 20
 
@@ -63,9 +64,10 @@ def check_fingerprint(
 ) -> None:
     """JobMismatchError naming the first field in which ``found`` is not what is ``wanted``.
 
-    Those that shape the output alone come last: kept work may serve a job with others.
+    Fields that shape decompositions or the output alone come last, because kept work may serve a
+    job in which they differ.
     """
-    for field in sorted(wanted, key=lambda name: name in OUTPUT_FIELDS):
+    for field in sorted(wanted, key=lambda name: name in (*DECOMPOSITION_FIELDS, *OUTPUT_FIELDS)):
         value = wanted[field]
         if not versions and field in ("torch", "transformers"):
             continue
@@ -84,8 +86,12 @@ def check_fingerprint(
 
 def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two jobs differ in nothing but what shapes their output."""
-    names = (one.keys() | other.keys()) - set(OUTPUT_FIELDS)
-    return all(one.get(name) == other.get(name) for name in names)
+    return _same_but(OUTPUT_FIELDS, one, other)
+
+
+def same_moments(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two jobs differ in nothing but what shapes their decompositions and their output."""
+    return _same_but((*DECOMPOSITION_FIELDS, *OUTPUT_FIELDS), one, other)
 
 
 @contextmanager
@@ -160,12 +166,15 @@ class Journal:
         write_text(folder / JOURNAL, json.dumps(header) + "\n")
         return cls(folder / JOURNAL, header, [])
 
-    def inherit(self, wanted: Fingerprint, before: str) -> Journal:
-        """A journal of the job ``wanted`` that begins with the steps of this one ``before`` one."""
-        names = [entry["step"] for entry in self.steps]
-        steps = self.steps[: names.index(before)] if before in names else []
-        header = self.header | {"fingerprint": wanted}
-        return Journal(self.path, header, steps, inherited=True)
+    def inherit(self, wanted: Fingerprint, before: tuple[str, ...], **levers: Any) -> Journal:
+        """A journal of the job ``wanted`` that begins with steps of this one.
+
+        It takes the steps before the first whose name begins with one of ``before``, and the
+        levers, of which ``levers`` are replaced.
+        """
+        ends = (n for n, entry in enumerate(self.steps) if entry["step"].startswith(before))
+        header = self.header | {"fingerprint": wanted, "levers": self.header["levers"] | levers}
+        return Journal(self.path, header, self.steps[: next(ends, 0)], inherited=True)
 
     def trim(self) -> None:
         """Cut off what a crash left behind the last whole line, before appending."""
@@ -195,6 +204,11 @@ class Journal:
     def find(self, step: str) -> dict[str, Any] | None:
         """Results of ``step``, None if it is not done."""
         return next((entry for entry in self.steps if entry["step"] == step), None)
+
+
+def _same_but(fields: Iterable[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    names = (one.keys() | other.keys()) - set(fields)
+    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _entry(line: bytes) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from streamcomp.job.journal import (
     fingerprint,
     locked,
     same_analysis,
+    same_moments,
 )
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.workspace import Stage, Workspace, check_finite
@@ -68,7 +69,7 @@ __all__ = [
     "steps_of_output",
 ]
 
-_RANKS = "ranks"
+_DECOMPOSE, _RANKS = "decompose", "ranks"
 
 # What reading, writing and streaming call that not every system has; macOS lacks the first two.
 _SYSTEM_CALLS = ("posix_fadvise", "posix_fallocate", "preadv", "pwrite", "O_DIRECTORY")
@@ -148,19 +149,19 @@ class Job:
     def _journal(self) -> Journal | None:
         """What was done; a job that got no further than its first step may begin anew.
 
-        A finished job that kept its analysis hands it on to one that differs in its output alone.
+        A finished job that kept its work hands its decompositions on to one that differs in its
+        output alone, and its moments to one that decomposes them otherwise.
         """
         found = Journal.read(self.work) if self.work.is_dir() else None
         if found is None or not found.steps:
             return None
-        header = found.header
-        if (
-            header["levers"].get("keep_work")
-            and found.finished
-            and header["fingerprint"] != self.fingerprint
-            and same_analysis(header["fingerprint"], self.fingerprint)
-        ):
-            return found.inherit(self.fingerprint, before=_RANKS)
+        before, levers = found.header["fingerprint"], found.header["levers"]
+        if before == self.fingerprint or not (levers["keep_work"] and found.finished):
+            return found
+        if same_analysis(before, self.fingerprint):
+            return found.inherit(self.fingerprint, (_RANKS,))
+        if levers["analysis"] and same_moments(before, self.fingerprint):
+            return found.inherit(self.fingerprint, (_DECOMPOSE, _RANKS), from_moments=True)
         return found
 
     def _check_unchanged(self, found: Journal | None) -> None:
@@ -176,6 +177,7 @@ class Job:
             "output_in_memory": is_memory_backed(self.out),
             "analysis": keep and can_be_analysed(self.recipe),
             "keep_work": keep,
+            "from_moments": False,
         }
         if found is None:
             self._settings = fits
@@ -185,7 +187,7 @@ class Job:
             self.progress.note(
                 "--keep-work comes too late: this job began without it, and removes its work"
             )
-        fits |= {"analysis": held["analysis"], "keep_work": held["keep_work"]}
+        fits |= {name: held[name] for name in ("analysis", "keep_work", "from_moments")}
         self._settings = fits
         ranked = found.find(_RANKS)
         fits["ranks"] = ranked["ranks"] if ranked else None
@@ -213,6 +215,7 @@ class Job:
             "device": str(self.device),
             "analysis": self.plan.analysis,
             "keep_work": self._settings["keep_work"],
+            "from_moments": self._settings["from_moments"],
         }
         total = len(self.plan.steps)
         seconds = [round(step.seconds, 3) for step in self.plan.steps]
@@ -288,6 +291,7 @@ class Job:
             "loss": sweeps.loss,
             "reverse": sweeps.reverse,
             "analyse": sweeps.analyse,
+            _DECOMPOSE: sweeps.decompose,
             "ranks": sweeps.ranks,
         }[step.kind]
         return sweep(self.space, stage, step)

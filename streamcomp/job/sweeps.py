@@ -19,6 +19,7 @@ from streamcomp.calibration.observe import MomentGroup, Observer, moment_dtype
 from streamcomp.errors import NonFiniteError
 from streamcomp.job.analysis import (
     health,
+    read_moment,
     read_spectrum,
     write_decomposition,
     write_moment,
@@ -26,12 +27,13 @@ from streamcomp.job.analysis import (
 )
 from streamcomp.job.workspace import Stage, Workspace, check_finite
 from streamcomp.linalg.moments import SecondMoment
-from streamcomp.methods import Swsc
+from streamcomp.methods import Moment, Swsc
+from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning.outputs import allocate
 from streamcomp.planning.schedule import Step, gradient_key, hidden_key
 
-__all__ = ["analyse", "forward", "loss", "ranks", "reverse"]
+__all__ = ["analyse", "decompose", "forward", "loss", "ranks", "reverse"]
 
 Results = dict[str, Any]
 
@@ -119,6 +121,38 @@ def analyse(work: Workspace, stage: Stage, step: Step) -> Results:
     return {"block": number, "digest": loaded.digest, **analysed}
 
 
+def decompose(work: Workspace, stage: Stage, step: Step) -> Results:
+    """All linears of one block again, with other settings, from kept moments.
+
+    Holds the moments of one linear at a time.
+    """
+    analysed: Results = {"analysis": []}
+    unreached = work.unreached
+    for groups in work.passes(step):
+        with work.block(stage, step.block) as loaded:
+            for linear in work.block_plan(step.block).others(groups):
+                loaded.drop(linear.name)
+            for group in groups:
+                least = 0.0
+                for linear in group.linears:
+                    if linear.disk_name in unreached:
+                        loaded.drop(linear.name)
+                        continue
+                    least = _decompose_linear(
+                        work,
+                        stage,
+                        step,
+                        loaded,
+                        linear,
+                        replace(
+                            read_moment(work.folder, step.block, group, linear, work.device),
+                            least=least,
+                        ),  # held by the call alone
+                        analysed,
+                    )
+    return {"block": step.block, "digest": loaded.digest, **analysed}
+
+
 def ranks(work: Workspace, stage: Stage, step: Step) -> Results:
     """Ranks of every output, from the spectra of the whole model where allocation asks for them.
 
@@ -203,10 +237,10 @@ def _decompose(
     All other weights are dropped before, its moments and its own weight behind it. ``results``
     take the figures of each, and the names of those that no token reached.
     """
-    assert not isinstance(work.method, Swsc)
     for linear in work.block_plan(step.block).others(groups):
         loaded.drop(linear.name)
-    found, unreached = results.setdefault("analysis", []), results.setdefault("unreached", [])
+    results.setdefault("analysis", [])
+    unreached = results.setdefault("unreached", [])
     for group in groups:
         moment = observer.take(group)
         gradients = {}
@@ -216,18 +250,33 @@ def _decompose(
                 loaded.drop(linear.name)
             continue
         for linear in group.linears:
-            stage(f"decomposing {linear.name.rpartition('.')[2]}")
             if group.gradients:
                 gradients[linear.name] = observer.take_gradient(linear)
-            weight = loaded.weight(linear.name)
-            own = replace(moment, gradient=gradients.get(linear.name))
-            decomposition = work.method.decompose(weight, own, work.recipe.damping)
-            write_decomposition(work.folder, step.block, linear, decomposition)
-            found.append(health(linear, decomposition))
-            moment = moment.knowing(decomposition)
-            del weight, decomposition
-            loaded.drop(linear.name)
+            whole = replace(moment, gradient=gradients.get(linear.name))
+            least = _decompose_linear(work, stage, step, loaded, linear, whole, results)
+            moment = replace(moment, least=least)
+            del whole
             if not work.keeps_work:
                 gradients.clear()
         if work.keeps_work:
             write_moment(work.folder, step.block, group, moment, gradients)
+
+
+def _decompose_linear(
+    work: Workspace,
+    stage: Stage,
+    step: Step,
+    loaded: LoadedBlock,
+    linear: Linear,
+    moment: Moment,
+    results: Results,
+) -> float:
+    """Decompose one linear into the work folder and drop its weight; the damping it needed."""
+    assert not isinstance(work.method, Swsc)
+    stage(f"decomposing {linear.name.rpartition('.')[2]}")
+    weight = loaded.weight(linear.name)
+    decomposition = work.method.decompose(weight, moment, work.recipe.damping)
+    write_decomposition(work.folder, step.block, linear, decomposition)
+    results["analysis"].append(health(linear, decomposition))
+    loaded.drop(linear.name)
+    return moment.knowing(decomposition).least

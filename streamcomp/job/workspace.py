@@ -249,9 +249,10 @@ class Workspace:
         """Linears, by their names on disk, that no calibration token reached."""
         return {name for step in self.journal.steps for name in step.get("unreached", [])}
 
-    def results(self, kind: str, block: int) -> dict[str, Any] | None:
-        """What the journal holds of the step of ``kind`` on ``block``."""
-        return self.journal.find(f"{kind} {block}")
+    def analysis_of(self, block: int) -> list[dict[str, Any]]:
+        """Figures of the decompositions of the linears of ``block``, as they were made last."""
+        steps = (step for step in reversed(self.journal.steps) if step.get("block") == block)
+        return next(step["analysis"] for step in steps if "analysis" in step)
 
 
 def work_files(folder: Path) -> list[Path]:

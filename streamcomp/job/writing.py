@@ -18,20 +18,14 @@ from streamcomp.job.analysis import as_kept, health, read_decomposition, read_ou
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.linalg.channel_sharing import average_bits, shared_numbers
 from streamcomp.linalg.low_rank import Decomposition, decompose_weight
-from streamcomp.methods import (
-    Moment,
-    Swsc,
-    factor_tensors,
-    mean_bias,
-    shared_tensors,
-)
+from streamcomp.methods import Moment, Swsc, factor_tensors, shared_tensors
 from streamcomp.modeling.linears import Linear
 from streamcomp.modeling.modules import FactoredLinear, factored
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning.outputs import OutputPlan
 from streamcomp.planning.schedule import Step, can_be_analysed, hidden_key
 
-__all__ = ["Factored", "block", "block_entries", "copy", "factorize"]
+__all__ = ["Factored", "block", "copy"]
 
 Results = dict[str, Any]
 
@@ -58,7 +52,7 @@ class Factored:
         dtype = dense.weight.dtype
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
         if dense.bias is not None:
-            state.setdefault("bias", dense.bias.detach())
+            state["bias"] = dense.bias.detach()
         module.load_state_dict(state, assign=True)
         return module.requires_grad_(False)
 
@@ -78,7 +72,7 @@ def block(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
             if again:
                 found, refined = _on_compressed_stream(work, stage, step, loaded, found)
     stage("writing")
-    write_shard(shard, block_entries(work, step.block, found))
+    write_shard(shard, _block_entries(work, step.block, found))
     linears = [item.result for item in found]
     notes = [f"{m['name']}: {m['fallback']}" for m in linears if m["fallback"]]
     loss = sum(linear["relative_loss"] for linear in linears) / max(1, len(linears))
@@ -112,7 +106,7 @@ def copy(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
     return {"output": step.output}
 
 
-def block_entries(work: Workspace, number: int, found: list[Factored]) -> list[Entry]:
+def _block_entries(work: Workspace, number: int, found: list[Factored]) -> list[Entry]:
     """What a block's shard holds: factors, and whatever they do not replace."""
     entries = [entry for item in found for entry in item.entries]
     names = {entry.name for entry in entries}
@@ -123,26 +117,14 @@ def block_entries(work: Workspace, number: int, found: list[Factored]) -> list[E
     ]
 
 
-def factorize(
-    work: Workspace,
-    linear: Linear,
-    rank: int,
-    dense: nn.Linear,
-    found: Decomposition,
-    moment: Moment | None = None,
+def _factorize(
+    work: Workspace, linear: Linear, rank: int, weight: Tensor, found: Decomposition
 ) -> Factored:
-    """The factors of one linear at ``rank``; the mean as a bias where the method is centred."""
-    weight = dense.weight.detach()
+    """The factors of one linear at ``rank``."""
     form, dtype = work.recipe.form, linear.source.torch_dtype
     left, right = found.factors(weight, rank)
     spec: dict[str, Any] = {"form": form, "rank": rank}
-    bias = {}
-    if moment is not None and moment.total is not None:
-        shift = mean_bias(weight, left, right, moment)
-        bias["bias"] = (shift if dense.bias is None else shift + dense.bias).to(dtype)
-        if dense.bias is None:
-            spec["bias"] = True
-    tensors = factor_tensors(form, left, right, dtype) | bias
+    tensors = factor_tensors(form, left, right, dtype)
     result = health(linear, found) | {
         "rank": rank,
         "relative_loss": found.relative_loss(rank),
@@ -190,8 +172,7 @@ def _factorize_groups(
             else:
                 found = _decomposition(work, step, group, linear, weight, moment, rank)
                 moment = None if moment is None else moment.knowing(found)
-                dense = loaded.dense_linear(linear.name)
-                item = factorize(work, linear, rank, dense, found, moment)
+                item = _factorize(work, linear, rank, weight, found)
                 del found
             del weight
             if not runs_again:
@@ -253,9 +234,7 @@ def _observe(
     source = hidden_key(step.block, step.output if compressed else None)
     target = hidden_key(step.block + 1)
     keep = keeps and not compressed and not work.recipe.follows and target in step.writes
-    with Observer(
-        loaded.module, loaded.name, groups, work.device, totals=work.recipe.centred
-    ) as observer:
+    with Observer(loaded.module, loaded.name, groups, work.device) as observer:
         if groups or keep:
             name = "observing"
             work.propagate(stage, name, loaded, step.block, source, target if keep else None)
@@ -267,10 +246,8 @@ def _decomposition(
     moment: Moment | None, rank: int,
 ) -> Decomposition:  # fmt: skip
     if work.plan.analysis:
-        kind = "reverse" if work.recipe.two_sided else "analyse"
-        results = work.results(kind, step.block)
-        assert results is not None
-        known = next(item for item in results["analysis"] if item["name"] == linear.disk_name)
+        analysis = work.analysis_of(step.block)
+        known = next(item for item in analysis if item["name"] == linear.disk_name)
         return read_decomposition(work.folder, step.block, linear, known, work.device)
     assert not isinstance(work.method, Swsc)
     if moment is None:

@@ -53,7 +53,6 @@ __all__ = [
     "FIRST_DAMPING",
     "GRADIENT_DAMPING",
     "Decomposition",
-    "centred",
     "damped_outputs",
     "decompose_inputs",
     "decompose_outputs",
@@ -274,12 +273,6 @@ def _mixing(
     _solve_transposed(lower, vectors)  # S^-T V
     found = _decomposition(values, left, vectors.T, mixes=True, damping=damping)
     return replace(found, least=least if least < MOST_DAMPING else 0.0)
-
-
-def centred(moment: Tensor, total: Tensor, rows: int) -> Tensor:
-    """The moment of rows less their mean, fp64, from their moment, sum and number."""
-    wide = total.double()
-    return moment.to(torch.float64, copy=True).addr_(wide, wide, alpha=-1 / rows)
 
 
 def refit_left(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from streamcomp.errors import RecipeError
 from streamcomp.methods.base import GradientMoment, Method, Moment
 from streamcomp.methods.factors import factor_tensors, shared_tensors
-from streamcomp.methods.rom import Rom, mean_bias
+from streamcomp.methods.rom import Rom
 from streamcomp.methods.svd_llm import SvdLlm
 from streamcomp.methods.swsc import Swsc
 from streamcomp.methods.two_sided import TwoSided
@@ -18,7 +18,6 @@ __all__ = [
     "Swsc",
     "factor_tensors",
     "find_method",
-    "mean_bias",
     "shared_tensors",
 ]
 

@@ -30,15 +30,14 @@ class GradientMoment:
 class Moment:
     """Second moment of a linear's inputs, H (n, n), or of its outputs, K (m, m).
 
-    ``total`` is the sum of the ``rows`` that it was taken over, where a centred method needs it.
-    ``least`` is the damping from which on it has a Cholesky factor, as far as an earlier linear of
-    its group has shown (:attr:`~streamcomp.linalg.low_rank.Decomposition.least`).
+    ``rows`` is the number of rows that it was taken over. ``least`` is the smallest damping with
+    which an earlier linear of its group could factor it
+    (:attr:`~streamcomp.linalg.low_rank.Decomposition.least`).
     """
 
     side: Side
     value: Tensor
     rows: int = 0
-    total: Tensor | None = None
     gradient: GradientMoment | None = None
     least: float = 0.0
 

@@ -185,7 +185,7 @@ FORMS: dict[str, type[FactoredLinear]] = {
     module.form: module for module in (LowRankLinear, PivotLinear)
 }
 
-_KEYS = {"form", "rank", "dtype", "bias"}
+_KEYS = {"form", "rank", "dtype"}
 _SHARED_KEYS = {"clusters", "axis"}
 
 
@@ -193,9 +193,8 @@ def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     """An empty factored linear in the place of ``dense``, as ``spec`` of the config says.
 
     ``spec`` holds ``form``, ``rank`` and ``dtype``; for the form ``shared`` also ``clusters``
-    and ``axis``; and ``"bias": true`` where there is a bias that ``dense`` has not. Anything
-    else is refused, for a reader that skips what it does not know returns a wrong model.
-    Raises ValueError.
+    and ``axis``. Anything else is refused, for a reader that skips what it does not know returns
+    a wrong model. Raises ValueError.
     """
     form, rank = spec.get("form"), spec.get("rank")
     shared = form == SharedLinear.form
@@ -207,10 +206,8 @@ def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     rows, columns = dense.out_features, dense.in_features
     if type(rank) is not int or not 0 < rank < min(rows, columns):
         raise ValueError(f"streamcomp: rank {rank!r} is impossible for {rows} x {columns}")
-    if "bias" in spec and spec["bias"] is not True:
-        raise ValueError(f"streamcomp: bias {spec['bias']!r} is impossible: true, or no such key")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    bias = "bias" in spec or dense.bias is not None
+    bias = dense.bias is not None
     if not shared:
         return FORMS[form](columns, rows, rank, bias, **place)
     clusters, axis = _sharing(spec, rows, columns)

@@ -85,8 +85,7 @@ def passes_of_step(
     """
     if step.kind == "block" and recipe.compressed_stream:
         return [block.groups]
-    from_kept = step.kind == "redo" or (step.kind == "block" and analysis)
-    return block.passes(levers, observed=not from_kept)
+    return block.passes(levers, observed=not (step.kind == "block" and analysis))
 
 
 def plan_blocks(

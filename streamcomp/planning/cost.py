@@ -156,13 +156,11 @@ class BlockCost:
         swsc: bool = False,
         metric: bool = True,
         damped: bool = False,
-        centred: bool = False,
     ) -> Phase:
         """One decomposition; ``moments`` bytes of them are there, ``dropped`` of weights not.
 
         ``swsc`` shares channels, in the ``metric`` of the inputs or in none.
-        The outputs' moment is ``damped`` where the recipe says so, or tokens are few. ``centred``
-        makes a copy in fp64.
+        The outputs' moment is ``damped`` where the recipe says so, or tokens are few.
         """
         if swsc:
             work = sharing_bytes(linear.rows, linear.columns, metric=metric)
@@ -175,7 +173,6 @@ class BlockCost:
                 gradients=group.gradients,
                 damped=damped or self.stream.windows * self.stream.seq_len < linear.rows,
             )
-            work += _F64 * group.size**2 if centred else 0
         parts = {"weights": self.weight_bytes - dropped, "moments": moments, "decomposition": work}
         return Phase(f"decompose {linear.name}", parts)
 

@@ -75,7 +75,7 @@ def asked_ratios(skeleton: Skeleton, recipe: Recipe, linears: Sequence[Linear]) 
     whole = sum(info.nbytes for info in (*infos, *skeleton.other_tensors()))
     dense = sum(linear.source.nbytes for linear in linears)
     beside = 4 * sum(linear.rows for linear in linears) if recipe.form == "pivot" else 0
-    factors = {"pivot": 3, "uv": 2, "shared": 4}[recipe.form] + recipe.centred  # at most
+    factors = {"pivot": 3, "uv": 2, "shared": 4}[recipe.form]  # at most
     headers = _HEADER_BYTES * (len(infos) + factors * len(linears))
     least = whole - dense + beside + headers
     ratio = 1 - (wanted - least) / dense
@@ -100,8 +100,6 @@ def plan_output(
     ``ranks`` are those that the spectra have led to, where they are known already.
     """
     inner = inner_ratio(recipe, asked, eligible, chosen)
-    biases = {m.full_name: m.rows for m in chosen if _gains_bias(skeleton, recipe, m)}
-    inner += sum(biases.values()) / sum(linear.numel for linear in chosen)
     shapes = [(linear.rows, linear.columns) for linear in chosen]
     numbers: dict[str, int | None] = {linear.full_name: None for linear in eligible}
     if recipe.form == "shared":
@@ -126,10 +124,7 @@ def plan_output(
         }
     total = sum(linear.numel for linear in eligible)
     kept = sum(
-        linear.numel
-        if (n := numbers[linear.full_name]) is None
-        else n + biases.get(linear.full_name, 0)
-        for linear in eligible
+        linear.numel if (n := numbers[linear.full_name]) is None else n for linear in eligible
     )
     final = ranks is not None or recipe.allocation == "uniform"
     nbytes = _output_bytes(skeleton, recipe, eligible, numbers)
@@ -195,11 +190,6 @@ def _shared_numbers(linears: Sequence[Linear], ratio: float) -> dict[str, int | 
     return found
 
 
-def _gains_bias(skeleton: Skeleton, recipe: Recipe, linear: Linear) -> bool:
-    """Whether a centred method gives ``linear`` a bias that the dense one has not."""
-    return recipe.centred and f"{linear.full_name}.bias" not in skeleton.sources
-
-
 def _output_bytes(
     skeleton: Skeleton,
     recipe: Recipe,
@@ -218,5 +208,4 @@ def block_saving(recipe: Recipe, linear: Linear, numbers: Mapping[str, int | Non
         return 0
     item = linear.source.nbytes // linear.numel
     extra = 4 * linear.rows if recipe.form == "pivot" else 0
-    extra += item * linear.rows if recipe.centred else 0
     return item * stored - linear.source.nbytes + extra

@@ -156,7 +156,7 @@ def make_plan(
     memory_backed: bool = False,
     output_in_memory: bool = False,
     device_budget: int = 0,
-    redo: Sequence[int] = (),
+    from_moments: bool = False,
 ) -> Plan:
     """Plan a compression within ``budget_bytes``; BudgetError with the least that would do.
 
@@ -170,8 +170,8 @@ def make_plan(
     also where one output alone needs none, ``keep_work`` keeps them and the moments behind the
     end. ``kernel_bytes`` are what :func:`~streamcomp.planning.meter.warm_up` measured.
     ``memory_backed`` says that the work folder lies in memory, so that what is in it counts
-    in the budget, ``output_in_memory`` the same of OUT. ``redo`` plans no compression but new
-    factors for those blocks, from kept moments.
+    in the budget, ``output_in_memory`` the same of OUT. With ``from_moments``
+    decompositions are made again, from moments that another job kept.
     """
     if skeleton.compressed:
         raise UnsupportedModelError(
@@ -197,7 +197,7 @@ def make_plan(
         analysis,
         keep_work,
         on_device=device_budget > 0,
-        redo=redo,
+        from_moments=from_moments,
     )
     least, chosen = _choose_levers(planner, levers, recipe.batch, budget_bytes, device_budget)
     steps, smallest = planner.steps(chosen), planner.steps(least)

@@ -6,6 +6,8 @@ A sweep is one pass over the blocks. The order of sweeps:
 - *loss* and *reverse* (two-sided): the gradient stream, last block first; moments are taken and
   decomposed, and what the writing sweeps need of them is kept;
 - *analyse* (one-sided, where several outputs share it or ranks depend on it): the same, forward;
+- *decompose* (where a job uses the moments that another one kept): they are decomposed again, with
+  another damping;
 - *ranks*: shared among all linears at once;
 - *block*, once per output: factors are written, and where they depend on the compressed stream,
   computed there.
@@ -28,7 +30,6 @@ __all__ = [
     "hidden_key",
     "live_after",
     "needs_analysis",
-    "redo_schedule",
     "runs_windows",
     "schedule",
 ]
@@ -76,8 +77,13 @@ def analysis_key(block: int) -> str:
     return f"analysis-{block:05d}"
 
 
-def schedule(recipe: Recipe, depth: int, chosen: range, analysis: bool) -> list[Step]:
-    """All steps for a model of ``depth`` blocks of which ``chosen`` are compressed."""
+def schedule(
+    recipe: Recipe, depth: int, chosen: range, analysis: bool, *, from_moments: bool = False
+) -> list[Step]:
+    """All steps for a model of ``depth`` blocks of which ``chosen`` are compressed.
+
+    With ``from_moments`` decompositions are made again, from moments that another job kept.
+    """
     steps: list[Step] = []
     if recipe.statistics != "none":
         steps += [
@@ -88,6 +94,10 @@ def schedule(recipe: Recipe, depth: int, chosen: range, analysis: bool) -> list[
         steps += _two_sided_sweeps(recipe, depth, chosen)
     elif analysis:
         steps += [_analyse(k, chosen) for k in range(chosen.stop)]
+    if from_moments:
+        steps += [
+            Step(f"decompose {k}", "decompose", k, -1, (), (analysis_key(k),)) for k in chosen
+        ]
     if analysis:
         steps.append(Step("ranks", "ranks", reads=tuple(analysis_key(k) for k in chosen)))
     for output, ratio in enumerate(recipe.ratios):
@@ -95,11 +105,6 @@ def schedule(recipe: Recipe, depth: int, chosen: range, analysis: bool) -> list[
         steps += [_write(recipe, k, output, prefix, chosen, depth, analysis) for k in range(depth)]
         steps.append(Step(f"{prefix}copy the rest", "copy", output=output))
     return steps
-
-
-def redo_schedule(blocks: Sequence[int]) -> list[Step]:
-    """The steps that decompose linears of those ``blocks`` again, from kept moments."""
-    return [Step(f"redo {k}", "redo", k) for k in blocks]
 
 
 def live_after(steps: Sequence[Step], done: int) -> set[str]:
@@ -160,7 +165,7 @@ def _write(
 
 def can_be_analysed(recipe: Recipe) -> bool:
     """Whether decompositions depend on the dense model alone, and one serves every output."""
-    return recipe.statistics == "dense" and recipe.method != "swsc" and not recipe.centred
+    return recipe.statistics == "dense" and recipe.method != "swsc"
 
 
 def needs_analysis(recipe: Recipe) -> bool:

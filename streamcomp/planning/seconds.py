@@ -57,9 +57,8 @@ class Timing:
             return limits | {"forward": forward}
         passes = len(passes_of_step(step, block, recipe, self.analysis, levers))
         limits["loading"] *= passes
-        if step.kind == "redo":
-            factors = (self._factor_seconds(block, n) for n in range(len(self.outputs)))
-            return limits | {"decomposing": self._solve_seconds(block), "factorizing": sum(factors)}
+        if step.kind == "decompose":
+            return limits | {"decomposing": self._solve_seconds(block)}
         if step.kind in ("reverse", "analyse"):
             limits["decomposing"] = self._solve_seconds(block)
             moments = self._moment_seconds(block)

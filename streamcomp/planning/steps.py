@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +25,6 @@ from streamcomp.planning.schedule import (
     Step,
     hidden_key,
     live_after,
-    redo_schedule,
     runs_windows,
     schedule,
 )
@@ -40,7 +39,7 @@ _SLACK = 1.05
 _TEXT_BYTES, _TEXT_BYTES_PER_TENSOR = 256 * 2**10, 2 * 2**10
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 # Kinds of steps in which no block's masks and positions are known.
-_WITHOUT_CALLS = ("tokenize", "redo")
+_WITHOUT_CALLS = ("tokenize", "decompose")
 # Kinds of steps that never use a GPU.
 _ON_HOST = ("tokenize", "ranks", "copy")
 
@@ -84,7 +83,7 @@ class StepPlanner:
         keep_work: bool,
         *,
         on_device: bool,
-        redo: Sequence[int],
+        from_moments: bool,
     ) -> None:
         self.skeleton, self.recipe, self.on_device = skeleton, recipe, on_device
         self.blocks, self.stream, self.baseline = blocks, stream, baseline
@@ -105,11 +104,9 @@ class StepPlanner:
         ]
         self.timing = Timing(skeleton, recipe, rates, blocks, stream, self.outputs, analysis)
         numbers = chosen_blocks(recipe.blocks, len(blocks))
-        self.schedule = schedule(recipe, len(blocks), numbers, analysis)
+        self.schedule = schedule(recipe, len(blocks), numbers, analysis, from_moments=from_moments)
         self.kept = self._moment_files() if keep_work else 0
-        self.work_bytes = self._work_bytes(keep_work, finished=bool(redo))
-        if redo:
-            self.schedule = redo_schedule(redo)
+        self.work_bytes = self._work_bytes(keep_work)
         self.in_memory = self.work_bytes if memory_backed else 0
         self.in_memory += self.disk_bytes - self.work_bytes if output_in_memory else 0
         self.most_groups = max([1, *(len(block.groups) for block in blocks)])
@@ -229,6 +226,13 @@ class StepPlanner:
             yield known.observe(levers.batch, self._moment_bytes(groups))
             yield from self._decompositions(block, groups)
 
+    def _decompose(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
+        """From kept moments, of which no more are read at a time than a sweep would have taken."""
+        block = self.blocks[step.block]
+        yield block.cost.load()
+        for groups in self.passes(step, levers):
+            yield from self._decompositions(block, groups)
+
     def _decompositions(
         self, block: BlockPlan, groups: tuple[MomentGroup, ...]
     ) -> Iterator[cost.Phase]:
@@ -237,7 +241,7 @@ class StepPlanner:
         moments, dropped = self._moment_bytes(groups), self._other_bytes(block, groups)
         for group in groups:
             for linear in group.linears:
-                yield self._decompose(block, linear, group, moments, dropped)
+                yield self._decomposition(block, linear, group, moments, dropped)
                 dropped += linear.numel * dtype.itemsize
             moments -= group.nbytes(dtype)
 
@@ -287,7 +291,7 @@ class StepPlanner:
         for group in groups:
             for linear in (linear for linear in group.linears if linear in ranks):
                 if not self.analysis:
-                    yield self._decompose(block, linear, group, moments + factors, dropped)
+                    yield self._decomposition(block, linear, group, moments + factors, dropped)
                 kind = moment_dtype if self.analysis else solve_dtype  # as kept, or just made
                 kept = kind(self.stream.dtype)
                 bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients, kept)
@@ -297,57 +301,29 @@ class StepPlanner:
                 dropped += drops * linear.numel * self.stream.dtype.itemsize
             moments -= group.nbytes(self.stream.dtype) if observes else 0
 
-    def _redo(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
-        """As if all linears were done again: each from its own moments, beside factors so far."""
-        block, ranks, factors = self.blocks[step.block], self._most_ranks_of_any(step), 0
-        kept = moment_dtype(self.stream.dtype)
-        for groups in self.passes(step, levers):
-            yield block.cost.load(factors)
-            dropped = self._other_bytes(block, groups)
-            for group in groups:
-                moments = self._moment_bytes([group])
-                for linear in (linear for linear in group.linears if linear in ranks):
-                    yield self._decompose(block, linear, group, moments + factors, dropped)
-                    bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients, kept)
-                    held, form = moments + bases, self.recipe.form
-                    yield block.cost.factorize(linear, ranks[linear], form, held, factors, dropped)
-                    factors += self._factor_bytes(linear, ranks[linear])
-                    dropped += linear.numel * self.stream.dtype.itemsize
-        yield block.cost.write(factors)
-
     def _copy(self, step: Step, levers: Levers) -> Iterator[cost.Phase]:
         yield cost.Phase("copy", {"buffers": 2 * COPY_BYTES})
 
     # -- what they are made of -----------------------------------------------------------
 
-    def _decompose(
+    def _decomposition(
         self, block: BlockPlan, linear: Linear, group: MomentGroup, moments: int, dropped: int
     ) -> cost.Phase:
         recipe = self.recipe
-        observed = recipe.statistics != "none"
         return block.cost.decompose(
             linear,
             group,
             moments,
             dropped,
             swsc=recipe.method == "swsc",
-            metric=observed,
+            metric=recipe.statistics != "none",
             damped=recipe.damping > 0 and not group.gradients,
-            centred=recipe.centred and observed,
         )
 
     def _most_ranks(self, step: Step) -> dict[Linear, int]:
         output, form = self.outputs[step.output], self.recipe.form
         found = {m: output.most_rank(m, form) for m in self.blocks[step.block].targets}
         return {linear: rank for linear, rank in found.items() if rank is not None}
-
-    def _most_ranks_of_any(self, step: Step) -> dict[Linear, int]:
-        """The same over all outputs."""
-        found: dict[Linear, int] = {}
-        for output in range(len(self.outputs)):
-            for linear, rank in self._most_ranks(replace(step, output=output)).items():
-                found[linear] = max(rank, found.get(linear, 0))
-        return found
 
     def _moment_bytes(self, groups: Sequence[MomentGroup]) -> int:
         return sum(group.nbytes(self.stream.dtype) for group in groups)
@@ -388,17 +364,15 @@ class StepPlanner:
     def _moment_files(self) -> int:
         return sum(block.cost.moment_bytes for block in self.blocks)
 
-    def _work_bytes(self, keep_work: bool, *, finished: bool) -> int:
-        """The most that lies in the work folder at a time, or once the job is ``finished``."""
-        most, forever = 0, 0
+    def _work_bytes(self, keep_work: bool) -> int:
+        """The most that is in the work folder at a time."""
+        most, kept = 0, set[str]()
         for number, step in enumerate(self.schedule):
             there = live_after(self.schedule, number) | set(step.writes)
             if keep_work:
-                kept = {k for k in step.writes if k.startswith("analysis") or k == hidden_key(0)}
-                forever += sum(map(self._file_bytes, kept))
-                there = {k for k in there if not (k.startswith("analysis") or k == hidden_key(0))}
-            most = max(most, forever + sum(map(self._file_bytes, there)))
-        return (forever if finished else most) + self.kept
+                kept |= {k for k in step.writes if k.startswith("analysis") or k == hidden_key(0)}
+            most = max(most, sum(map(self._file_bytes, there | kept)))
+        return most + self.kept
 
     def _shard_bytes(self, step: Step) -> int:
         """Bytes of the shard that a step writes."""

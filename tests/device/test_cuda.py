@@ -35,7 +35,7 @@ JOBS: list[dict[str, Any]] = [
     {"method": "svd-llm", "statistics": "none"},
     {"method": "svd-llm", "allocation": "loss", "update": True, "anchor": 0.5},
     {"method": "rom"},
-    {"method": "rom", "centred": True, "blocks": "last:1"},
+    {"method": "rom", "blocks": "last:1"},
     {"method": "swsc"},
     {"method": "swsc", "axis": "columns", "ratio": 0.4},
     {"method": "swsc", "statistics": "none"},

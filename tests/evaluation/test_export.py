@@ -12,14 +12,13 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Generator
 from transformers import AutoModel, AutoModelForCausalLM
 
 import streamcomp
 from streamcomp import OutputError, RecipeError, UnsupportedModelError
 from streamcomp.evaluation import export
 from streamcomp.linalg.channel_sharing import AXES, share_channels
-from streamcomp.methods.factors import factor_tensors, shared_tensors
+from streamcomp.methods.factors import shared_tensors
 from streamcomp.modeling.modules import (
     FORMAT_VERSION,
     FactoredLinear,
@@ -313,30 +312,3 @@ def test_shared_channels_are_exported_dense_and_not_as_two_factors(
     with pytest.raises(RecipeError, match=f"{UP} has channels that share.*--form dense"):
         streamcomp.export(out, tmp_path / "uv", form="uv")
     assert not (tmp_path / "uv").exists()
-
-
-@pytest.mark.parametrize("form", ["pivot", "uv"])
-def test_an_added_bias_is_exported_in_two_factors_and_not_dense(
-    form: str, pico: Callable[..., Path], tmp_path: Path, random: Generator
-) -> None:
-    left, right = (torch.randn(*shape, generator=random).double() for shape in ((48, 7), (7, 32)))
-    tensors = factor_tensors(form, left, right, torch.float32)
-    biased = {**tensors, "bias": torch.linspace(-2, 2, 48)}
-    spec = {"form": form, "rank": 7}
-    plain = factored_once(pico("llama"), tmp_path / "plain", spec, tensors)
-    out = factored_once(pico("llama"), tmp_path / "out", {**spec, "bias": True}, biased)
-    expected = logits_of(load_dense(out), pico_tokens())
-
-    for folder in (plain, out):
-        streamcomp.export(folder, tmp_path / f"{folder.name}-uv", form="uv")
-
-    assert factored_modules(tmp_path / "plain-uv")[UP].keys() == {"form", "rank", "dtype"}
-    assert factored_modules(tmp_path / "out-uv")[UP]["bias"] is True
-    assert torch.equal(stored_tensors(tmp_path / "out-uv")[f"{UP}.bias"], biased["bias"])
-    found = logits_of(load_dense(tmp_path / "out-uv"), pico_tokens())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    without = logits_of(load_dense(tmp_path / "plain-uv"), pico_tokens())
-    assert not torch.allclose(without, expected, atol=1e-2)
-    with pytest.raises(RecipeError, match=f"{UP} has a bias.*--form uv"):
-        streamcomp.export(out, tmp_path / "dense")
-    assert not (tmp_path / "dense").exists()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from streamcomp.evaluation.health import asked_damping, numerical_health
+from streamcomp.evaluation.health import numerical_health
 
 
 def linear(name: str, **more: Any) -> dict[str, Any]:
@@ -39,18 +39,6 @@ def test_damping_ten_times_what_was_asked_for_is_warned_of(
 
     assert bool(found.damped) is warned
     assert any("damping" in warning for warning in found.warnings()) is warned
-
-
-def test_what_a_redo_asks_for_replaces_the_recipe() -> None:
-    redone = [
-        {"pattern": "a", "damping": 0.5, "linears": ["a"]},
-        {"pattern": "b", "damping": 0.5, "linears": ["b"]},
-        {"pattern": "b", "damping": 0.02, "linears": ["b"]},
-    ]
-    made = report([linear(n, damping=0.5) for n in "abc"], redone=redone, recipe=TWO_SIDED)
-
-    assert asked_damping(made) == {"a": 0.5, "b": 0.02, "c": 0.01}
-    assert [m["name"] for m in numerical_health(made).damped] == ["b", "c"]
 
 
 def test_a_singular_moment_is_told_from_none_at_all() -> None:

@@ -161,7 +161,6 @@ def test_names_from_a_checkpoint_stay_text() -> None:
         levers={HOSTILE: [HOSTILE]},
         versions={HOSTILE: HOSTILE},
         dense=[{"name": f"model.layers.0.x.{HOSTILE}", "rows": 4, "columns": 4}],
-        redone=[{"pattern": HOSTILE, "damping": 0.1, "linears": [HOSTILE]}],
     )
     hostile["linears"][0] |= {"fallback": HOSTILE, "bits_per_weight": 4.0}
     hostile["linears"][0]["spec"] = {"axis": HOSTILE, "clusters": 3}
@@ -415,16 +414,6 @@ def test_the_perplexity_before_is_told_where_it_is_known() -> None:
 
     assert "12.5" in text[text.index("perplexity before") :][:3]
     assert "perplexity before" not in Page(html_report(report())).text
-
-
-def test_linears_done_again_are_told() -> None:
-    redone = [{"pattern": "w$", "damping": 0.5, "linears": ["h.0.w", "h.1.w"]}]
-    linears = [linear(f"h.{n}.w", damping=0.5) for n in range(2)]
-
-    page = html_report(report(linears, redone=redone))
-
-    assert "2 linears matched by w$: decomposed again, with damping 0.5." in page
-    assert "Warnings" not in page  # it was asked for
 
 
 # -- steps --------------------------------------------------------------------------------

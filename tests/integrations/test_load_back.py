@@ -44,8 +44,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OTHERS: dict[str, dict[str, Any]] = {
     "shared": {"method": "swsc", "clusters": 4},
     "shared by rows": {"method": "swsc", "clusters": 4, "axis": "rows"},
-    "centred": {"method": "rom", "centred": True, "form": "uv"},
-    "centred pivot": {"method": "rom", "centred": True},
 }
 KINDS = [*FORMS, *OTHERS]
 
@@ -125,8 +123,7 @@ def test_with_trust_remote_code_no_streamcomp_is_needed(
         compressed("gpt_neox", "pivot"): ("PivotLinear", "GPTNeoXConfig", "GPTNeoXModel"),
         compressed("llama", "shared"): ("SharedLinear", "LlamaConfig", "LlamaModel"),
         compressed("opt", "shared by rows"): ("SharedLinear", "OPTConfig", "OPTModel"),
-        compressed("qwen2", "centred"): ("LowRankLinear", "Qwen2Config", "Qwen2Model"),
-        compressed("llama", "centred pivot"): ("PivotLinear", "LlamaConfig", "LlamaModel"),
+        compressed("qwen2", "uv"): ("LowRankLinear", "Qwen2Config", "Qwen2Model"),
     }
 
     done = run_elsewhere(list(made), tmp_path, tmp_path / "cache", trust=True)
@@ -208,27 +205,6 @@ def test_the_loaded_model_computes_with_the_products_and_biases(
     assert not torch.allclose(expected, logits_of(load_dense(dense), pico_tokens()), atol=1e-2)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])
-def test_a_centred_method_gives_every_linear_a_bias(
-    architecture: str, pico: Callable[..., Path], compressed: Callable[..., Path]
-) -> None:
-    out = compressed(architecture, "centred")
-    before, after = stored_tensors(pico(architecture)), stored_tensors(out)
-
-    modules = factored_modules(out)
-    model = load(out)
-    for name, spec in modules.items():
-        had = f"{name}.bias" in before
-        assert spec.get("bias", False) is not had  # told only where the dense model has none
-        stored = after[f"{name}.bias"]
-        assert stored.any()
-        assert not had or not torch.equal(stored, before[f"{name}.bias"])
-        assert torch.equal(model.get_submodule(in_memory(model, name)).bias, stored)
-    assert {f"{name}.bias" in before for name in modules} == {
-        "llama": {False}, "qwen2": {False, True}, "opt": {True},
-    }[architecture]  # fmt: skip
-
-
 @pytest.mark.parametrize("form", ["pivot", "uv", "shared"])
 def test_factored_linears_are_in_their_places(form: str, compressed: Callable[..., Path]) -> None:
     out = compressed("llama", form)
@@ -247,7 +223,7 @@ def test_factored_linears_are_in_their_places(form: str, compressed: Callable[..
         )
 
 
-@pytest.mark.parametrize("form", ["pivot", "uv", "shared", "centred"])
+@pytest.mark.parametrize("form", ["pivot", "uv", "shared"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt_neox", "opt", "mixtral"])
 def test_a_saved_model_is_the_same_model(
     architecture: str, form: str, compressed: Callable[..., Path], tmp_path: Path

@@ -488,7 +488,7 @@ def test_out_may_not_be_a_link_to_nothing(
     ("journal", "message"),
     [
         ("[]\n", "journal.jsonl is damaged: remove"),
-        ('{"version": 5}\n', "journal.jsonl is damaged: remove"),
+        ('{"version": 6}\n', "journal.jsonl is damaged: remove"),
         ("[" * 100_000 + "\n", "journal.jsonl is damaged: remove"),
         (None, "journal.jsonl cannot be read: Is a directory"),
     ],
@@ -517,18 +517,6 @@ def test_a_damaged_report_is_one_line(
 
     assert_refused(run_cli("status", out), 6, message)
     assert_refused(run_compress(pico("llama"), out, text), 6, message)
-    redo = ("compress", pico("llama"), out, "--redo", "q_proj", "--damping", 0.1)
-    assert_refused(run_cli(*redo), 6, message)
-
-
-def test_redo_takes_no_other_recipe(pico: Callable[..., Path], text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    compress(pico("llama"), out, text, keep_work=True)
-    redo = ("compress", pico("llama"), out, "--redo", "q_proj", "--damping", 0.1, "--quiet")
-
-    done = run_cli(*redo, "--refine", 100, "--ratio", 0.2)
-    assert_refused(done, 2, "--redo keeps the recipe of the job .* leave out refine$")
-    assert run_cli(*redo, "--ratio", 0.2, "--threads", 1).code == 0
 
 
 def test_a_result_that_cannot_be_printed_is_one_line(pico: Callable[..., Path]) -> None:

@@ -13,14 +13,13 @@ from unittest import mock
 
 import pytest
 
-from streamcomp import JobMismatchError, OutputError, RecipeError, Resources, redo, status
+from streamcomp import JobMismatchError, OutputError, RecipeError, Resources, status
 from streamcomp.api import plan
 from streamcomp.job import run
 from streamcomp.job.journal import locked
 from streamcomp.modeling.skeleton import Skeleton
 from tests.jobs import (
     BUDGET,
-    RESOURCES,
     Interrupt,
     Interrupted,
     Notes,
@@ -312,19 +311,3 @@ def test_keeping_work_of_a_job_that_began_without_is_said_to_be_too_late(
 
     assert any("--keep-work comes too late" in note for note in progress.texts)
     assert not (out / ".streamcomp").exists()
-
-
-def test_one_of_several_outputs_is_redone_from_the_work_beside_it(
-    pico: Callable[..., Path], text: Path, tmp_path: Path
-) -> None:
-    dense, out = pico("llama"), tmp_path / "out"
-    compress(dense, out, text, ratio=(0.2, 0.4), keep_work=True)
-
-    with pytest.raises(OutputError, match=r"several outputs: --redo one of them, .*out/ratio-0.2"):
-        redo(dense, out, "q_proj", damping=0.3, resources=RESOURCES)
-    report = redo(dense, out / "ratio-0.4", "q_proj", damping=0.3, resources=RESOURCES).report
-
-    assert report["redone"][0]["damping"] == 0.3
-    shutil.move(out / "ratio-0.4", tmp_path / "moved")
-    with pytest.raises((RecipeError, JobMismatchError)):
-        redo(dense, tmp_path / "moved", "q_proj", damping=0.3, resources=RESOURCES)

@@ -1,11 +1,10 @@
-"""Jobs of every method: interrupted and continued, several outputs, sizes, kept work, redone."""
+"""Jobs of every method: interrupted and continued, several outputs, sizes, kept work."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import shutil
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,21 +16,11 @@ import torch
 from torch import Tensor
 
 import streamcomp
-from streamcomp import (
-    BudgetError,
-    JobMismatchError,
-    OutputError,
-    Recipe,
-    RecipeError,
-    Resources,
-)
-from streamcomp.job import redo as job_redo
+from streamcomp import JobMismatchError, Recipe, RecipeError
 from streamcomp.job.progress import SilentProgress
-from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning import plan
 from streamcomp.planning.levers import Levers
 from tests.jobs import (
-    BUDGET,
     RESOURCES,
     Interrupt,
     Interrupted,
@@ -40,7 +29,6 @@ from tests.jobs import (
     config_of,
     factored_modules,
     products,
-    quick_plan,
     small_recipe,
     stored_tensors,
     tree,
@@ -107,7 +95,7 @@ JOBS: dict[str, tuple[int, Settings]] = {  # number of blocks, settings
     ),
     "svd-llm, updated": (2, {"method": "svd-llm", "update": True}),
     "svd-llm, no text": (2, {"method": "svd-llm", "statistics": "none"}),
-    "rom centred": (2, {"method": "rom", "centred": True}),
+    "rom": (2, {"method": "rom"}),
     "swsc": (2, {"method": "swsc", "clusters": 4}),
     "swsc, no text": (2, {"method": "swsc", "statistics": "none", "axis": "rows"}),
 }
@@ -153,7 +141,7 @@ CHUNKED: dict[str, Settings] = {
     "two-sided": {},
     "svd-llm": {"method": "svd-llm"},
     "sequential": {"method": "svd-llm", "statistics": "compressed"},
-    "centred": {"method": "rom", "centred": True},
+    "rom": {"method": "rom"},
     "updated": {"method": "svd-llm", "update": True},
     "refined": {"refine": 4},
 }
@@ -235,7 +223,6 @@ REACHED: list[Settings] = [
 ]
 REACHED += [
     {"method": "rom", "statistics": "dense", "allocation": "loss"},
-    {"method": "rom", "centred": True, "form": "uv"},
     {"method": "swsc"},
     {"method": "swsc", "clusters": 3, "axis": "columns"},
     {"update": True},
@@ -282,7 +269,7 @@ SEVERAL: dict[str, Settings] = {
     "svd-llm": {"method": "svd-llm"},
     "svd-llm compressed": {"method": "svd-llm", "statistics": "compressed"},
     "svd-llm, no text": {"method": "svd-llm", "statistics": "none"},
-    "rom centred": {"method": "rom", "centred": True},
+    "rom": {"method": "rom"},
     "swsc": {"method": "swsc"},
 }
 
@@ -386,9 +373,7 @@ def test_kept_work_serves_whatever_differs_in_the_output_alone(
     assert first == second
 
 
-@pytest.mark.parametrize(
-    "other", [{"samples": 7}, {"seed": 1}, {"damping": 0.1}, {"blocks": "last:1"}], ids=str
-)
+@pytest.mark.parametrize("other", [{"samples": 7}, {"seed": 1}, {"blocks": "last:1"}], ids=str)
 def test_kept_work_of_another_analysis_is_refused(
     other: Settings, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
@@ -401,6 +386,88 @@ def test_kept_work_of_another_analysis_is_refused(
 
     assert caught.value.field == next(iter(other))
     assert tree(work) == before
+
+
+KEPT_MOMENTS: dict[str, tuple[Settings, Settings]] = {  # of the first job, and of the second
+    "two-sided": ({}, {"damping": 0.1}),
+    "two-sided, another ratio": ({"damping": 0.05}, {"ratio": 0.4}),
+    "two-sided, last block, updated": ({"blocks": "last:1"}, {"damping": 0.1, "update": True}),
+    "svd-llm": ({"method": "svd-llm"}, {"damping": 0.1, "ratio": RATIOS}),
+    "svd-llm, allocated": ({"method": "svd-llm", "allocation": "loss"}, {"damping": 0.1}),
+    "rom": ({"method": "rom", "statistics": "dense"}, {"damping": 0.1, "form": "uv"}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KEPT_MOMENTS)
+def test_kept_moments_serve_another_damping(
+    kind: str, dtype: torch.dtype, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    (settings, other), dense, work = KEPT_MOMENTS[kind], pico("llama", dtype=dtype), tmp_path / "w"
+    compress(dense, tmp_path / "first", text, work_dir=work, keep_work=True, **settings)
+    moments = {path: path.read_bytes() for path in work.glob("moments-*")}
+    second = {name: value for name, value in settings.items() if name != "damping"} | other
+    steps = Names()
+
+    result = compress(dense, tmp_path / "second", text, work_dir=work, progress=steps, **second)
+
+    blocks = [1] if "blocks" in settings else [0, 1]
+    assert steps.names[: len(blocks) + 1] == [*(f"decompose {k}" for k in blocks), "ranks"]
+    assert not any(name.startswith(("forward", "reverse", "analyse")) for name in steps.names)
+    fresh = compress(dense, tmp_path / "fresh", text, keep_work=True, **second)
+    assert model_files(tmp_path / "second") == model_files(tmp_path / "fresh")
+    assert result.report["linears"] == fresh.report["linears"]
+    assert {path: path.read_bytes() for path in work.glob("moments-*")} == moments
+    for step in result.report["steps"]:
+        assert step["peak_bytes"] > 0 and step["predicted_bytes"] > 0
+
+
+def test_kept_moments_serve_one_job_after_the_other(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work = pico("llama"), tmp_path / "work"
+    compress(dense, tmp_path / "0", text, work_dir=work, keep_work=True)
+    first = ["decompose 0", "decompose 1", "ranks"]
+    for number, (damping, ratio, begins) in enumerate(
+        ((0.1, 0.2, first), (0.1, 0.4, ["ranks"]), (0.3, 0.4, first), (0.0, 0.2, first)), 1
+    ):
+        out, steps = tmp_path / str(number), Names()
+        settings = {"damping": damping, "ratio": ratio}
+        compress(dense, out, text, work_dir=work, progress=steps, **settings)
+
+        assert steps.names == [*begins, "block 0", "block 1", "copy the rest"]
+        compress(dense, tmp_path / f"fresh {number}", text, **settings)
+        assert model_files(out) == model_files(tmp_path / f"fresh {number}")
+    assert model_files(tmp_path / "4") == model_files(tmp_path / "0")
+
+
+def test_a_job_on_kept_moments_goes_on_wherever_it_was_interrupted(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, work, out = pico("llama"), tmp_path / "work", tmp_path / "second"
+    compress(dense, tmp_path / "first", text, work_dir=work, keep_work=True)
+    compress(dense, tmp_path / "whole", text, damping=0.1)
+
+    for after in range(7, 12):
+        with pytest.raises(Interrupted) as caught:
+            compress(dense, out, text, work_dir=work, damping=0.1, progress=Interrupt(after))
+        assert after > 8 or str(caught.value) == f"decompose {after - 7}"
+    compress(dense, out, text, work_dir=work, damping=0.1)
+
+    assert model_files(out) == model_files(tmp_path / "whole")
+
+
+def test_moments_are_kept_where_they_alone_decide(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense = pico("llama")
+    for number, settings in enumerate(({"method": "rom"}, {"method": "swsc"})):
+        work = tmp_path / f"work {number}"
+        compress(dense, tmp_path / str(number), text, work_dir=work, keep_work=True, **settings)
+        assert not list(work.glob("moments-*"))
+
+        with pytest.raises(JobMismatchError, match="damping was 0.0, now 0.1"):
+            compress(dense, tmp_path / "other", text, work_dir=work, damping=0.1, **settings)
 
 
 def test_kept_work_is_kept_when_the_job_is_called_again(
@@ -450,166 +517,6 @@ def test_a_job_goes_on_at_the_head_before_any_block_has_run(
     assert model_files(tmp_path / "out") == model_files(tmp_path / "whole")
 
 
-# -- done again --------------------------------------------------------------------------
-
-
-def redo(
-    model: Path, out: Path, pattern: str, damping: float, max_ram: str = BUDGET, **more: Any
-) -> Any:
-    resources = Resources(max_ram, threads=1, **more)
-    with quick_plan():
-        return streamcomp.redo(model, out, pattern, damping=damping, resources=resources)
-
-
-DONE_AGAIN: dict[str, tuple[Settings, float]] = {  # settings, their damping
-    "two-sided": ({}, 1e-2),
-    "two-sided, damped": ({"damping": 0.05}, 0.05),
-    "svd-llm, damped": ({"method": "svd-llm", "damping": 0.01, "form": "uv"}, 0.01),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", DONE_AGAIN)
-def test_linears_done_again_as_they_were_are_the_same_bytes(
-    kind: str, dtype: torch.dtype, pico: Callable[..., Path], text: Path, tmp_path: Path
-) -> None:
-    (settings, damping), out = DONE_AGAIN[kind], tmp_path / "out"
-    dense = pico("llama", dtype=dtype)
-    compress(dense, out, text, keep_work=True, **settings)
-    before = model_files(out)
-
-    for times in (1, 2):
-        report = redo(dense, out, "down_proj|q_proj", damping).report
-
-        assert model_files(out) == before
-        assert len(report["redone"]) == times
-        assert json.loads((out / "streamcomp_report.json").read_text()) == report
-
-
-@pytest.mark.parametrize("method", ["two-sided", "svd-llm"])
-def test_doing_linears_again_holds_one_decomposition_and_keeps_its_own_budget(
-    method: str,
-    pico: Callable[..., Path],
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    dense, out = pico("llama", dtype=torch.bfloat16), tmp_path / "out"
-    compress(dense, out, text, keep_work=True, method=method, allocation="uniform")
-    before = model_files(out)
-    made: list[Any] = []
-    weights: list[int] = []
-    kept = job_redo.as_kept
-
-    def counting(linear: Any, found: Any) -> Any:
-        assert not any(earlier() is not None for earlier in made)
-        made.append(weakref.ref(found))
-        return kept(linear, found)
-
-    run = LoadedBlock.weight
-
-    def held(block: LoadedBlock, name: str) -> Any:
-        linears = [m for m in block.module.modules() if isinstance(m, torch.nn.Linear)]
-        weights.append(sum(not linear.weight.is_meta for linear in linears))
-        return run(block, name)
-
-    monkeypatch.setattr(job_redo, "as_kept", counting)
-    monkeypatch.setattr(LoadedBlock, "weight", held)
-    with pytest.raises(BudgetError, match="redo [01] needs") as refused:
-        redo(dense, out, ".", 1e-2, max_ram="1M")
-    assert model_files(out) == before
-
-    redo(dense, out, "self_attn", 0.3, max_ram=str(refused.value.minimum_bytes + 16 * 2**20))
-
-    assert model_files(out) != before
-    assert len(made) == 8 and weights == [4, 3, 2, 1] * 2  # the others are dropped
-
-
-@pytest.mark.parametrize("kind", ["two-sided", "svd-llm, damped"])
-def test_another_damping_changes_the_matching_linears_and_no_others(
-    kind: str, pico: Callable[..., Path], text: Path, tmp_path: Path
-) -> None:
-    (settings, _), dense, out = DONE_AGAIN[kind], pico("llama"), tmp_path / "out"
-    compress(dense, out, text, keep_work=True, **settings)
-    before, config = stored_tensors(out), config_of(out)
-
-    result = redo(dense, out, r"1\.mlp\.down", 0.3)
-
-    after = stored_tensors(out)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert before.keys() == after.keys()
-    linear = "model.layers.1.mlp.down_proj"
-    assert changed and all(name.startswith(f"{linear}.") for name in changed)
-    assert config_of(out) == config
-    assert result.report["redone"] == [
-        {"pattern": r"1\.mlp\.down", "damping": 0.3, "linears": [linear]}
-    ]
-    for item in result.report["linears"]:
-        assert (item["damping"] == 0.3) == (item["name"] == linear)
-    # and back again
-    redo(dense, out, r"1\.mlp\.down", settings.get("damping", 1e-2))
-    again = stored_tensors(out)
-    assert all(torch.equal(before[name], again[name]) for name in before)
-
-
-def test_a_folder_of_several_ratios_is_done_again_by_itself(
-    pico: Callable[..., Path], text: Path, tmp_path: Path
-) -> None:
-    dense, out = pico("llama"), tmp_path / "out"
-    compress(dense, out, text, ratio=RATIOS, keep_work=True)
-    before = {ratio: model_files(out / f"ratio-{ratio:g}") for ratio in RATIOS}
-
-    redo(dense, out / "ratio-0.4", "q_proj", 1e-2, work_dir=out / ".streamcomp")
-    assert model_files(out / "ratio-0.4") == before[0.4]
-    redo(dense, out / "ratio-0.4", "q_proj", 0.3, work_dir=out / ".streamcomp")
-
-    assert model_files(out / "ratio-0.4") != before[0.4]
-    assert model_files(out / "ratio-0.2") == before[0.2]
-
-
-def test_what_cannot_be_done_again_is_refused(
-    pico: Callable[..., Path], text: Path, tmp_path: Path, finished: Callable[..., Path]
-) -> None:
-    dense = pico("llama")
-    with pytest.raises(RecipeError, match="keeps no moments: --redo needs .*--keep-work"):
-        redo(dense, finished(), "q_proj", 0.1)
-    with pytest.raises(OutputError, match="holds no finished job"):
-        redo(dense, tmp_path / "nothing", "q_proj", 0.1)
-    for number, settings in enumerate(
-        (
-            {"refine": 2},
-            {"update": True},
-            {"method": "rom"},
-            {"method": "swsc"},
-        )
-    ):
-        out = tmp_path / str(number)
-        compress(dense, out, text, keep_work=True, **settings)
-        with pytest.raises(RecipeError, match="--redo is for jobs whose factors depend on kept"):
-            redo(dense, out, "q_proj", 0.1)
-    compress(dense, tmp_path / "out", text, keep_work=True)
-    before = tree(tmp_path / "out")
-    with pytest.raises(RecipeError, match="'no_such' matches none of the factored linears"):
-        redo(dense, tmp_path / "out", "no_such", 0.1)
-    with pytest.raises(RecipeError, match=r"'\(' is no regular expression"):
-        redo(dense, tmp_path / "out", "(", 0.1)
-    assert tree(tmp_path / "out") == before
-
-
-def test_the_work_of_another_job_is_not_taken_for_its_own(
-    pico: Callable[..., Path], text: Path, tmp_path: Path
-) -> None:
-    dense = pico("llama")
-    compress(dense, tmp_path / "out", text, keep_work=True)
-    compress(dense, tmp_path / "other", text, keep_work=True, seed=1)
-    before = tree(tmp_path / "out")
-
-    with pytest.raises(JobMismatchError, match="keeps the work of another job"):
-        redo(dense, tmp_path / "out", "q_proj", 0.1, work_dir=tmp_path / "other" / ".streamcomp")
-
-    assert tree(tmp_path / "out") == before
-
-
 # -- the size ----------------------------------------------------------------------------
 
 
@@ -625,7 +532,7 @@ def shard_bytes(folder: Path) -> int:
         {"form": "uv"},
         {"form": "pivot", "allocation": "uniform"},
         {"method": "svd-llm", "form": "uv"},
-        {"method": "rom", "centred": True, "form": "uv"},
+        {"method": "rom", "form": "uv"},
         {"exclude": "gate_proj"},
     ],
     ids=str,
@@ -732,13 +639,6 @@ CONTRADICTIONS: list[tuple[Settings, str]] = [
     ),
     ({"method": "swsc", "allocation": "loss"}, "use --allocation uniform"),
     ({"module_ratio": 0.3, "allocation": "loss"}, "module_ratio shares the ratio evenly"),
-    ({"centred": True}, "centred is for method rom"),
-    ({"method": "rom", "centred": True, "update": True}, "centred is for method rom, without"),
-    ({"method": "rom", "centred": True, "refine": 2}, "centred is for method rom, without"),
-    (
-        {"method": "rom", "centred": True, "statistics": "dense", "allocation": "loss"},
-        "centred is for method rom, without",
-    ),
     ({"method": "swsc", "update": True}, "update and refine are not for method swsc"),
     ({"method": "swsc", "refine": 2}, "update and refine are not for method swsc"),
     ({"method": "svd-llm", "statistics": "none", "update": True}, "need statistics"),
@@ -806,7 +706,7 @@ def test_what_is_refined_is_told_and_no_worse(
 
 
 def test_the_recipe_of_a_job_is_made_again_from_its_report(finished: Callable[..., Path]) -> None:
-    for settings in ({}, {"method": "swsc"}, {"method": "rom", "centred": True, "form": "uv"}):
+    for settings in ({}, {"method": "swsc"}, {"method": "rom", "form": "uv"}):
         out = finished(**settings)
         report = json.loads((out / "streamcomp_report.json").read_text())
 

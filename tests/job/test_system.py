@@ -28,9 +28,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(pico: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished job whose work was kept; not to be changed."""
+    """A finished job; not to be changed."""
     out = tmp_path_factory.mktemp("done") / "out"
-    compress(pico("llama"), out, text, keep_work=True)
+    compress(pico("llama"), out, text)
     return out
 
 
@@ -41,7 +41,7 @@ def elsewhere(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(os, call)
 
 
-@pytest.mark.parametrize("command", ["plan", "compress", "redo", "eval", "export"])
+@pytest.mark.parametrize("command", ["plan", "compress", "eval", "export"])
 def test_a_job_is_refused_in_one_line_before_it_begins(
     command: str, elsewhere: None, pico: Callable[..., Path], done: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -49,7 +49,6 @@ def test_a_job_is_refused_in_one_line_before_it_begins(
     arguments: dict[str, list[object]] = {
         "plan": ["plan", model],
         "compress": ["compress", model, out, "--calibration", text],
-        "redo": ["compress", model, done, "--redo", "mlp", "--damping", 0.1],
         "eval": ["eval", done, "--text", text, "--work-dir", out],
         "export": ["export", done, out],
     }
@@ -70,7 +69,6 @@ def test_the_interface_of_python_refuses_alike(
     for call in (
         lambda: streamcomp.compress(model, out, recipe, resources),
         lambda: streamcomp.plan(model, recipe, resources),
-        lambda: streamcomp.redo(model, done, "mlp", damping=0.1, resources=resources),
         lambda: streamcomp.evaluate(done, str(text), resources=resources),
         lambda: streamcomp.export(done, out),
     ):

@@ -107,3 +107,19 @@ def test_a_job_that_was_interrupted_still_knows_them(
             for out in ("whole", f"{after}")
         ]
         assert shards[0] == shards[1]
+
+
+def test_they_stay_dense_in_a_job_that_goes_on_from_kept_moments(
+    pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, text, work = pico("llama"), pico_text(tmp_path / "text.txt", 4000), tmp_path / "work"
+    compress(source, tmp_path / "first", text, work_dir=work, keep_work=True)
+
+    report = compress(source, tmp_path / "second", text, work_dir=work, damping=0.1).report
+
+    fresh = compress(source, tmp_path / "fresh", text, damping=0.1).report
+    assert "decompose 0" in {step["step"] for step in report["steps"]}
+    assert report["left"] == fresh["left"] and report["left"].keys() >= UNREACHED
+    found, expected = (stored_tensors(tmp_path / out) for out in ("second", "fresh"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)

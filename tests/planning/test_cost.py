@@ -78,8 +78,7 @@ def once(rows, columns, ranks, side, method, dtype):
     if method == "no data":
         found = decompose_weight(weight)
     else:
-        total = torch.ones(len(moment)) if method == "rom" else None
-        moment = Moment(side, moment, 10 * rows, total, gradient)
+        moment = Moment(side, moment, 10 * rows, gradient)
         found = found.decompose(weight, moment, 0.01 if method == "damped" else 0.0)
     results = [taken(before)]
     for form, rank in ranks.items():
