@@ -218,7 +218,7 @@ def test_a_summary_tells_what_its_method_did(
         {"block": n, "before": 0.5, "after": after, "steps": 1}
         for n, after in enumerate((0.5, 0.25, 0.125))
     ]
-    made["dense"] = [{"name": "a"}, {"name": "b"}]
+    made["dense"] = [{"name": name, "rows": 4, "columns": 4} for name in "ab"]
 
     rows = summary(made, capsys)
 
