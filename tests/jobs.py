@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,9 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import streamcomp
 from streamcomp import CompressResult, Recipe, Resources, cli
+from streamcomp.job import plan
+from streamcomp.job.levers import Levers
+from streamcomp.job.planner import StepPlanner
 from streamcomp.job.progress import SilentProgress
 from streamcomp.machine.rates import MachineRates
-from streamcomp.machine.session import Probe, probed
+from streamcomp.machine.session import Probe, probe, probed
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -70,15 +73,48 @@ def compress(
 RATES = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
 
 
-class QuickProbe(Probe):
-    """The machine's speed, only shown, is not measured; that takes longer than a job."""
+@dataclass
+class FakeProbe(Probe):
+    """A machine whose speed is not measured, which takes longer than a small job.
+
+    What a field holds is told instead of what this machine is like.
+    """
+
+    baseline: int | None = None
+    kernels: int | None = None
+    in_memory: Callable[[Path], bool] | None = None
+
+    def baseline_bytes(self) -> int:
+        return super().baseline_bytes() if self.baseline is None else self.baseline
+
+    def is_memory_backed(self, folder: Path) -> bool:
+        return (
+            super().is_memory_backed(folder) if self.in_memory is None else self.in_memory(folder)
+        )
+
+    def kernel_bytes(self, device: torch.device, dtype: torch.dtype, **uses: bool) -> int:
+        return super().kernel_bytes(device, dtype, **uses) if self.kernels is None else self.kernels
 
     def rates(self, device: torch.device, dtype: torch.dtype) -> MachineRates:
         return RATES
 
 
 def quick_plan() -> contextlib.AbstractContextManager[None]:
-    return probed(QuickProbe())
+    """Unless a test has put a probe of its own there."""
+    return contextlib.nullcontext() if isinstance(probe(), FakeProbe) else probed(FakeProbe())
+
+
+@contextlib.contextmanager
+def set_levers(**levers: int) -> Iterator[None]:
+    """Plans made inside have these ``levers`` instead of the largest that fit."""
+    choose = plan._choose_levers
+
+    def chosen(planner: StepPlanner, fixed: Levers | None) -> tuple[Levers, Levers]:
+        smallest, largest = choose(planner, fixed)
+        return smallest, replace(largest, **levers)
+
+    with mock.patch.object(plan, "_choose_levers", chosen):
+        yield
 
 
 class Interrupted(Exception):

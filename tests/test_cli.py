@@ -12,7 +12,6 @@ from unittest import mock
 import click
 import pytest
 import torch
-from streamcomp.planning.rates import MachineRates
 
 import streamcomp
 from streamcomp import cli
@@ -26,6 +25,7 @@ from tests.jobs import (
     compress,
     config_of,
     products,
+    quick_plan,
     run_cli,
     run_python,
     stored_tensors,
@@ -61,8 +61,7 @@ def done(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
     """The speed of this machine, only shown, is not measured for ``plan`` either."""
-    rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
-    with mock.patch("streamcomp.api.measure_rates", return_value=rates):
+    with quick_plan():
         yield
 
 

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from streamcomp.planning.meter import warm_up
 from transformers import AutoModelForCausalLM
 
 from streamcomp.checkpoint import writer
 from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.rows import StepRow
+from streamcomp.machine.kernels import warm_up
 from tests.jobs import compress, tree
 
 # Of the first, every point is tried; of the others, those between the embeddings and the rest,

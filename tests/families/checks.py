@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from streamcomp.planning.rates import MachineRates
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -33,6 +31,7 @@ from tests.jobs import (
     config_of,
     factored_modules,
     products,
+    quick_plan,
     small_recipe,
     stored_tensors,
 )
@@ -207,8 +206,7 @@ class _Checks:
             family.default_share, family.dense = _shares(original, layers, left)
 
     def _plan(self) -> None:
-        rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)  # measuring them takes seconds
-        with mock.patch("streamcomp.api.measure_rates", return_value=rates):
+        with quick_plan():
             streamcomp.plan(self.source, small_recipe(self.text), RESOURCES)
 
     def _evaluate_original(self) -> None:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from streamcomp.job.analysis import read_moment, read_output_gradient
-from streamcomp.planning import plan
-from streamcomp.planning.blocks import BlockPlan, plan_blocks
-from streamcomp.planning.levers import Levers
 from torch import Tensor, nn
 
 import streamcomp
 from streamcomp import CompressResult, Resources
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
+from streamcomp.job.block_plan import BlockPlan, plan_blocks
 from streamcomp.job.folders import WORK_FOLDER
+from streamcomp.job.kept import read_moment, read_output_gradient
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.methods import Moment
 from streamcomp.modeling.sites import Site
@@ -34,6 +32,7 @@ from tests.jobs import (
     load_dense,
     products,
     quick_plan,
+    set_levers,
     small_recipe,
     varied_text,
 )
@@ -124,15 +123,9 @@ def run(
     **settings: Any,
 ) -> CompressResult:
     """A two-sided job that keeps its work, with other ``levers`` than would be chosen."""
-    choose = plan._choose_levers
-
-    def chosen(*given: Any) -> tuple[Levers, Levers]:
-        least, largest = choose(*given)
-        return least, replace(largest, **(levers or {}))
-
     resources = Resources(BUDGET, threads=1, keep_work=True)
     recipe = small_recipe(text, **{"ratio": 0.4, **settings})
-    with quick_plan(), mock.patch.object(plan, "_choose_levers", chosen):
+    with quick_plan(), set_levers(**(levers or {})):
         return streamcomp.compress(folder, out, recipe, resources, progress=progress)
 
 

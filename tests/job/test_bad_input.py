@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, RwkvConfig
 import streamcomp
 from streamcomp import BudgetError, OutputError
 from streamcomp.checkpoint.index import SINGLE_FILE
+from streamcomp.job.steps.loss import Loss
+from streamcomp.job.steps.score import Score
 from tests.jobs import (
     RESOURCES,
     SMALL,
@@ -976,7 +978,7 @@ def test_a_gpu_that_is_full_ends_the_job_and_keeps_what_is_done(
     out = tmp_path / "out"
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     with (
-        mock.patch("streamcomp.job.sweeps.loss", side_effect=full),
+        mock.patch.object(Loss, "run", side_effect=full),
         pytest.raises(
             BudgetError, match="the loss needs more of the GPU .*--max-vram .*--device cpu"
         ),
@@ -986,8 +988,8 @@ def test_a_gpu_that_is_full_ends_the_job_and_keeps_what_is_done(
 
     assert compress(pico("llama"), out, text).report["model"]["ratio"] > 0
     with (
-        mock.patch("streamcomp.tools.evaluate._Run.nll", side_effect=full),
-        pytest.raises(BudgetError, match="evaluation needs more of the GPU"),
+        mock.patch.object(Score, "run", side_effect=full),
+        pytest.raises(BudgetError, match="head needs more of the GPU"),
     ):
         streamcomp.evaluate(out, str(text), seq_len=32, resources=RESOURCES)
 

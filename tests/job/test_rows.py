@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from streamcomp.planning.levers import Levers
 
 from streamcomp import OutputError
+from streamcomp.job.levers import Levers
 from streamcomp.job.publish import REPORT, read_report
 from streamcomp.job.rows import (
     AnalysisRow,

@@ -13,12 +13,11 @@ from unittest import mock
 
 import pytest
 import torch
-from streamcomp.planning import plan
-from streamcomp.planning.levers import Levers
 from torch import Tensor
 
 import streamcomp
 from streamcomp import JobMismatchError, Recipe, RecipeError
+from streamcomp.job.levers import Levers
 from streamcomp.job.progress import SilentProgress
 from tests.jobs import (
     RESOURCES,
@@ -29,6 +28,7 @@ from tests.jobs import (
     config_of,
     factored_modules,
     products,
+    set_levers,
     small_recipe,
     stored_tensors,
     tree,
@@ -153,13 +153,8 @@ def test_feed_forwards_in_chunks_change_rounding_alone(
 ) -> None:
     dense = pico("llama", dtype=torch.float64)
     compress(dense, tmp_path / "whole", text, **CHUNKED[kind])
-    choose = plan._choose_levers
 
-    def fewer(*given: Any) -> tuple[Levers, Levers]:
-        least, most = choose(*given)
-        return least, replace(most, feed_forward_tokens=5)
-
-    with mock.patch.object(plan, "_choose_levers", fewer):
+    with set_levers(feed_forward_tokens=5):
         report = compress(dense, tmp_path / "chunked", text, **CHUNKED[kind]).report
 
     assert report["levers"]["feed_forward_tokens"] == 5
@@ -178,14 +173,8 @@ def test_passes_over_the_windows_change_no_byte(
     blocks, settings = JOBS.get(kind, (2, {"keep_work": True}))
     dense = pico("llama", blocks=blocks)
     compress(dense, tmp_path / "one", text, **settings)
-    choose = plan._choose_levers
 
-    def fewer(*given: Any) -> tuple[Levers, Levers]:
-        least, most = choose(*given)
-        assert most.groups > 1 or given[1] is not None  # chosen before
-        return least, replace(most, linears=1, groups=1)
-
-    with mock.patch.object(plan, "_choose_levers", fewer):
+    with set_levers(linears=1, groups=1):
         report = compress(dense, tmp_path / "several", text, **settings).report
 
     assert report["levers"]["groups"] == 1

@@ -11,33 +11,26 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from streamcomp.planning import meter
-from streamcomp.planning.meter import (
-    CONTEXT_BYTES,
-    PeakMeter,
-    budget_bytes,
-    device_budget_bytes,
-    is_memory_backed,
-    limit_device,
-    machine_bytes,
-    resident_bytes,
-    warm_up,
-)
 
 from streamcomp.errors import RecipeError
+from streamcomp.machine import memory
+from streamcomp.machine.memory import (
+    PeakMeter,
+    budget_bytes,
+    is_memory_backed,
+    machine_bytes,
+    resident_bytes,
+)
 from tests.jobs import REPOSITORY, run_python
 
 MiB = 2**20
 GiB = 2**30
 
-needs_a_mark = pytest.mark.skipif(not PeakMeter.reset_mark(), reason="this kernel tells no peak")
-
 # Prints, in MiB: the peak above the start while nothing happened, after 200 MiB came and went,
 # and after a restart; then whether the kernel's own mark was read.
 SHORT_PEAK = """
 import mmap, sys
-from streamcomp.planning import meter
+from streamcomp.machine import memory as meter
 
 if sys.argv[1] == "damaged":
     meter._CLEAR = meter.Path("/nowhere/clear_refs")
@@ -94,7 +87,7 @@ def test_a_kernel_that_has_no_mark_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[object] = []
-    monkeypatch.setattr(meter, "_CLEAR", tmp_path / "missing" / "clear_refs")
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "missing" / "clear_refs")
     monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread))
 
     watch = PeakMeter()
@@ -110,8 +103,8 @@ def test_a_kernel_whose_mark_is_always_zero_is_noticed(
     started: list[object] = []
     status = tmp_path / "status"
     status.write_text("Name:\tpython\nVmRSS:\t  100 kB\n")
-    monkeypatch.setattr(meter, "_CLEAR", tmp_path / "clear_refs")
-    monkeypatch.setattr(meter, "_STATUS", status)
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "clear_refs")
+    monkeypatch.setattr(memory, "_STATUS", status)
     monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread))
 
     PeakMeter()
@@ -122,54 +115,11 @@ def test_a_kernel_whose_mark_is_always_zero_is_noticed(
 def test_the_mark_is_read_in_kibibytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status = tmp_path / "status"
     status.write_text("VmPeak:\t  999 kB\nVmHWM:\t    1234 kB\nVmRSS:\t  1000 kB\n")
-    monkeypatch.setattr(meter, "_CLEAR", tmp_path / "clear_refs")
-    monkeypatch.setattr(meter, "_STATUS", status)
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "clear_refs")
+    monkeypatch.setattr(memory, "_STATUS", status)
 
     assert PeakMeter().peak() == 1234 * 1024
     assert (tmp_path / "clear_refs").read_text() == "5"
-
-
-# -- what products take ---------------------------------------------------------------------
-
-
-def product_bytes() -> int:
-    return meter._product_bytes.__wrapped__(torch.device("cpu"), torch.float32, 1)
-
-
-def touched(nbytes: int) -> torch.Tensor:
-    return torch.ones(nbytes, dtype=torch.uint8)
-
-
-@needs_a_mark
-def test_what_a_product_gives_back_is_counted_and_what_it_keeps_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    meter.settle()  # or the heap keeps what is given back
-    kept: list[torch.Tensor] = []
-    monkeypatch.setattr(torch, "mm", lambda *_, out: len(touched(24 * MiB)))
-    assert 24 * MiB <= product_bytes() <= 26 * MiB
-
-    def keeping(*_: torch.Tensor, out: torch.Tensor) -> None:
-        if not kept:
-            kept.append(touched(24 * MiB))
-
-    monkeypatch.setattr(torch, "mm", keeping)
-    assert product_bytes() <= 2 * MiB
-    assert kept
-
-
-def test_without_the_kernel_s_mark_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PeakMeter, "reset_mark", lambda: False)
-
-    assert product_bytes() == 0
-
-
-def test_a_process_measures_its_products_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    taken = warm_up(cpu, torch.float32)
-    monkeypatch.setattr(torch, "mm", lambda *_, out: pytest.fail("measured again"))
-
-    assert warm_up(cpu, torch.float32, gradients=True) == taken >= 0
 
 
 # -- what may be held -----------------------------------------------------------------------
@@ -180,9 +130,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
     """Makes this a machine of some memory, in cgroups with some files."""
 
     def make(total: int, available: int, cgroup: str = "", **files: str) -> None:
-        memory = SimpleNamespace(total=total, available=available)
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-        monkeypatch.setattr(meter, "Path", fake_path(tmp_path))
+        there = SimpleNamespace(total=total, available=available)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+        monkeypatch.setattr(memory, "Path", fake_path(tmp_path))
         write(tmp_path, "/proc/self/cgroup", cgroup)
         for path, text in files.items():
             write(tmp_path, path, text)
@@ -213,7 +163,7 @@ def test_a_budget_is_a_size_or_a_share_of_the_machine(machine: Callable[..., Non
 def test_without_a_budget_it_is_four_fifths_of_what_is_free_and_what_is_held(
     machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meter, "resident_bytes", lambda: 2 * GiB)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 2 * GiB)
     machine(64 * GiB, 8 * GiB)
     assert budget_bytes(None) == 8 * GiB
 
@@ -227,51 +177,6 @@ def test_more_than_the_machine_has_is_refused(machine: Callable[..., None]) -> N
     with pytest.raises(RecipeError, match=r"--max-ram 65G is more than the 64\.0 GiB of this"):
         budget_bytes("65G")
     assert budget_bytes("65G", elsewhere=True) == 65 * GiB
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A GPU of 16 GiB, 10 of them free and 2 this process's; the shares its allocator is given."""
-    shares: list[float] = []
-
-    def fraction(share: float, device: torch.device) -> None:
-        assert device.index is not None  # torch insists on it here, and nowhere else
-        shares.append(share)
-
-    answers = {
-        "mem_get_info": lambda device: (10 * GiB, 16 * GiB),
-        "empty_cache": lambda: None,
-        "memory_reserved": lambda device: 2 * GiB,
-        "set_per_process_memory_fraction": fraction,
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, answer)
-    return shares
-
-
-def test_a_gpu_s_budget_is_kept_by_its_allocator(gpu: list[float]) -> None:
-    device = torch.device("cuda", 0)
-
-    assert device_budget_bytes(device, "12G") == 12 * GiB
-    assert device_budget_bytes(device, "50%") == 8 * GiB
-    assert device_budget_bytes(device, None) == int(0.9 * 12 * GiB)
-    assert device_budget_bytes(device, "64M") == 64 * MiB  # for the plan to refuse
-
-    with pytest.raises(RecipeError, match=r"--max-vram 17G is more than the 16\.0 GiB of cuda"):
-        device_budget_bytes(device, "17G")
-    assert not gpu
-
-    limit_device(device, 12 * GiB)
-    limit_device(device, 64 * MiB)
-
-    assert gpu == pytest.approx([(12 * GiB - CONTEXT_BYTES) / (16 * GiB), 0.0], abs=1e-9)
-
-
-def test_the_cpu_has_no_budget_of_its_own() -> None:
-    limit_device(torch.device("cpu"), 0)
-    assert device_budget_bytes(torch.device("cpu"), None) == 0
-    with pytest.raises(RecipeError, match="--max-vram 8G: the job runs on the CPU"):
-        device_budget_bytes(torch.device("cpu"), "8G")
 
 
 V1, V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
@@ -354,7 +259,7 @@ def test_without_a_budget_what_others_hold_in_a_container_is_left_to_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine(64 * GiB, 60 * GiB, cgroup, **files)
-    monkeypatch.setattr(meter, "resident_bytes", lambda: GiB // 4)  # of those that are held
+    monkeypatch.setattr(memory, "resident_bytes", lambda: GiB // 4)  # of those that are held
 
     assert machine_bytes() == 4 * GiB
     # 4 GiB less 3 GiB held, of which 0.75 are cache, and this process's own

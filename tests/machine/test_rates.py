@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from streamcomp.planning.rates import MachineRates, measure_disk, measure_rates
+
+from streamcomp.machine.rates import MachineRates, measure_disk, measure_rates
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from streamcomp.planning.rates import MachineRates
-
 from streamcomp.job.rows import (
     JobLevers,
     LinearRow,
@@ -15,6 +13,7 @@ from streamcomp.job.rows import (
     Report,
     StepRow,
 )
+from streamcomp.machine.rates import MachineRates
 
 MIB = 2**20
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from streamcomp.planning.meter import PeakMeter
 
 from streamcomp.forms import find_form
 from streamcomp.linalg.channel_sharing import sharing_bytes
 from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import basis_bytes, decomposition_bytes
+from streamcomp.machine.memory import PeakMeter
 from tests.jobs import REPOSITORY, run_python
 
 pytestmark = pytest.mark.skipif(not PeakMeter.reset_mark(), reason="this kernel tells no peak")
