@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from streamcomp.checkpoint.atomic import make_folder, write_json, write_text
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo, read_json
 from streamcomp.checkpoint.reader import TensorReader
@@ -16,7 +14,8 @@ from streamcomp.checkpoint.writer import Computed, Entry, write_shard
 from streamcomp.errors import OutputError, RecipeError, UnsupportedModelError
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.publish import copy_companions, quantization_config, write_index
-from streamcomp.modeling.modules import FactoredLinear, factored
+from streamcomp.modeling.modules import FactoredLinear
+from streamcomp.modeling.sites import empty_factored
 from streamcomp.modeling.skeleton import Skeleton
 
 __all__ = ["export_checkpoint"]
@@ -159,8 +158,7 @@ def _load(
     index: CheckpointIndex, owner: str, spec: dict[str, Any], rows: int, columns: int
 ) -> FactoredLinear:
     """The linear ``owner`` with its factors; holds them and nothing else."""
-    with torch.device("meta"):
-        module = factored(torch.nn.Linear(columns, rows, bias=False), spec)
+    module = empty_factored(rows, columns, spec)
     with TensorReader() as reader:
         state = {leaf: reader.read(index.tensors[f"{owner}.{leaf}"]) for leaf in module.tensors()}
     module.load_state_dict(state, assign=True)

@@ -11,8 +11,8 @@ import torch
 
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.modeling.linears import find_linears
 from streamcomp.modeling.modules import FactoredLinear, SharedLinear
+from streamcomp.modeling.sites import every_linear, find_sites
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import trace_block, trace_calls
 
@@ -65,7 +65,7 @@ def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
         for member in _members(skeleton, number):
             groups.setdefault(member.key, []).append(member)
         prefix = skeleton.block_name(number) + "."
-        for name, why in find_linears(skeleton, number).left.items():
+        for name, why in find_sites(skeleton, number).left.items():
             short = re.sub(r"\b\d+\b", "*", name.removeprefix(prefix))
             left[short] = (why, left.get(short, (why, 0))[1] + 1)
     return Inspection(
@@ -100,17 +100,16 @@ class _Member:
 def _members(skeleton: Skeleton, number: int) -> list[_Member]:
     """Linears of one block, dense and factored, in the order of the code."""
     parameters = skeleton.block_parameters(number)
-    eligible = {linear.name for linear in find_linears(skeleton, number).eligible}
+    eligible = {site.name for site in find_sites(skeleton, number).eligible}
     members = []
-    for name, module in skeleton.block(number).named_modules():
-        if name not in eligible and not isinstance(module, FactoredLinear):
+    for site in every_linear(skeleton, number):
+        module = site.traced(skeleton.block(number))
+        if site.name not in eligible and not isinstance(module, FactoredLinear):
             continue
-        assert isinstance(module, torch.nn.Linear)
-        prefix = f"{skeleton.block_name(number)}.{name}."
         nbytes = sum(
             info.nbytes
             for key, infos in parameters.items()
-            if key.startswith(prefix)
+            if key.startswith(f"{site.full_name}.")
             for info in infos
         )
         form, rank, clusters, axis = "dense", None, None, ""
@@ -118,8 +117,9 @@ def _members(skeleton: Skeleton, number: int) -> list[_Member]:
             form, rank = module.form, module.rank
         if isinstance(module, SharedLinear):
             clusters, axis = module.clusters, module.axis
-        rows, columns = module.out_features, module.in_features
-        members.append(_Member(name, rows, columns, form, rank, clusters, axis, nbytes))
+        members.append(
+            _Member(site.name, site.rows, site.columns, form, rank, clusters, axis, nbytes)
+        )
     return members
 
 
@@ -156,9 +156,8 @@ def _shared_inputs(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:
         if kind in kinds:
             continue
         kinds.add(kind)
-        block = skeleton.block(number)
-        linears = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-        for names in trace_block(block, linears, hidden, calls[number]).groups:
+        sites = every_linear(skeleton, number)
+        for names in trace_block(skeleton.block(number), sites, hidden, calls[number]).groups:
             for name in names:
                 found[name] = tuple(other for other in names if other != name)
     return found

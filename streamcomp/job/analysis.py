@@ -17,7 +17,7 @@ from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.errors import SourceError
 from streamcomp.linalg.low_rank import Decomposition
 from streamcomp.methods.base import GradientMoment, Moment
-from streamcomp.modeling.linears import Linear
+from streamcomp.modeling.sites import Site
 from streamcomp.planning.schedule import analysis_key
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 _OUTPUT_GRADIENT = "output_gradient"
 
 
-def health(linear: Linear, found: Decomposition) -> dict[str, Any]:
+def health(linear: Site, found: Decomposition) -> dict[str, Any]:
     """How the decomposition of a linear went, in plain values."""
     condition = found.condition
     return {
@@ -49,7 +49,7 @@ def health(linear: Linear, found: Decomposition) -> dict[str, Any]:
     }
 
 
-def as_kept(linear: Linear, found: Decomposition) -> Decomposition:
+def as_kept(linear: Site, found: Decomposition) -> Decomposition:
     """With the bases in fp32 (fp64 for a model that is); the spectrum stays in fp64.
 
     Factors are fitted anew to what is rounded when they are written, so fp32 loses nothing.
@@ -60,7 +60,7 @@ def as_kept(linear: Linear, found: Decomposition) -> Decomposition:
     return replace(found, left=found.left.to(dtype), right=right)
 
 
-def write_decomposition(folder: Path, block: int, linear: Linear, found: Decomposition) -> None:
+def write_decomposition(folder: Path, block: int, linear: Site, found: Decomposition) -> None:
     """Keep the spectrum and the bases."""
     found = as_kept(linear, found)
     entries = [Entry("spectrum", found.spectrum.cpu()), Entry("left", found.left.cpu())]
@@ -70,7 +70,7 @@ def write_decomposition(folder: Path, block: int, linear: Linear, found: Decompo
 
 
 def read_decomposition(
-    folder: Path, block: int, linear: Linear, known: dict[str, Any], device: torch.device
+    folder: Path, block: int, linear: Site, known: dict[str, Any], device: torch.device
 ) -> Decomposition:
     """What :func:`write_decomposition` kept; ``known`` is its :func:`health` from the journal."""
     tensors = _read(_path(folder, analysis_key(block), linear.name), device)
@@ -85,7 +85,7 @@ def read_decomposition(
     )
 
 
-def read_spectrum(folder: Path, block: int, linear: Linear) -> Tensor:
+def read_spectrum(folder: Path, block: int, linear: Site) -> Tensor:
     """Energies alone, (k,) fp64."""
     path = _path(folder, analysis_key(block), linear.name)
     with TensorReader() as reader:
@@ -116,14 +116,14 @@ def write_moment(
         entries.append(Entry(f"gradient.{name}", gradient.value.cpu()))
         energy = torch.tensor(gradient.energy, dtype=torch.float64)
         entries.append(Entry(f"energy.{name}", energy))
-    write_shard(_path(folder, f"moments-{block:05d}", group.linears[0].name), entries)
+    write_shard(_path(folder, f"moments-{block:05d}", group.sites[0].name), entries)
 
 
 def read_moment(
-    folder: Path, block: int, group: MomentGroup, linear: Linear, device: torch.device
+    folder: Path, block: int, group: MomentGroup, linear: Site, device: torch.device
 ) -> Moment:
     """The moment of ``linear``, one of ``group``; SourceError where it was not kept."""
-    path = _path(folder, f"moments-{block:05d}", group.linears[0].name)
+    path = _path(folder, f"moments-{block:05d}", group.sites[0].name)
     own = {"value", "rows", f"gradient.{linear.name}", f"energy.{linear.name}"}
     tensors = _read(path, device, own)
     gradient = None

@@ -18,7 +18,7 @@ from streamcomp.job.run import choose_device
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.job.writing import Factored, factorize
 from streamcomp.methods import Swsc, find_method
-from streamcomp.modeling.linears import Linear, find_linears
+from streamcomp.modeling.sites import Site, find_sites
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning.blocks import BlockPlan
@@ -130,17 +130,17 @@ def _redo_block(
     block = work.block_plan(step.block)
     found: list[Factored] = []
     for groups in work.passes(step):
-        mine = [m for group in groups for m in group.linears if m.disk_name in chosen]
+        mine = [m for group in groups for m in group.sites if m.disk_name in chosen]
         if not mine:
             continue
         with work.block(stage, block.number) as loaded:
             for linear in block.linears.eligible:
                 if linear not in mine:
-                    loaded.drop(linear.name)
+                    linear.free(loaded)
             for linear in mine:
-                stage(f"decomposing {linear.name.rpartition('.')[2]}")
+                stage(f"decomposing {linear.leaf}")
                 found.append(_redone(work, block, loaded, linear, chosen[linear.disk_name]["rank"]))
-                loaded.drop(linear.name)
+                linear.free(loaded)
     stage("writing")
     entries = [entry for item in found for entry in item.entries]
     names = {entry.name for entry in entries}
@@ -151,21 +151,21 @@ def _redo_block(
 
 
 def _redone(
-    work: Workspace, block: BlockPlan, loaded: LoadedBlock, linear: Linear, rank: int
+    work: Workspace, block: BlockPlan, loaded: LoadedBlock, linear: Site, rank: int
 ) -> Factored:
     """One linear from its own moments; they and its decomposition are gone with the return."""
     assert not isinstance(work.method, Swsc)
-    group = next(group for group in block.groups if linear in group.linears)
+    group = next(group for group in block.groups if linear in group.sites)
     moment = read_moment(work.folder, block.number, group, linear, work.device)
-    weight = loaded.weight(linear.name)
+    weight = linear.weight(loaded)
     found = work.method.decompose(weight, moment, work.recipe.damping, rank)
     del moment
-    return factorize(work, linear, rank, loaded.dense_linear(linear.name), as_kept(linear, found))
+    return factorize(work, linear, rank, loaded, as_kept(linear, found))
 
 
 def _blocks_of(skeleton: Skeleton, chosen: Collection[str]) -> list[int]:
     """Numbers of the blocks that hold a linear of the names ``chosen``."""
-    linears = (find_linears(skeleton, number).eligible for number in range(len(skeleton)))
+    linears = (find_sites(skeleton, number).eligible for number in range(len(skeleton)))
     return [
         number
         for number, eligible in enumerate(linears)

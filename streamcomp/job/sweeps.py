@@ -112,7 +112,7 @@ def analyse(work: Workspace, stage: Stage, step: Step) -> Results:
     analysed: Results = {}
     for groups in work.passes(step):
         with work.block(stage, number) as loaded:
-            with Observer(loaded.module, loaded.name, groups, work.device) as observer:
+            with Observer(loaded, groups, work.device) as observer:
                 work.propagate(stage, "observing", loaded, number, hidden_key(number), target)
             target = None
             _decompose(work, stage, step, loaded, observer, groups, analysed)
@@ -170,7 +170,7 @@ def _differentiate(
         outgoing = SecondMoment(work.shape.hidden, dtype=moment_dtype(dtype), device=work.device)
     with (
         loaded.cast(dtype),
-        Observer(loaded.module, loaded.name, groups, work.device) as observer,
+        Observer(loaded, groups, work.device) as observer,
         work.reading(hidden_key(number)) as states,
         work.reading(gradient_key(number + 1)) as gradients,
         work.writing(below) as write,
@@ -205,28 +205,28 @@ def _decompose(
     """
     assert not isinstance(work.method, Swsc)
     for linear in work.block_plan(step.block).others(groups):
-        loaded.drop(linear.name)
+        linear.free(loaded)
     found, unreached = results.setdefault("analysis", []), results.setdefault("unreached", [])
     for group in groups:
         moment = observer.take(group)
         gradients = {}
         if moment.is_empty:
-            for linear in group.linears:
+            for linear in group.sites:
                 unreached.append(linear.disk_name)
-                loaded.drop(linear.name)
+                linear.free(loaded)
             continue
-        for linear in group.linears:
-            stage(f"decomposing {linear.name.rpartition('.')[2]}")
+        for linear in group.sites:
+            stage(f"decomposing {linear.leaf}")
             if group.gradients:
                 gradients[linear.name] = observer.take_gradient(linear)
-            weight = loaded.weight(linear.name)
+            weight = linear.weight(loaded)
             own = replace(moment, gradient=gradients.get(linear.name))
             decomposition = work.method.decompose(weight, own, work.recipe.damping)
             write_decomposition(work.folder, step.block, linear, decomposition)
             found.append(health(linear, decomposition))
             moment = moment.knowing(decomposition)
             del weight, decomposition
-            loaded.drop(linear.name)
+            linear.free(loaded)
             if not work.keeps_work:
                 gradients.clear()
         if work.keeps_work:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamcomp.calibration.observe import MomentGroup, Observer
 from streamcomp.calibration.refine import TrainingData, refine_block
@@ -25,8 +24,7 @@ from streamcomp.methods import (
     mean_bias,
     shared_tensors,
 )
-from streamcomp.modeling.linears import Linear
-from streamcomp.modeling.modules import FactoredLinear, factored
+from streamcomp.modeling.sites import Site
 from streamcomp.modeling.streamer import LoadedBlock
 from streamcomp.planning.outputs import OutputPlan
 from streamcomp.planning.schedule import Step, can_be_analysed, hidden_key
@@ -40,7 +38,7 @@ Results = dict[str, Any]
 class Factored:
     """A linear's factors by their names on disk, how the config describes them, and the figures."""
 
-    linear: Linear
+    linear: Site
     tensors: dict[str, Tensor]
     spec: dict[str, Any]
     result: Results
@@ -50,17 +48,6 @@ class Factored:
         """The tensors as they go into a shard."""
         name = self.linear.disk_name
         return [Entry(f"{name}.{leaf}", tensor.cpu()) for leaf, tensor in self.tensors.items()]
-
-    def module(self, dense: nn.Linear) -> FactoredLinear:
-        """The runtime module that holds these tensors, in the place of ``dense``."""
-        with torch.device("meta"):
-            module = factored(dense, self.spec)
-        dtype = dense.weight.dtype
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
-        if dense.bias is not None:
-            state.setdefault("bias", dense.bias.detach())
-        module.load_state_dict(state, assign=True)
-        return module.requires_grad_(False)
 
 
 def block(work: Workspace, stage: Stage, step: Step, shard: Path) -> Results:
@@ -125,22 +112,22 @@ def block_entries(work: Workspace, number: int, found: list[Factored]) -> list[E
 
 def factorize(
     work: Workspace,
-    linear: Linear,
+    linear: Site,
     rank: int,
-    dense: nn.Linear,
+    loaded: LoadedBlock,
     found: Decomposition,
     moment: Moment | None = None,
 ) -> Factored:
     """The factors of one linear at ``rank``; the mean as a bias where the method is centred."""
-    weight = dense.weight.detach()
+    weight, dense_bias = linear.weight(loaded), linear.bias(loaded)
     form, dtype = work.recipe.form, linear.source.torch_dtype
     left, right = found.factors(weight, rank)
     spec: dict[str, Any] = {"form": form, "rank": rank}
     bias = {}
     if moment is not None and moment.total is not None:
         shift = mean_bias(weight, left, right, moment)
-        bias["bias"] = (shift if dense.bias is None else shift + dense.bias).to(dtype)
-        if dense.bias is None:
+        bias["bias"] = (shift if dense_bias is None else shift + dense_bias).to(dtype)
+        if dense_bias is None:
             spec["bias"] = True
     tensors = factor_tensors(form, left, right, dtype) | bias
     result = health(linear, found) | {
@@ -170,32 +157,31 @@ def _factorize_groups(
         observer = _observe(work, stage, step, loaded, groups, keeps=not before)
     if not runs_again:
         for linear in work.block_plan(step.block).others(groups):
-            loaded.drop(linear.name)
+            linear.free(loaded)
     spare = _spare(output, before)  # goes from one linear to the next
     for group in groups:
         moment = observer.take(group) if observer else None
         if moment is not None and moment.is_empty:
-            for linear in () if runs_again else group.linears:
-                loaded.drop(linear.name)
+            for linear in () if runs_again else group.sites:
+                linear.free(loaded)
             continue
-        for linear in group.linears:
+        for linear in group.sites:
             rank, numbers = output.ranks[linear.full_name], output.numbers[linear.full_name]
             if rank is None or numbers is None:
                 continue
-            stage(f"factorizing {linear.name.rpartition('.')[2]}")
-            weight = loaded.weight(linear.name)
+            stage(f"factorizing {linear.leaf}")
+            weight = linear.weight(loaded)
             if isinstance(work.method, Swsc):
                 item = _share(work, work.method, linear, weight, moment, numbers + spare)
                 spare += numbers - item.result["numbers"]
             else:
                 found = _decomposition(work, step, group, linear, weight, moment, rank)
                 moment = None if moment is None else moment.knowing(found)
-                dense = loaded.dense_linear(linear.name)
-                item = factorize(work, linear, rank, dense, found, moment)
+                item = factorize(work, linear, rank, loaded, found, moment)
                 del found
             del weight
             if not runs_again:
-                loaded.drop(linear.name)
+                linear.free(loaded)
             elif not work.recipe.follows:
                 _install(loaded, item)
             yield item
@@ -253,9 +239,7 @@ def _observe(
     source = hidden_key(step.block, step.output if compressed else None)
     target = hidden_key(step.block + 1)
     keep = keeps and not compressed and not work.recipe.follows and target in step.writes
-    with Observer(
-        loaded.module, loaded.name, groups, work.device, totals=work.recipe.centred
-    ) as observer:
+    with Observer(loaded, groups, work.device, totals=work.recipe.centred) as observer:
         if groups or keep:
             name = "observing"
             work.propagate(stage, name, loaded, step.block, source, target if keep else None)
@@ -263,7 +247,7 @@ def _observe(
 
 
 def _decomposition(
-    work: Workspace, step: Step, group: MomentGroup, linear: Linear, weight: Tensor,
+    work: Workspace, step: Step, group: MomentGroup, linear: Site, weight: Tensor,
     moment: Moment | None, rank: int,
 ) -> Decomposition:  # fmt: skip
     if work.plan.analysis:
@@ -283,7 +267,7 @@ def _decomposition(
 def _share(
     work: Workspace,
     method: Swsc,
-    linear: Linear,
+    linear: Site,
     weight: Tensor,
     moment: Moment | None,
     numbers: int,
@@ -318,7 +302,7 @@ def _share(
 
 
 def _install(loaded: LoadedBlock, item: Factored) -> None:
-    loaded.replace(item.linear.name, item.module(loaded.dense_linear(item.linear.name)))
+    item.linear.install(loaded, item.tensors, item.spec)
 
 
 def _update(
@@ -326,8 +310,7 @@ def _update(
 ) -> list[Factored]:
     """Left factors refitted on the compressed stream, all of them from one pass."""
     number = step.block
-    modules = {item.linear.name: loaded.factored(item.linear.name) for item in found}
-    refit = Refit(loaded, modules, work.recipe.anchor)
+    refit = Refit(loaded, [item.linear for item in found], work.recipe.anchor)
     with (
         loaded.whole(),  # a linear is watched once in a forward
         work.reading(hidden_key(number)) as dense,
@@ -341,7 +324,7 @@ def _update(
                 loaded.run(compressed.read(start, stop).to(work.device), call)
     updated = []
     for item in found:
-        left, right = refit.factors(item.linear.name)
+        left, right = refit.factors(item.linear)
         dtype = item.linear.source.torch_dtype
         tensors = factor_tensors(work.recipe.form, left, right, dtype)
         updated.append(replace(item, tensors=tensors))
@@ -370,7 +353,7 @@ def _refine(
         )
         refined = refine_block(
             loaded,
-            {item.linear.name: loaded.factored(item.linear.name) for item in found},
+            [item.linear for item in found],
             data,
             recipe.refine,
             rate=recipe.rate,
@@ -383,7 +366,7 @@ def _refine(
             leaf: tensor.to(item.linear.source.torch_dtype)
             if tensor.is_floating_point()
             else tensor
-            for leaf, tensor in refined.tensors[item.linear.name].items()
+            for leaf, tensor in refined.tensors[item.linear].items()
         }
         better.append(replace(item, tensors=item.tensors | tensors))
         _install(loaded, better[-1])

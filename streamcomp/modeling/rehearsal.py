@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from streamcomp.errors import StreamcompError, UnsupportedModelError
+from streamcomp.modeling.sites import is_linear
 from streamcomp.modeling.taps import (
     Call,
     Recorder,
@@ -233,7 +234,7 @@ def code_of(block: nn.Module) -> Hashable:
 
 
 def _settings(module: nn.Module) -> Hashable:
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return None
     return tuple(
         (name, repr(value))

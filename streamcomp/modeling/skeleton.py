@@ -21,6 +21,7 @@ from streamcomp.errors import CorruptShardError, MissingShardError, UnsupportedM
 from streamcomp.modeling.meta import FLOATS, build_model, find_layers
 from streamcomp.modeling.modules import NameMap
 from streamcomp.modeling.rehearsal import Rehearsal, code_of, rehearse
+from streamcomp.modeling.sites import is_linear
 from streamcomp.modeling.taps import Call, Conductor, Recorder, Replayer, Stop, TapPanel
 
 __all__ = ["Skeleton"]
@@ -123,7 +124,7 @@ class Skeleton:
     def head(self) -> nn.Linear:
         """The output embedding."""
         head = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        if not is_linear(head):
             raise UnsupportedModelError(
                 f"{self.config.model_type}: output embeddings of type {type(head).__name__}"
             )

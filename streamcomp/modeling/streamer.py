@@ -23,7 +23,6 @@ from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.modeling.feed_forward import in_chunks, whole
-from streamcomp.modeling.modules import FactoredLinear
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.taps import Call, check_same_calls, hidden_of, views_of_one
 
@@ -96,31 +95,18 @@ class LoadedBlock:
         with whole(self.module):
             yield
 
-    def dense_linear(self, name: str) -> nn.Linear:
-        """The original linear ``name``, whether it is replaced or not."""
-        linear = self._replaced.get(name) or self.module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return linear
+    def original(self, name: str) -> nn.Module:
+        """The module ``name`` as it was loaded, whether it is replaced or not."""
+        return self._replaced[name] if name in self._replaced else self.running(name)
 
-    def weight(self, name: str) -> Tensor:
-        """The weight (m, n) of the original linear ``name``."""
-        return self.dense_linear(name).weight.detach()
-
-    def factored(self, name: str) -> FactoredLinear:
-        """What runs in the place of the linear ``name``."""
-        module = self.module.get_submodule(name)
-        assert isinstance(module, FactoredLinear)
-        return module
+    def running(self, name: str) -> nn.Module:
+        """The module ``name`` that runs now."""
+        return self.module.get_submodule(name)
 
     def replace(self, name: str, module: nn.Module) -> None:
-        """Run ``module`` in the place of the linear ``name`` until the block is dropped."""
+        """Run ``module`` instead of the one called ``name`` until the block is dropped."""
         held = self._swap(name, module)
         self._replaced.setdefault(name, held)
-
-    def drop(self, name: str) -> None:
-        """Free the weight of the original linear ``name``; the block cannot run any more."""
-        linear = self.dense_linear(name)
-        linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
 
     @contextmanager
     def dense(self) -> Iterator[None]:

@@ -1,14 +1,14 @@
 """What a block's forward would do, found without weights and without computing.
 
 The block runs on fake tensors: shapes, dtypes and the choice of kernels are real, the data
-is not there. One such forward tells which linears are called and which are fed the same tensor, how
-many bytes are alive at the peak, and how many floating-point operations it takes.
+is not there. One such forward tells which linears are called, which sites are fed the same tensor,
+how many bytes are alive at the peak, and how many floating-point operations it takes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from streamcomp.errors import UnsupportedModelError
 from streamcomp.modeling.feed_forward import in_chunks
+from streamcomp.modeling.sites import Site, linear_modules
 from streamcomp.modeling.taps import Call, Returned, call_bytes, hidden_of, is_state
 
 __all__ = ["BlockTrace", "BlockUse", "RecordTrace", "trace_block", "trace_calls", "use_of_block"]
@@ -40,7 +41,7 @@ _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _atten
 class BlockTrace:
     """One forward of a block on ``batch`` windows."""
 
-    groups: tuple[tuple[str, ...], ...]  # linears that share an input, in running order
+    groups: tuple[tuple[str, ...], ...]  # sites that share an input, in running order
     activation_bytes: int  # most bytes alive at a time, the input among them, weights not
     autograd_bytes: int  # the same of a forward and the backward to the input behind it
     flops: int
@@ -81,7 +82,7 @@ def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | Non
     UnsupportedModelError where the block makes use of a state that is not streamed.
     """
     called: set[str] = set()
-    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    linears = linear_modules(block)
     error: Exception | None = None
     for choice in (None, "batched_mm"):  # the kernel of grouped experts knows no fake fp32 tensors
         called.clear()
@@ -149,25 +150,23 @@ def _faked(
 
 
 def trace_block(
-    block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: Call, tokens: int = 0
+    block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call, tokens: int = 0
 ) -> BlockTrace:
     """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
 
     With ``tokens`` its feed-forward runs as many positions at a time.
 
     A block whose code depends on the data (a mixture's routing) cannot be traced: then no
-    sharing is assumed, and bytes and operations are estimated from its linears.
+    sharing is assumed, and bytes and operations are estimated from its weights.
     """
     try:
         with _quiet(), in_chunks(block, tokens):
-            return _trace(block, linears, hidden, call)
+            return _trace(block, sites, hidden, call)
     except Exception:  # whatever the model's own code raises on fake tensors
-        return _estimate(block, linears, hidden)
+        return _estimate(block, sites, hidden)
 
 
-def _trace(
-    block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, call: Call
-) -> BlockTrace:
+def _trace(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call) -> BlockTrace:
     groups: list[list[str]] = []
     by_input = WeakIdKeyDictionary()  # weak, so that watching keeps no tensor alive
 
@@ -180,7 +179,8 @@ def _trace(
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
+    fed = [(site.name, module) for site in sites if (module := site.traced(block)) is not None]
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in fed]
     try:
         with torch.no_grad(), FakeTensorMode():
             state, start, args, kwargs = _faked(block, hidden, call)
@@ -222,17 +222,17 @@ class _Backward(nn.Module):
         return gradient
 
 
-def _estimate(block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor) -> BlockTrace:
+def _estimate(block: nn.Module, sites: Sequence[Site], hidden: Tensor) -> BlockTrace:
     """No sharing. Alive at once: four copies of the input in fp32, and every linear's output in
     fp32 or what goes into and out of all the experts that a token chooses."""
     tokens = hidden.shape[0] * hidden.shape[1]
-    outputs = sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear))
+    outputs = sum(linear.out_features for linear in linear_modules(block).values())
     chosen = max((getattr(module, "top_k", 0) for module in block.modules()), default=0)
     expert = sum(sum(value.shape[1:]) for value in block.parameters() if value.dim() == 3)
     numbers = sum(value.numel() for value in block.parameters())
     alive = max(4 * outputs, hidden.element_size() * chosen * expert)
     return BlockTrace(
-        tuple((name,) for name in linears),
+        tuple((site.name,) for site in sites),
         tokens * (alive + 16 * hidden.shape[-1]),
         2 * tokens * (alive + 32 * hidden.shape[-1]),
         2 * tokens * numbers,

@@ -12,7 +12,7 @@ import torch
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, group_moments
 from streamcomp.linalg.symmetric import solve_dtype
-from streamcomp.modeling.linears import BlockLinears, Linear, find_linears
+from streamcomp.modeling.sites import BlockSites, Site, find_sites
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.modeling.tracing import BlockTrace, trace_block, trace_calls
 from streamcomp.planning.cost import BlockCost, gradient_dtype
@@ -33,7 +33,7 @@ class BlockPlan:
 
     number: int
     name: str
-    linears: BlockLinears
+    linears: BlockSites
     groups: tuple[MomentGroup, ...]
     trace: BlockTrace
     cost: BlockCost
@@ -53,9 +53,9 @@ class BlockPlan:
         )
 
     @property
-    def targets(self) -> list[Linear]:
+    def targets(self) -> list[Site]:
         """The linears to factor, in the order in which they are decomposed."""
-        return [linear for group in self.groups for linear in group.linears]
+        return [linear for group in self.groups for linear in group.sites]
 
     def passes(self, levers: Levers, *, observed: bool = True) -> list[tuple[MomentGroup, ...]]:
         """What a step works on each time that it reads the block: some groups, one time at least.
@@ -66,13 +66,13 @@ class BlockPlan:
         if observed:
             groups, size = self.groups, levers.groups
         else:
-            groups = tuple(replace(g, linears=(m,)) for g in self.groups for m in g.linears)
+            groups = tuple(replace(g, sites=(m,)) for g in self.groups for m in g.sites)
             size = levers.linears
         return [groups[start : start + size] for start in range(0, max(1, len(groups)), size)]
 
-    def others(self, groups: Sequence[MomentGroup]) -> list[Linear]:
+    def others(self, groups: Sequence[MomentGroup]) -> list[Site]:
         """The linears that are in none of ``groups``: their weights are not needed with them."""
-        needed = {linear.name for group in groups for linear in group.linears}
+        needed = {linear.name for group in groups for linear in group.sites}
         return [linear for linear in self.linears.eligible if linear.name not in needed]
 
 
@@ -99,15 +99,11 @@ def plan_blocks(
     chosen = chosen_blocks(recipe.blocks, len(skeleton))
     blocks = []
     for number in range(len(skeleton)):
-        block = find_linears(skeleton, number, recipe.include, recipe.exclude)
+        block = find_sites(skeleton, number, recipe.include, recipe.exclude)
         kind = (*skeleton.block_kind(number), tuple(linear.name for linear in block.eligible))
         if kind not in traces:
-            modules = {
-                linear.name: skeleton.block(number).get_submodule(linear.name)
-                for linear in block.eligible
-            }
             call = record.calls[number]
-            trace_it = partial(trace_block, skeleton.block(number), modules, hidden, call)
+            trace_it = partial(trace_block, skeleton.block(number), block.eligible, hidden, call)
             scores = _score_bytes(skeleton, stream) if on_device else (0, 0)
             traces[kind] = cache(partial(_with_scores, trace_it, scores))
         trace = traces[kind](0)
@@ -157,7 +153,7 @@ def _with_scores(
 
 
 def _groups(
-    recipe: Recipe, block: BlockLinears, trace: BlockTrace, stream: StreamShape
+    recipe: Recipe, block: BlockSites, trace: BlockTrace, stream: StreamShape
 ) -> tuple[MomentGroup, ...]:
     narrow = solve_dtype(stream.dtype) != torch.float64
     factored = [linear for linear in block.eligible if can_be_factored(linear, recipe.form)]
@@ -166,7 +162,7 @@ def _groups(
         trace.groups,
         gradients=recipe.two_sided,
         inputs_only=recipe.method == "swsc" or recipe.statistics == "none",
-        tokens=stream.windows * stream.seq_len if narrow else 0,
+        tokens=stream.tokens if narrow else 0,
     )
 
 

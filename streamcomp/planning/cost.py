@@ -19,7 +19,7 @@ from streamcomp.calibration.observe import MomentGroup, moment_dtype
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.linalg.moments import ROWS_PER_UPDATE, panel_of
 from streamcomp.linalg.symmetric import PANEL, SMALL, solve_dtype
-from streamcomp.modeling.linears import Linear
+from streamcomp.modeling.sites import Site
 
 __all__ = [
     "LATE_BYTES",
@@ -148,7 +148,7 @@ class BlockCost:
 
     def decompose(
         self,
-        linear: Linear,
+        linear: Site,
         group: MomentGroup,
         moments: int,
         dropped: int,
@@ -173,14 +173,14 @@ class BlockCost:
                 group.side,
                 self.stream.dtype,
                 gradients=group.gradients,
-                damped=damped or self.stream.windows * self.stream.seq_len < linear.rows,
+                damped=damped or linear.tokens(self.stream.tokens) < linear.rows,
             )
             work += _F64 * group.size**2 if centred else 0
         parts = {"weights": self.weight_bytes - dropped, "moments": moments, "decomposition": work}
         return Phase(f"decompose {linear.name}", parts)
 
     def factorize(
-        self, linear: Linear, rank: int, form: str, held: int, factors: int, dropped: int
+        self, linear: Site, rank: int, form: str, held: int, factors: int, dropped: int
     ) -> Phase:
         """Factors of one linear, ``held`` bytes of moments or bases and ``factors`` beside it.
 
@@ -198,15 +198,16 @@ class BlockCost:
             },
         )
 
-    def update(self, batch: int, ranks: Mapping[Linear, int], factors: int) -> Phase:
+    def update(self, batch: int, ranks: Mapping[Site, int], factors: int) -> Phase:
         """Both blocks over ``batch`` windows, the outputs of all linears, r x r and m x r sums.
 
         Then the largest of the refits, in fp64.
         """
         item = moment_dtype(self.stream.dtype).itemsize
         sums = sum(r * r + linear.rows * r for linear, r in ranks.items()) * item
-        outputs = sum(linear.rows for linear in ranks) * self.stream.dtype.itemsize
-        outputs *= batch * self.stream.seq_len
+        tokens = batch * self.stream.seq_len
+        outputs = sum(linear.rows * linear.tokens(tokens) for linear in ranks)
+        outputs *= self.stream.dtype.itemsize
         refit = max((3 * (r * r + m.rows * r) * _F64 for m, r in ranks.items()), default=0)
         return Phase(
             "update",
@@ -218,7 +219,7 @@ class BlockCost:
             },
         )
 
-    def refine(self, ranks: Mapping[Linear, int], form: str, factors: int) -> list[Phase]:
+    def refine(self, ranks: Mapping[Site, int], form: str, factors: int) -> list[Phase]:
         """Training both factors U and V of each linear, and bringing them back to their form.
 
         With their gradient, momentum, the best so far and the rounded copies, all in fp32 at
@@ -401,7 +402,7 @@ def tokenize_bytes(tokenizer_file_bytes: int, windows: int, seq_len: int) -> int
 def moment_products(group: MomentGroup) -> float:
     """Operations per token of the moments of ``group``: the lower half, in panels."""
     sizes = [group.size]
-    sizes += [min(m.rows, m.columns) for m in group.linears] if group.gradients else []
+    sizes += [min(m.rows, m.columns) for m in group.sites] if group.gradients else []
     return float(sum(size * (size + panel_of(size)) for size in sizes))
 
 

@@ -15,7 +15,7 @@ from streamcomp.linalg.allocation import (
     stored_numbers,
     uniform_ranks,
 )
-from streamcomp.modeling.linears import Linear
+from streamcomp.modeling.sites import Site
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.recipe import Recipe
 from streamcomp.units import format_bytes, parse_bytes
@@ -50,7 +50,7 @@ class OutputPlan:
     reached: float  # ratio of these ranks
     nbytes: int  # of all shards
 
-    def most_rank(self, linear: Linear, form: str) -> int | None:
+    def most_rank(self, linear: Site, form: str) -> int | None:
         """The largest rank that a linear may come to have; None = it stays dense."""
         rank = self.ranks[linear.full_name]
         if self.final or rank is None:
@@ -58,7 +58,7 @@ class OutputPlan:
         return largest_rank(form, linear.rows, linear.columns, math.inf)
 
 
-def can_be_factored(linear: Linear, form: str) -> bool:
+def can_be_factored(linear: Site, form: str) -> bool:
     """Whether some factored form is smaller than the dense one."""
     if form == "shared":
         side = linear.rows + linear.columns
@@ -66,7 +66,7 @@ def can_be_factored(linear: Linear, form: str) -> bool:
     return largest_rank(form, linear.rows, linear.columns, math.inf) > 0
 
 
-def asked_ratios(skeleton: Skeleton, recipe: Recipe, linears: Sequence[Linear]) -> list[float]:
+def asked_ratios(skeleton: Skeleton, recipe: Recipe, linears: Sequence[Site]) -> list[float]:
     """The recipe's ratios; for a size, the ratio whose output has at most that many bytes."""
     if not recipe.size:
         return list(recipe.ratios)
@@ -91,8 +91,8 @@ def plan_output(
     skeleton: Skeleton,
     recipe: Recipe,
     asked: float,
-    eligible: Sequence[Linear],
-    chosen: Sequence[Linear],
+    eligible: Sequence[Site],
+    chosen: Sequence[Site],
     ranks: Ranks | None,
 ) -> OutputPlan:
     """Share ``asked`` among the ``chosen`` of all ``eligible`` linears.
@@ -136,7 +136,7 @@ def plan_output(
     return OutputPlan(asked, found, numbers, final, 1 - kept / total, nbytes)
 
 
-def _check_clusters(recipe: Recipe, chosen: Sequence[Linear]) -> None:
+def _check_clusters(recipe: Recipe, chosen: Sequence[Site]) -> None:
     """RecipeError where a linear has fewer channels than there are clusters asked for."""
     for m in chosen:
         most = {"rows": m.rows, "columns": m.columns}.get(recipe.axis, max(m.rows, m.columns))
@@ -148,7 +148,7 @@ def _check_clusters(recipe: Recipe, chosen: Sequence[Linear]) -> None:
 
 
 def inner_ratio(
-    recipe: Recipe, asked: float, eligible: Sequence[Linear], chosen: Sequence[Linear]
+    recipe: Recipe, asked: float, eligible: Sequence[Site], chosen: Sequence[Site]
 ) -> float:
     """The share to remove from the ``chosen`` linears alone."""
     if recipe.module_ratio:
@@ -166,8 +166,8 @@ def inner_ratio(
 def allocate(
     recipe: Recipe,
     asked: float,
-    eligible: Sequence[Linear],
-    chosen: Sequence[Linear],
+    eligible: Sequence[Site],
+    chosen: Sequence[Site],
     spectra: Sequence[Tensor],
 ) -> dict[str, int | None]:
     """Ranks of the ``chosen`` linears that lose least, given the spectrum of each."""
@@ -177,7 +177,7 @@ def allocate(
     return {linear.full_name: rank for linear, rank in zip(chosen, found, strict=True)}
 
 
-def _shared_numbers(linears: Sequence[Linear], ratio: float) -> dict[str, int | None]:
+def _shared_numbers(linears: Sequence[Site], ratio: float) -> dict[str, int | None]:
     """An even share for each; what those that stay dense exceed it by is taken from the others."""
     able = [linear for linear in linears if can_be_factored(linear, "shared")]
     whole = sum(linear.numel for linear in able)
@@ -195,7 +195,7 @@ def _shared_numbers(linears: Sequence[Linear], ratio: float) -> dict[str, int | 
     return found
 
 
-def _gains_bias(skeleton: Skeleton, recipe: Recipe, linear: Linear) -> bool:
+def _gains_bias(skeleton: Skeleton, recipe: Recipe, linear: Site) -> bool:
     """Whether a centred method gives ``linear`` a bias that the dense one has not."""
     return recipe.centred and f"{linear.full_name}.bias" not in skeleton.sources
 
@@ -203,7 +203,7 @@ def _gains_bias(skeleton: Skeleton, recipe: Recipe, linear: Linear) -> bool:
 def _output_bytes(
     skeleton: Skeleton,
     recipe: Recipe,
-    linears: Sequence[Linear],
+    linears: Sequence[Site],
     numbers: Mapping[str, int | None],
 ) -> int:
     total = sum(i.nbytes for k in range(len(skeleton)) for i in skeleton.block_tensors(k))
@@ -211,7 +211,7 @@ def _output_bytes(
     return total + sum(block_saving(recipe, linear, numbers) for linear in linears)
 
 
-def block_saving(recipe: Recipe, linear: Linear, numbers: Mapping[str, int | None]) -> int:
+def block_saving(recipe: Recipe, linear: Site, numbers: Mapping[str, int | None]) -> int:
     """Bytes by which the factored linear differs from the dense one, pivots or labels counted."""
     stored = numbers[linear.full_name]
     if stored is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.errors import RecipeError, UnsupportedModelError
-from streamcomp.modeling.linears import Linear
+from streamcomp.modeling.sites import Site
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning import cost
 from streamcomp.planning.blocks import BlockPlan, plan_blocks
@@ -81,11 +81,11 @@ class Plan:
         return sum(output.nbytes for output in self.outputs)
 
     @property
-    def linears(self) -> list[Linear]:
+    def linears(self) -> list[Site]:
         return [linear for block in self.blocks for linear in block.linears.eligible]
 
     @property
-    def chosen(self) -> list[Linear]:
+    def chosen(self) -> list[Site]:
         """The linears to factor, block after block."""
         return [linear for block in self.blocks for linear in block.targets]
 

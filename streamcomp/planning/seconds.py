@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamcomp.calibration.hidden_states import StreamShape
-from streamcomp.modeling.linears import Linear
+from streamcomp.modeling.sites import Site
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning import cost
 from streamcomp.planning.blocks import BlockPlan, passes_of_step
@@ -44,7 +44,7 @@ class Timing:
         if step.kind == "copy":
             return {"copying": shard_bytes / rates.disk_bytes}
         if step.kind == "loss":
-            tokens = self.stream.windows * self.stream.seq_len
+            tokens = self.stream.tokens
             head = self.skeleton.head.weight.numel()
             return {"differentiating": 3 * 2.0 * tokens * head / rates.model_flops}
         if step.block < 0:
@@ -86,19 +86,19 @@ class Timing:
 
     def _moment_seconds(self, block: BlockPlan) -> float:
         """The moments of a block's inputs or outputs, and of its gradients."""
-        tokens = self.stream.windows * self.stream.seq_len
+        tokens = self.stream.tokens
         if self.recipe.statistics == "none":
             return 0.0
-        back = [m for g in block.groups if g.gradients for m in g.linears if m.rows > m.columns]
-        products = 2.0 * tokens * sum(linear.numel for linear in back)
-        moments = tokens * sum(map(cost.moment_products, block.groups))
+        back = [m for g in block.groups if g.gradients for m in g.sites if m.rows > m.columns]
+        products = 2.0 * sum(site.tokens(tokens) * site.numel for site in back)
+        moments = sum(g.tokens(tokens) * cost.moment_products(g) for g in block.groups)
         return moments / self.rates.moment_flops + products / self.rates.model_flops
 
     def _solve_seconds(self, block: BlockPlan) -> float:
         """Eigenvectors, and the products around them."""
         seconds = 0.0
         for group in block.groups:
-            for m in group.linears:
+            for m in group.sites:
                 flops = cost.decomposition_flops(m.rows, m.columns, group.side, group.gradients)
                 seconds += self.rates.eigh_seconds(min(m.rows, m.columns))
                 seconds += self.rates.seconds(flops)
@@ -115,7 +115,7 @@ class Timing:
         flops = sum(cost.muon_flops(m.rows, m.columns, r) for m, r in ranks.items())
         return (3 * _WINDOWS_PER_STEP * block.trace.flops + flops) / self.rates.model_flops
 
-    def _ranks_so_far(self, block: BlockPlan, output: int) -> dict[Linear, int]:
+    def _ranks_so_far(self, block: BlockPlan, output: int) -> dict[Site, int]:
         """Those of one output; evenly shared ones until all spectra are known."""
         ranks = self.outputs[output].ranks
         found = {linear: ranks[linear.full_name] for linear in block.targets}

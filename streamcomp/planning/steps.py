@@ -12,7 +12,7 @@ from streamcomp.calibration.observe import MomentGroup, moment_dtype
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.errors import RecipeError, UnsupportedModelError
 from streamcomp.linalg.symmetric import solve_dtype
-from streamcomp.modeling.linears import Linear
+from streamcomp.modeling.sites import Site
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning import cost
 from streamcomp.planning.blocks import BlockPlan, passes_of_step
@@ -236,7 +236,7 @@ class StepPlanner:
         dtype = self.stream.dtype
         moments, dropped = self._moment_bytes(groups), self._other_bytes(block, groups)
         for group in groups:
-            for linear in group.linears:
+            for linear in group.sites:
                 yield self._decompose(block, linear, group, moments, dropped)
                 dropped += linear.numel * dtype.itemsize
             moments -= group.nbytes(dtype)
@@ -255,7 +255,7 @@ class StepPlanner:
             factors += sum(
                 self._factor_bytes(linear, ranks[linear])
                 for group in groups
-                for linear in group.linears
+                for linear in group.sites
                 if linear in ranks
             )
         if recipe.follows:
@@ -272,7 +272,7 @@ class StepPlanner:
         self,
         block: BlockPlan,
         groups: tuple[MomentGroup, ...],
-        ranks: Mapping[Linear, int],
+        ranks: Mapping[Site, int],
         factors: int,
         levers: Levers,
     ) -> Iterator[cost.Phase]:
@@ -285,7 +285,7 @@ class StepPlanner:
         drops = not recipe.compressed_stream
         dropped = self._other_bytes(block, groups) if drops else 0
         for group in groups:
-            for linear in (linear for linear in group.linears if linear in ranks):
+            for linear in (linear for linear in group.sites if linear in ranks):
                 if not self.analysis:
                     yield self._decompose(block, linear, group, moments + factors, dropped)
                 kind = moment_dtype if self.analysis else solve_dtype  # as kept, or just made
@@ -306,7 +306,7 @@ class StepPlanner:
             dropped = self._other_bytes(block, groups)
             for group in groups:
                 moments = self._moment_bytes([group])
-                for linear in (linear for linear in group.linears if linear in ranks):
+                for linear in (linear for linear in group.sites if linear in ranks):
                     yield self._decompose(block, linear, group, moments + factors, dropped)
                     bases = cost.analysis_bytes(linear.rows, linear.columns, group.gradients, kept)
                     held, form = moments + bases, self.recipe.form
@@ -321,7 +321,7 @@ class StepPlanner:
     # -- what they are made of -----------------------------------------------------------
 
     def _decompose(
-        self, block: BlockPlan, linear: Linear, group: MomentGroup, moments: int, dropped: int
+        self, block: BlockPlan, linear: Site, group: MomentGroup, moments: int, dropped: int
     ) -> cost.Phase:
         recipe = self.recipe
         observed = recipe.statistics != "none"
@@ -336,14 +336,14 @@ class StepPlanner:
             centred=recipe.centred and observed,
         )
 
-    def _most_ranks(self, step: Step) -> dict[Linear, int]:
+    def _most_ranks(self, step: Step) -> dict[Site, int]:
         output, form = self.outputs[step.output], self.recipe.form
         found = {m: output.most_rank(m, form) for m in self.blocks[step.block].targets}
         return {linear: rank for linear, rank in found.items() if rank is not None}
 
-    def _most_ranks_of_any(self, step: Step) -> dict[Linear, int]:
+    def _most_ranks_of_any(self, step: Step) -> dict[Site, int]:
         """The same over all outputs."""
-        found: dict[Linear, int] = {}
+        found: dict[Site, int] = {}
         for output in range(len(self.outputs)):
             for linear, rank in self._most_ranks(replace(step, output=output)).items():
                 found[linear] = max(rank, found.get(linear, 0))
@@ -359,7 +359,7 @@ class StepPlanner:
     def _limits(self, step: Step, levers: Levers) -> dict[str, float]:
         return self.timing.limits(step, levers, self._shard_bytes(step))
 
-    def _factor_bytes(self, linear: Linear, rank: int) -> int:
+    def _factor_bytes(self, linear: Site, rank: int) -> int:
         """What a factored linear holds at most while its block is at work."""
         side = linear.rows + linear.columns
         less = rank if self.recipe.form == "pivot" else 0
@@ -381,7 +381,7 @@ class StepPlanner:
                 cost.analysis_bytes(m.rows, m.columns, group.gradients, kept)
                 + _TEXT_BYTES_PER_TENSOR
                 for group in block.groups
-                for m in group.linears
+                for m in group.sites
             )
         return self.stream.nbytes
 

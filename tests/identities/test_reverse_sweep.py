@@ -20,7 +20,7 @@ from streamcomp.job.analysis import read_moment, read_output_gradient
 from streamcomp.job.folders import WORK_FOLDER
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.methods import Moment
-from streamcomp.modeling.linears import Linear
+from streamcomp.modeling.sites import Site
 from streamcomp.modeling.skeleton import Skeleton
 from streamcomp.planning import plan
 from streamcomp.planning.blocks import BlockPlan, plan_blocks
@@ -141,7 +141,7 @@ def block_plans(folder: Path, text: Path, **settings: Any) -> list[BlockPlan]:
     return plan_blocks(open_skeleton(folder), small_recipe(text, **settings), shape)
 
 
-def kept_moments(folder: Path, out: Path, text: Path) -> dict[str, tuple[Linear, Moment]]:
+def kept_moments(folder: Path, out: Path, text: Path) -> dict[str, tuple[Site, Moment]]:
     return {
         linear.full_name: (
             linear,
@@ -149,7 +149,7 @@ def kept_moments(folder: Path, out: Path, text: Path) -> dict[str, tuple[Linear,
         )
         for block in block_plans(folder, text)
         for group in block.groups
-        for linear in group.linears
+        for linear in group.sites
     }
 
 
@@ -254,7 +254,7 @@ def test_they_do_not_depend_on_which_blocks_are_compressed(
     found = 0
     for block in block_plans(folder, text, blocks=blocks):
         for group in block.groups:
-            for linear in group.linears:
+            for linear in group.sites:
                 moment = read_moment(
                     tmp_path / "out" / WORK_FOLDER, block.number, group, linear, CPU
                 )

@@ -151,7 +151,7 @@ def test_less_is_alive_at_a_time() -> None:
     call = Call((), {"position_embeddings": place})
 
     def traced(tokens: int) -> BlockTrace:
-        found = trace_block(model.model.layers[0], {}, hidden, call, tokens)
+        found = trace_block(model.model.layers[0], [], hidden, call, tokens)
         assert found.exact
         return found
 

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama as llama
 
 import streamcomp
 from streamcomp.errors import UnsupportedModelError
-from streamcomp.modeling.linears import find_linears
+from streamcomp.modeling.sites import find_sites
 from tests.families.tiny import causal_types, save_tiny
 from tests.jobs import RESOURCES, quick_plan, small_recipe
 from tests.modeling.folders import edit_config, open_skeleton, streamed_logits
@@ -24,12 +24,12 @@ from tests.pico import pico_tokens, save_pico, whole_logits
 def left(folder: Path, block: int = 0) -> dict[str, str]:
     skeleton = open_skeleton(folder)
     prefix = skeleton.block_name(block) + "."
-    reasons = find_linears(skeleton, block).left
+    reasons = find_sites(skeleton, block).left
     return {name.removeprefix(prefix): reason for name, reason in reasons.items()}
 
 
 def eligible(folder: Path, block: int = 0) -> set[str]:
-    return {linear.name for linear in find_linears(open_skeleton(folder), block).eligible}
+    return {linear.name for linear in find_sites(open_skeleton(folder), block).eligible}
 
 
 def refusal(folder: Path) -> str:
@@ -110,7 +110,7 @@ def test_a_subclass_is_a_linear_if_it_computes_one(
     skeleton = open_skeleton(pico("llama"))
     skeleton.block(0).mlp.up_proj = kind(32, 48, bias=bias, device="meta")
 
-    linears = find_linears(skeleton, 0)
+    linears = find_sites(skeleton, 0)
 
     assert linears.left.get("model.layers.0.mlp.up_proj") == reason
     assert ("mlp.up_proj" in {linear.name for linear in linears.eligible}) == (reason is None)

@@ -15,6 +15,7 @@ from streamcomp.checkpoint.index import SINGLE_FILE
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.methods import factor_tensors
 from streamcomp.modeling.modules import FORMAT_VERSION, FORMS, FactoredLinear
+from streamcomp.modeling.sites import find_sites
 from streamcomp.modeling.streamer import BlockStreamer
 from tests.modeling.folders import (
     CPU,
@@ -200,12 +201,13 @@ def test_a_weight_may_be_dropped_before_its_block_and_is_there_again_in_the_next
     skeleton = open_skeleton(pico("llama"))
     streamer = BlockStreamer(skeleton, CPU)
     hidden, calls = streamer.record(pico_tokens())
+    sites = {site.leaf: site for site in find_sites(skeleton, 0).eligible}
 
     with streamer.block(0) as block:
         dense = block.run(hidden, calls[0])
-        block.drop("mlp.up_proj")
-        assert block.weight("mlp.up_proj").is_meta
-        assert not block.weight("mlp.gate_proj").is_meta
+        sites["up_proj"].free(block)
+        assert sites["up_proj"].weight(block).is_meta
+        assert not sites["gate_proj"].weight(block).is_meta
     with streamer.block(0) as block:
         assert torch.equal(block.run(hidden, calls[0]), dense)
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from streamcomp.modeling.linears import find_linears
+from streamcomp.modeling.sites import find_sites
 from streamcomp.modeling.tracing import BlockTrace, trace_block
 from tests.modeling.folders import open_skeleton
 from tests.pico import ARCHITECTURES
@@ -19,10 +18,7 @@ def trace(folder: Path, batch: int, seq_len: int = 32) -> BlockTrace:
     skeleton = open_skeleton(folder)
     block = skeleton.block(0)
     hidden, calls = skeleton.dry_record(batch, seq_len)
-    linears = {linear.name: linear for linear in find_linears(skeleton, 0).eligible}
-    modules = {name: block.get_submodule(name) for name in linears}
-    assert all(isinstance(module, nn.Linear) for module in modules.values())
-    return trace_block(block, modules, hidden, calls[0])
+    return trace_block(block, find_sites(skeleton, 0).eligible, hidden, calls[0])
 
 
 @pytest.mark.parametrize(
@@ -86,7 +82,7 @@ def test_every_linear_is_in_one_group(architecture: str, pico: Callable[..., Pat
 
     names = [name for group in trace(pico(architecture), 1).groups for name in group]
 
-    assert sorted(names) == sorted(linear.name for linear in find_linears(skeleton, 0).eligible)
+    assert sorted(names) == sorted(linear.name for linear in find_sites(skeleton, 0).eligible)
 
 
 def test_bytes_alive_are_at_least_those_no_run_can_do_without(pico: Callable[..., Path]) -> None:
@@ -99,7 +95,7 @@ def test_bytes_alive_are_at_least_those_no_run_can_do_without(pico: Callable[...
 
 def test_operations_are_at_least_those_of_the_linears(pico: Callable[..., Path]) -> None:
     skeleton = open_skeleton(pico("llama"))
-    numbers = sum(linear.numel for linear in find_linears(skeleton, 0).eligible)
+    numbers = sum(linear.numel for linear in find_sites(skeleton, 0).eligible)
 
     assert 2 * 64 * numbers <= trace(pico("llama"), 2).flops < 4 * 64 * numbers
 
@@ -125,9 +121,8 @@ def test_tracing_touches_no_weight_and_leaves_no_hook(pico: Callable[..., Path])
     skeleton = open_skeleton(pico("llama"))
     block = skeleton.block(0)
     hidden, calls = skeleton.dry_record(1, 8)
-    linears = {"mlp.up_proj": block.get_submodule("mlp.up_proj")}
 
-    trace_block(block, linears, hidden, calls[0])
+    trace_block(block, find_sites(skeleton, 0).eligible, hidden, calls[0])
 
     assert all(value.is_meta for value in block.parameters())
     assert not any(module._forward_pre_hooks for module in block.modules())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamcomp.modeling.linears import find_linears
+from streamcomp.modeling.sites import find_sites
 from tests.modeling.folders import edit_config, open_skeleton, save_edited
 from tests.pico import ARCHITECTURES, save_pico
 
@@ -40,7 +40,7 @@ def test_the_linears_of_each_architecture_are_found(
     skeleton = open_skeleton(pico(architecture))
 
     for number in range(len(skeleton)):
-        linears = find_linears(skeleton, number)
+        linears = find_sites(skeleton, number)
 
         assert {linear.name for linear in linears.eligible} == EXPECTED[architecture]
         assert bool(linears.left) == (architecture == "mixtral")
@@ -54,7 +54,7 @@ def test_the_linears_of_each_architecture_are_found(
 def test_a_mixtures_router_and_experts_are_left_with_the_reason(
     pico: Callable[..., Path],
 ) -> None:
-    left = find_linears(open_skeleton(pico("mixtral")), 1).left
+    left = find_sites(open_skeleton(pico("mixtral")), 1).left
 
     assert left.keys() == {"model.layers.1.mlp.gate", "model.layers.1.mlp.experts"}
     assert left["model.layers.1.mlp.experts"] == "a MixtralExperts, no linear"
@@ -66,14 +66,14 @@ def test_a_router_that_is_a_plain_linear_is_left_too(pico: Callable[..., Path]) 
     mixture = skeleton.block(1).get_submodule("mlp")
     mixture.gate = nn.Linear(32, 4, bias=False, device="meta")
 
-    assert find_linears(skeleton, 1).left["model.layers.1.mlp.gate"] == "a router"
+    assert find_sites(skeleton, 1).left["model.layers.1.mlp.gate"] == "a router"
 
 
 def test_a_projection_with_as_many_rows_as_experts_is_no_router(tmp_path: Path) -> None:
     folder = save_pico(tmp_path, "llama")
     edit_config(folder, num_local_experts=16)  # as many as k_proj has rows
 
-    names = {linear.name for linear in find_linears(open_skeleton(folder), 0).eligible}
+    names = {linear.name for linear in find_sites(open_skeleton(folder), 0).eligible}
 
     assert names == EXPECTED["llama"]
 
@@ -81,7 +81,7 @@ def test_a_projection_with_as_many_rows_as_experts_is_no_router(tmp_path: Path) 
 def test_linears_are_included_and_excluded_by_name(pico: Callable[..., Path]) -> None:
     skeleton = open_skeleton(pico("llama"))
 
-    linears = find_linears(skeleton, 0, include=r"mlp|q_proj", exclude=r"down")
+    linears = find_sites(skeleton, 0, include=r"mlp|q_proj", exclude=r"down")
 
     assert {linear.name for linear in linears.eligible} == {
         "self_attn.q_proj",
@@ -99,8 +99,8 @@ def test_linears_are_included_and_excluded_by_name(pico: Callable[..., Path]) ->
 def test_names_are_searched_within_the_whole_model(pico: Callable[..., Path]) -> None:
     skeleton = open_skeleton(pico("llama"))
 
-    assert not find_linears(skeleton, 0, exclude=r"layers\.0\.").eligible
-    assert len(find_linears(skeleton, 1, exclude=r"layers\.0\.").eligible) == 7
+    assert not find_sites(skeleton, 0, exclude=r"layers\.0\.").eligible
+    assert len(find_sites(skeleton, 1, exclude=r"layers\.0\.").eligible) == 7
 
 
 def test_a_matrix_of_integers_is_left(tmp_path: Path) -> None:
@@ -110,14 +110,14 @@ def test_a_matrix_of_integers_is_left(tmp_path: Path) -> None:
         lambda tensors: tensors.update({f"{name}.weight": torch.ones(48, 32, dtype=torch.int8)}),
     )
 
-    assert find_linears(open_skeleton(folder), 0).left == {name: "of dtype I8"}
+    assert find_sites(open_skeleton(folder), 0).left == {name: "of dtype I8"}
 
 
 def test_a_matrix_missing_on_disk_is_left(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
     folder = save_edited(tmp_path, lambda tensors: tensors.pop(f"{name}.weight"))
 
-    assert find_linears(open_skeleton(folder), 0).left == {name: "not one matrix on disk"}
+    assert find_sites(open_skeleton(folder), 0).left == {name: "not one matrix on disk"}
 
 
 def test_expert_names_on_disk_are_those_of_the_shards(pico: Callable[..., Path]) -> None:
@@ -126,4 +126,4 @@ def test_expert_names_on_disk_are_those_of_the_shards(pico: Callable[..., Path])
     names = {info.name for info in skeleton.block_tensors(0)}
 
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in names
-    assert {f"{linear.disk_name}.weight" for linear in find_linears(skeleton, 0).eligible} < names
+    assert {f"{linear.disk_name}.weight" for linear in find_sites(skeleton, 0).eligible} < names
