@@ -139,9 +139,9 @@ JOBS = (
         spare=8 * 2**20),
     Job("SmolLM2 two-sided, 2 ratios", SMOLLM2, f"{_FEW} --ratio 0.2,0.4"),
     Job("SmolLM2 svd-llm uv, update", SMOLLM2,
-        f"{_FEW} --method svd-llm --form uv --update --anchor 0.5 --blocks last:4"),
+        f"{_FEW} --method svd-llm --form uv --update --anchor 0.5 --blocks last:4 --module-ratio 0.2"),
     Job("SmolLM2 swsc, no statistics", SMOLLM2,
-        f"{_FEW} --method swsc --statistics none --blocks first:2 --clusters 32"),
+        f"{_FEW} --method swsc --statistics none --blocks first:2 --module-ratio 0.2 --clusters 32"),
 )  # fmt: skip
 
 

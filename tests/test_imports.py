@@ -17,7 +17,7 @@ PACKAGE = Path(streamcomp.__path__[0])
 _MATHS = {"errors", "linalg", "forms", "methods"}
 _BASE = _MATHS | {"units", "recipe"}
 _MODELS = _BASE | {"checkpoint", "modeling"}
-_JOBS = _MODELS | {"calibration", "planning", "job"}
+_JOBS = _MODELS | {"machine", "calibration", "job"}
 
 # A room -> the rooms it may import, beside itself.
 ALLOWED: dict[str, set[str]] = {
@@ -27,11 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "forms": {"errors", "linalg"},
     "methods": {"errors", "linalg", "forms"},
     "recipe": {"errors", "units", "methods"},
+    "machine": {"errors", "units", "linalg", "recipe"},
     "checkpoint": {"errors", "units", "recipe"},
     "modeling": _BASE | {"checkpoint"},
     "calibration": _MODELS,
-    "planning": _MODELS | {"calibration"},
-    "job": _MODELS | {"calibration", "planning"},
+    "job": _MODELS | {"machine", "calibration"},
     "report": _JOBS,
     "tools": _JOBS,
     "integrations": _JOBS,

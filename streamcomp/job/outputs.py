@@ -108,7 +108,7 @@ def _plan_output(
     if ranks is None:
         shared = form.share_evenly(chosen, _inner_ratio(recipe, asked, eligible, chosen))
     else:
-        shared = [_at_rank(form, site, ranks[site.full_name]) for site in chosen]
+        shared = [_at_rank(form, site, ranks.get(site.full_name)) for site in chosen]
     allowances: dict[str, Allowance | None] = {site.full_name: None for site in eligible}
     allowances |= {m.full_name: kept for m, kept in zip(chosen, shared, strict=True)}
     numbers = [

@@ -135,12 +135,12 @@ class Site(ABC):
     ) -> None:
         """Run factors instead of W: ``tensors`` by their names on disk, of the form in ``spec``.
 
-        In the dtype of W, and with the bias unless ``tensors`` have another.
+        In the dtype of W, and with its bias.
         """
         dtype, bias = self.weight(block).dtype, self.bias(block)
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
         if bias is not None:
-            state.setdefault("bias", bias)
+            state["bias"] = bias
         module = empty_factored(self.rows, self.columns, spec, bias=bias is not None)
         module.load_state_dict(state, assign=True)
         self.put(block, module.requires_grad_(False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,12 @@ def test_the_limit_of_a_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None
     assert done == ["set", "put back"]
 
 
-def test_a_job_leaves_its_caller_s_process_as_it_was(tmp_path: Path, llama: Path) -> None:
+def test_a_job_leaves_its_caller_s_process_as_it_was(
+    pico: Callable[..., Path], tmp_path: Path
+) -> None:
     before = state()
 
-    compress(llama, tmp_path / "out", varied_text(tmp_path / "text", 2000))
+    compress(pico("llama"), tmp_path / "out", varied_text(tmp_path / "text", 2000))
 
     assert state() == before
 
