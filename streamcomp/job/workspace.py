@@ -217,8 +217,9 @@ class Workspace:
         return {name for row in self.journal.steps for name in row.unreached}
 
     def analysis_row(self, block: int, site: Site) -> AnalysisRow:
-        """What the journal holds of the decomposition of ``site``."""
-        rows = (row for step in self.journal.steps if step.block == block for row in step.analysis)
+        """What the journal holds of the decomposition of ``site`` that was made last."""
+        steps = (step for step in reversed(self.journal.steps) if step.block == block)
+        rows = (row for step in steps for row in step.analysis)
         return next(row for row in rows if row.name == site.disk_name)
 
 
