@@ -2,20 +2,24 @@
 
 A recipe decides the result and is fixed for the life of a job. Resources may change between
 two runs of the same job.
+
+Each field carries its help, unit, range and choices (:mod:`streamcomp.settings`), so that a new
+setting is written down here alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamcomp.errors import RecipeError
 from streamcomp.methods import METHODS as _METHODS
 from streamcomp.methods import find_method
+from streamcomp.settings import about, check_settings, parse_settings, setting
 from streamcomp.units import parse_bytes
 
 __all__ = [
@@ -42,78 +46,159 @@ _THREADS_PER_CORE = 4
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _BLOCKS = re.compile(r"(?:(first|last):(\d+)|(\d+)-(\d+))")
 
-# Fields that shape the output alone: jobs that differ in nothing else share their analysis.
-OUTPUT_FIELDS = (
-    "ratio", "size", "form", "allocation", "module_ratio", "update", "anchor", "refine", "rate"
-)  # fmt: skip
-# Fields that shape decompositions, not moments: jobs that differ in these too share their moments.
-DECOMPOSITION_FIELDS = ("damping",)
+
+def _matching(pattern: re.Pattern[str], ways: str) -> Callable[[str, str], None]:
+    """A check that a value matches ``pattern``, which ``ways`` puts into words."""
+
+    def check(name: str, value: str) -> None:
+        if not pattern.fullmatch(value):
+            raise RecipeError(f"{name} {value!r} unknown: {ways}")
+
+    return check
+
+
+def _check_regex(name: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise RecipeError(f"{name} {value!r} is no regular expression: {error}") from None
+
+
+def _check_bytes(name: str, value: str) -> None:
+    parse_bytes(value)
+
+
+def _check_sources(name: str, value: tuple[str, ...]) -> None:
+    if not all(value):
+        raise RecipeError(f"{name} '': a file, a folder or a dataset on the hub is needed")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All that decides the compressed model, given its source.
 
-    ``"auto"`` becomes the method's own value when the recipe is made.
+    ``"auto"`` becomes the method's default when the recipe is made.
     """
 
-    ratio: float | tuple[float, ...] = 0.2  # share of the linears' parameters to remove; or several
-    size: str = ""  # bytes of the output, "5GiB", in the place of a ratio
-    method: str = "two-sided"  # METHODS
-    form: str = _AUTO  # how factors are stored: FORMS
-    statistics: str = _AUTO  # which stream the moments are taken from: STATISTICS
-    allocation: str = _AUTO  # how ranks are shared among linears: ALLOCATIONS
-    blocks: str = ""  # those to compress: "last:12", "first:4", "3-10"; "" = all
-    module_ratio: float = 0.0  # share removed from each linear of those blocks; 0 = from ratio
-    clusters: int = 0  # swsc: representatives per linear; 0 = whatever loses least
-    axis: str = "auto"  # swsc: AXES
-    damping: float = 0.0  # relative, added to the moments; 0 = the method's own
-    update: bool = False  # refit left factors on the compressed stream (SVD-LLM's update)
-    anchor: float = 1.0  # update: share of the dense stream in the target
-    refine: int = 0  # steps of refinement per block; 0 = none
-    rate: float = 0.0  # learning rate of the refinement; 0 = its own
-    calibration: tuple[str, ...] = ()  # files, folders, hub datasets; () = Python's reference
-    chat: bool = False  # render texts through the chat template
-    samples: int = 128  # calibration windows
-    seq_len: int = 512  # tokens per window
-    batch: int = 0  # windows per forward; 0 = the planner chooses
-    store_every: int = 1  # two-sided: every how many blocks hidden states stay on disk
-    seed: int = 0  # draws the windows
-    include: str = ""  # regex searched in a linear's name; "" = all
-    exclude: str = ""  # regex searched in a linear's name; "" = none
+    ratio: float | tuple[float, ...] = setting(
+        0.2, section="common", unit="SHARE[,...]", above=0, below=1, several=True, short="-r",
+        help="Share of the linears' parameters to remove; several give a folder each from one "
+        "analysis.", example="0.2,0.4", affects="output",
+    )  # fmt: skip
+    size: str = setting(
+        "", section="common", unit="BYTES", check=_check_bytes, default_help="no limit",
+        help="The most bytes of weights in the result, instead of --ratio.",
+        example="5GiB", affects="output",
+    )  # fmt: skip
+    method: str = setting(
+        "two-sided", section="common", choices=METHODS, short="-m",
+        help="two-sided weighs errors by what they do to the model's loss; svd-llm by the inputs; "
+        "rom takes principal components of the outputs, block after block; swsc lets channels "
+        "share weights.",
+    )  # fmt: skip
+    form: str = setting(
+        _AUTO, section="method", choices=FORMS, default_help="pivot; shared for swsc",
+        help="How factors are stored: pivot holds a higher rank in the same bytes, uv is plain "
+        "low rank, shared is swsc's.", affects="output",
+    )  # fmt: skip
+    statistics: str = setting(
+        _AUTO, section="calibration", choices=STATISTICS, default_help="dense; compressed for rom",
+        help="Take moments from the dense model's hidden states, from those of the blocks "
+        "compressed so far, or not at all.",
+    )  # fmt: skip
+    allocation: str = setting(
+        _AUTO, section="method", choices=ALLOCATIONS,
+        default_help="loss for two-sided, otherwise uniform",
+        help="Share the ratio evenly among linears, or so that their summed loss is smallest.",
+        affects="output",
+    )  # fmt: skip
+    blocks: str = setting(
+        "", section="method", unit="WHICH", default_help="all", example="last:12",
+        check=_matching(_BLOCKS, "last:12, first:4 or 3-10"),
+        help="Blocks to compress: last:12, first:4 or 3-10. The others stay dense and count in "
+        "the ratio.",
+    )  # fmt: skip
+    module_ratio: float = setting(
+        0.0, section="method", unit="SHARE", least=0, below=1, default_help="as --ratio asks",
+        help="Share to remove from each linear of those blocks, instead of --ratio.",
+        example="0.54", affects="output",
+    )  # fmt: skip
+    clusters: int = setting(
+        0, section="method", unit="K", least=0, default_help="whatever loses least",
+        help="For swsc: representatives per linear.",
+    )  # fmt: skip
+    axis: str = setting(
+        _AUTO, section="method", choices=AXES, help="For swsc: whether rows or columns share."
+    )
+    damping: float = setting(
+        0.0, section="method", unit="SHARE", least=0, most=0.5, affects="decompositions",
+        default_help="0.01 of the gradients' moments for two-sided, otherwise what is needed",
+        help="Added to the moments' diagonals, relative to their mean.", example="1e-3",
+    )  # fmt: skip
+    update: bool = setting(
+        False, section="method", affects="output",
+        help="Refit left factors in closed form on the outputs of compressed blocks.",
+    )  # fmt: skip
+    anchor: float = setting(
+        1.0, section="method", unit="SHARE", least=0, most=1, affects="output", example="0.5",
+        help="For --update: share of the dense model's outputs in the target; the rest comes from "
+        "the compressed stream.",
+    )  # fmt: skip
+    refine: int = setting(
+        0, section="method", unit="STEPS", least=0, affects="output", example="200",
+        help="Train each block's factors against the dense block for so many steps.",
+    )  # fmt: skip
+    rate: float = setting(
+        0.0, section="method", unit="SHARE", least=0, most=1, affects="output", example="1e-3",
+        default_help="chosen for --refine",
+        help="Learning rate of --refine, relative to the factors' size.",
+    )  # fmt: skip
+    calibration: tuple[str, ...] = setting(
+        (), section="calibration", unit="SOURCE", check=_check_sources, is_path=True, short="-c",
+        help="File of text, .jsonl, .json, .csv or .tsv, a folder of them, or a hub dataset; "
+        "repeat it to mix evenly.", default_help="Python's language reference", example="wiki.txt",
+    )  # fmt: skip
+    chat: bool = setting(
+        False, section="calibration",
+        help="Render calibration texts through the model's chat template; objects of a .jsonl or "
+        ".json may hold messages.",
+    )  # fmt: skip
+    samples: int = setting(
+        128, section="calibration", unit="WINDOWS", least=1, help="Calibration windows."
+    )
+    seq_len: int = setting(
+        512, section="calibration", unit="TOKENS", least=2, help="Tokens per window."
+    )
+    batch: int = setting(
+        0, section="memory", unit="WINDOWS", least=0, help="Windows per forward.",
+        default_help="as many as are useful and fit",
+    )  # fmt: skip
+    store_every: int = setting(
+        1, section="memory", unit="K", least=1,
+        help="For two-sided: keep the hidden states of every K-th block on disk and run the "
+        "others again.",
+    )  # fmt: skip
+    seed: int = setting(
+        0, section="calibration", unit="N", least=0, most=2**63 - 1,
+        help="Draws the calibration windows.",
+    )  # fmt: skip
+    include: str = setting(
+        "", section="method", unit="REGEX", check=_check_regex, default_help="all",
+        help="Compress only the linears whose name matches.", example="'mlp\\.'",
+    )  # fmt: skip
+    exclude: str = setting(
+        "", section="method", unit="REGEX", check=_check_regex, default_help="none",
+        help="Leave out the linears whose name matches.", example="k_proj",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
+        if isinstance(self.ratio, list | tuple):
+            several = tuple(float(ratio) for ratio in self.ratio)
+            object.__setattr__(self, "ratio", several[0] if len(several) == 1 else several)
+        check_settings(self)
         self._resolve()
         self._check_ratios()
-        _one_of("form", self.form, FORMS)
-        _one_of("statistics", self.statistics, STATISTICS)
-        _one_of("allocation", self.allocation, ALLOCATIONS)
-        _one_of("axis", self.axis, AXES)
-        for name, least in (
-            ("samples", 1), ("seq_len", 2), ("batch", 0), ("seed", 0), ("refine", 0),
-            ("store_every", 1), ("clusters", 0), ("rate", 0), ("damping", 0), ("module_ratio", 0),
-            ("anchor", 0),
-        ):  # fmt: skip
-            if not (value := getattr(self, name)) >= least:
-                raise RecipeError(f"{name} {value}: at least {least} is needed")
-        for name, most in (("anchor", 1.0), ("damping", 0.5), ("rate", 1.0), ("seed", 2**63 - 1)):
-            if (value := getattr(self, name)) > most:
-                raise RecipeError(f"{name} {value}: at most {most} is possible")
-        if not all(self.calibration):
-            raise RecipeError("calibration '': a file, a folder or a dataset on the hub is needed")
         self._check_together()
-        for name in ("include", "exclude"):
-            try:
-                re.compile(getattr(self, name))
-            except re.error as error:
-                raise RecipeError(
-                    f"{name} {getattr(self, name)!r} is no regular expression: {error}"
-                ) from None
-        if self.blocks and not _BLOCKS.fullmatch(self.blocks):
-            raise RecipeError(f"blocks {self.blocks!r} unknown: last:12, first:4 or 3-10")
-        if self.size:
-            parse_bytes(self.size)
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -133,17 +218,7 @@ class Recipe:
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], origin: str = "recipe") -> Recipe:
         """A recipe from plain values, as a TOML file holds them; unknown names are refused."""
-        kinds = {f.name: type(f.default) for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in settings.items():
-            name = key.replace("-", "_")
-            if name not in kinds:
-                raise RecipeError(f"{origin}: unknown setting {key!r}; known: {', '.join(kinds)}")
-            if name == "ratio" and isinstance(value, list | tuple):
-                values[name] = tuple(_coerce(origin, name, item, float) for item in value)
-            else:
-                values[name] = _coerce(origin, name, value, kinds[name])
-        return cls(**values)
+        return cls(**parse_settings(cls, settings, origin))
 
     def _resolve(self) -> None:
         """Replace "auto" by the method's defaults."""
@@ -157,24 +232,14 @@ class Recipe:
         for name, value in defaults.items():
             if getattr(self, name) == _AUTO:
                 object.__setattr__(self, name, value)
-        if isinstance(self.ratio, list | tuple):
-            several = tuple(float(ratio) for ratio in self.ratio)
-            object.__setattr__(self, "ratio", several[0] if len(several) == 1 else several)
 
     def _check_ratios(self) -> None:
-        for ratio in self.ratios:
-            if not 0 < ratio < 1:
-                raise RecipeError(
-                    f"ratio {ratio:g}: the share to remove lies between 0 and 1, e.g. 0.2"
-                )
         if not self.ratios:
             raise RecipeError("ratio (): at least one is needed, e.g. 0.2")
         if len({f"{ratio:g}" for ratio in self.ratios}) < len(self.ratios):
             raise RecipeError(
-                f"ratio {self.ratio}: each of several ratios stands there once, to six digits"
+                f"ratio {self.ratio}: several ratios must differ in their first six digits"
             )
-        if not 0 <= self.module_ratio < 1:
-            raise RecipeError(f"module_ratio {self.module_ratio:g}: at least 0 and below 1")
         if len(self.ratios) > 1 and (self.size or self.module_ratio):
             raise RecipeError("size and module_ratio are for one output: give one ratio or none")
         if self.size and self.module_ratio:
@@ -217,21 +282,50 @@ class Recipe:
 class Resources:
     """With what a job runs; may change from one run of a job to the next."""
 
-    max_ram: str | None = None  # "32G", "75%"; None = 80% of what is available
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    max_vram: str | None = None  # of the GPU, as max_ram; None = 90% of what is free there
-    threads: int = 0  # CPU threads; 0 = one per core the process may use
-    work_dir: Path | None = None  # streams and journal; None = OUT/.streamcomp
-    keep_work: bool = False  # keep decompositions and moments for jobs to come
+    max_ram: str | None = setting(
+        None, section="common", unit="SIZE", default_help="80% of what is free", example="32G",
+        help="Resident memory that is never exceeded: 32G, 900MiB, 75% of the machine.",
+        affects="nothing",
+    )  # fmt: skip
+    device: str = setting(
+        "auto", section="common", unit="auto|cpu|cuda[:N]", example="cuda:1", affects="nothing",
+        check=_matching(_DEVICE, "auto, cpu, cuda or cuda:N"),
+        help="Where blocks run and are decomposed; hidden states stay in files.",
+    )  # fmt: skip
+    max_vram: str | None = setting(
+        None, section="memory", unit="SIZE", default_help="90% of what is free there",
+        help="GPU memory that is never exceeded, driver and libraries included: 24G, 80%.",
+        example="12G", affects="nothing",
+    )  # fmt: skip
+    threads: int = setting(
+        0, section="memory", unit="N", least=0, default_help="one per core", affects="nothing",
+        help="CPU threads.",
+    )  # fmt: skip
+    work_dir: Path | None = setting(
+        None, section="output", unit="DIR", is_path=True, default_help="OUT/.streamcomp",
+        help="Folder for hidden states and the journal, best on a fast disk.",
+        example="/scratch/job", affects="nothing",
+    )  # fmt: skip
+    keep_work: bool = setting(
+        False, section="output", affects="nothing",
+        help="Keep decompositions and moments in the work folder, for jobs of another ratio, form "
+        "or damping with the same --work-dir.",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if not _DEVICE.fullmatch(self.device):
-            raise RecipeError(f"device {self.device!r} unknown: auto, cpu, cuda or cuda:N")
-        if self.threads < 0:
-            raise RecipeError(f"threads {self.threads}: at least 0 is needed (0 = all cores)")
+        check_settings(self)
         most = _THREADS_PER_CORE * (os.cpu_count() or 1)
         if self.threads > most:
             raise RecipeError(f"threads {self.threads}: at most {most} are of use on this machine")
+
+
+def _affecting(results: str) -> tuple[str, ...]:
+    return tuple(name for name, one in about(Recipe).items() if one.affects == results)
+
+
+# Jobs that differ in nothing but these share their analysis, or their moments.
+OUTPUT_FIELDS = _affecting("output")
+DECOMPOSITION_FIELDS = _affecting("decompositions")
 
 
 def chosen_blocks(blocks: str, total: int) -> range:
@@ -244,27 +338,9 @@ def chosen_blocks(blocks: str, total: int) -> range:
         return range(total)
     if match[1]:
         count = int(match[2])
-        found = range(total - count, total) if match[1] == "last" else range(count)
+        chosen = range(total - count, total) if match[1] == "last" else range(count)
     else:
-        found = range(int(match[3]), int(match[4]) + 1)
-    if not len(found) or found.start < 0 or found.stop > total:
+        chosen = range(int(match[3]), int(match[4]) + 1)
+    if not len(chosen) or chosen.start < 0 or chosen.stop > total:
         raise RecipeError(f"blocks {blocks}: the model has blocks 0 to {total - 1}")
-    return found
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RecipeError(f"{name} {value!r} unknown; one of: {', '.join(allowed)}")
-
-
-def _coerce(origin: str, name: str, value: Any, kind: type) -> Any:
-    """``value`` as ``kind``: an int is a float too, a string or a list is a tuple of strings."""
-    if kind is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
-            return tuple(items)
-    elif kind is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is kind:
-        return value
-    raise RecipeError(f"{origin}: {name} = {value!r} should be of type {kind.__name__}")
+    return chosen

@@ -15,7 +15,7 @@ from tests.jobs import run_python
 PACKAGE = Path(streamcomp.__path__[0])
 
 _MATHS = {"errors", "linalg", "forms", "methods"}
-_BASE = _MATHS | {"units", "recipe"}
+_BASE = _MATHS | {"units", "settings", "recipe"}
 _MODELS = _BASE | {"checkpoint", "modeling"}
 _JOBS = _MODELS | {"machine", "calibration", "job"}
 
@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "linalg": {"errors"},
     "forms": {"errors", "linalg"},
     "methods": {"errors", "linalg", "forms"},
-    "recipe": {"errors", "units", "methods"},
+    "settings": {"errors"},
+    "recipe": {"errors", "units", "settings", "methods"},
     "machine": {"errors", "units", "linalg", "recipe"},
     "checkpoint": {"errors", "units", "recipe"},
     "modeling": _BASE | {"checkpoint"},
