@@ -16,8 +16,7 @@ from streamcomp.recipe import FORMS, METHODS
 from tests.test_imports import MODULES, PACKAGE
 
 STEP_KINDS = {
-    *("tokenize", "embed", "forward", "loss", "reverse", "analyse", "ranks", "block", "copy"),
-    "redo",
+    *("tokenize", "embed", "forward", "loss", "reverse", "analyse", "ranks", "block", "copy")
 }
 MOST_PARAMETERS = 8
 MOST_LINES = 500
@@ -38,7 +37,6 @@ OFFENDERS: dict[str, dict[str, str]] = {
     },
     "compares with the name of a method": {
         "evaluation/health.py": "asks whether losses compare, and for the usual damping",
-        "job/redo.py": "refuses a method without moments",
         "planning/blocks.py": "asks which statistics a method needs",
         "planning/schedule.py": "asks whether a method can be analysed",
         "planning/steps.py": "asks which statistics a method needs",
@@ -53,7 +51,6 @@ OFFENDERS: dict[str, dict[str, str]] = {
         "planning/steps.py": "counts the bytes of a step",
     },
     "asks whether something is a method's class": {
-        "job/redo.py": "swsc has no decomposition",
         "job/sweeps.py": "swsc has no decomposition",
         "job/writing.py": "swsc has no decomposition",
     },
@@ -71,7 +68,6 @@ OFFENDERS: dict[str, dict[str, str]] = {
         "planning/steps.py": "chooses the phases of a step",
     },
     "has a function of more than 8 parameters": {
-        "job/redo.py": "is removed with --redo",
         "planning/plan.py": "make_plan",
         "planning/steps.py": "StepPlanner",
     },
@@ -315,7 +311,7 @@ BREAKS: list[tuple[Rule, str]] = [
     (compares_methods, 'match method:\n    case "two-sided":\n        pass'),
     (compares_methods, 'method in {"rom", "svd-llm"}'),
     (compares_step_kinds, 'step.kind == "block"'),
-    (compares_step_kinds, 'step["kind"] in ("copy", "redo")'),
+    (compares_step_kinds, 'step["kind"] in ("copy", "other")'),
     (compares_step_kinds, '"loss" in kinds'),
     (compares_step_kinds, 'match step.kind:\n    case "reverse":\n        pass'),
     (compares_step_kinds, '_ON_HOST = {"copy"}\nstep.kind in _ON_HOST'),
