@@ -9,15 +9,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
 from streamcomp.recipe import FORMS, METHODS
 from tests.test_imports import MODULES, PACKAGE
 
-STEP_KINDS = {
-    *("tokenize", "embed", "forward", "loss", "reverse", "analyse", "ranks", "block", "copy")
-}
 MOST_PARAMETERS = 8
 MOST_LINES = 500
 _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
@@ -156,8 +154,22 @@ def compares_step_kinds(path: str, tree: ast.Module, text: str) -> Iterator[int]
     if path.startswith("job/steps/"):
         return
     for line, texts, sides in comparisons(tree):
-        if texts & STEP_KINDS and any({"kind", "kinds"} & names_of(side) for side in sides):
+        if texts & step_kinds() and any({"kind", "kinds"} & names_of(side) for side in sides):
             yield line
+
+
+@cache
+def step_kinds() -> frozenset[str]:
+    """The kinds of all steps that are made anywhere: ``Step(name, "kind", ...)``."""
+    kinds: set[str] = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse((PACKAGE / path).read_text("utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Name(id="Step"), args=[_, ast.Constant(value=str(kind)), *_]
+                ):
+                    kinds.add(kind)
+    return frozenset(kinds)
 
 
 def asks_for_a_method(path: str, tree: ast.Module, text: str) -> Iterator[int]:
@@ -166,14 +178,15 @@ def asks_for_a_method(path: str, tree: ast.Module, text: str) -> Iterator[int]:
             yield line
 
 
-def method_classes() -> set[str]:
+@cache
+def method_classes() -> frozenset[str]:
     """Names of all classes in ``methods/``."""
-    return {
+    return frozenset(
         node.name
         for path in (PACKAGE / "methods").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.ClassDef)
-    }
+    )
 
 
 def classes_asked_for(tree: ast.Module) -> Iterator[tuple[int, list[ast.expr]]]:
@@ -367,6 +380,11 @@ def test_a_rule_sees_what_breaks_it(rule: Rule, source: str) -> None:
 @pytest.mark.parametrize(("rule", "source", "path"), KEEPS)
 def test_a_rule_lets_pass_what_keeps_it(rule: Rule, source: str, path: str) -> None:
     assert not broken(rule, source, path)
+
+
+def test_kinds_and_methods_are_found() -> None:
+    assert {"tokenize", "reverse", "block", "copy"} <= step_kinds()
+    assert {"TwoSided", "SvdLlm", "Rom", "Swsc"} <= method_classes()
 
 
 def test_every_rule_is_seen_broken() -> None:
