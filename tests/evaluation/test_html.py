@@ -108,7 +108,7 @@ RATES = {
 
 
 def test_stages_are_told_beside_what_the_machine_could_do() -> None:
-    told = {
+    told: dict[str, Any] = {
         "stages": {"reverse": 20.0, "loading": 3.0, "ranks": 0.1},
         "limits": {"reverse": 15.0, "loading": 0.01},
         "rates": RATES,

@@ -43,7 +43,7 @@ def evaluate(model: Path, text: Path | None, batch: int = 0, head: int = 0) -> E
     """Streamed, with ``batch`` windows per forward and ``head`` tokens per call of the head."""
     from streamcomp.evaluation import perplexity
 
-    planned = perplexity.make_evaluation_plan
+    planned = perplexity.make_evaluation_plan  # type: ignore[attr-defined]
 
     def levers(*args: Any, **kwargs: Any) -> tuple[int, int, int]:
         most, tokens, peak = planned(*args, **kwargs)

@@ -15,7 +15,8 @@ from streamcomp.linalg.low_rank import (
     output_moment,
 )
 from streamcomp.linalg.symmetric import solve_dtype
-from streamcomp.methods import GradientMoment, Moment, factor_tensors, find_method
+from streamcomp.methods import GradientMoment, Moment, factor_tensors
+from streamcomp.methods.two_sided import TwoSided
 from tests.jobs import product
 
 F64 = torch.float64
@@ -53,7 +54,8 @@ def damped(gradients: Tensor, damping: float) -> Tensor:
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values**exponent) @ vectors.T
+    raised: Tensor = (vectors * values**exponent) @ vectors.T
+    return raised
 
 
 def textbook(weight: Tensor, inputs: Tensor, gradients: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -188,7 +190,7 @@ def test_no_other_matrix_of_the_rank_loses_less(shape: tuple[int, int], seed: in
 def alternated(weight: Tensor, inputs: Tensor, metric: Tensor, right: Tensor) -> Tensor:
     """W' after twenty alternating least squares, from the right factor ``right``."""
     for _ in range(20):
-        left = weight @ inputs @ right.T @ torch.linalg.inv(right @ inputs @ right.T)
+        left: Tensor = weight @ inputs @ right.T @ torch.linalg.inv(right @ inputs @ right.T)
         right = torch.linalg.inv(left.T @ metric @ left) @ left.T @ metric @ weight
     return left @ right
 
@@ -283,7 +285,7 @@ def test_the_method_takes_either_moment(
     given = inputs if side == "inputs" else output_moment(weight, inputs)
     gradient = GradientMoment(own, float(gradients.trace()))
 
-    found = find_method("two-sided").decompose(
+    found = TwoSided().decompose(
         weight,
         Moment(side, given, gradient=gradient),  # type: ignore[arg-type]
         damping,

@@ -557,8 +557,8 @@ def test_plan_asks_where_the_work_folder_lies(
         streamcomp.plan(models["pico"], Recipe(**SETTINGS), resources)
 
     asked.assert_called_once_with(tmp_path)
-    expected = {"memory_backed": memory_backed, "analysis": False, "keep_work": False}
-    expected |= {"device_budget": 0, "kernel_bytes": mock.ANY}
+    expected: dict[str, Any] = {"memory_backed": memory_backed, "analysis": False}
+    expected |= {"keep_work": False, "device_budget": 0, "kernel_bytes": mock.ANY}
     assert made.call_args.kwargs == expected
 
 
