@@ -14,6 +14,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from streamcomp.planning.meter import PeakMeter, release, resident_bytes, settle
@@ -41,10 +42,13 @@ def solvers() -> dict[str, Solver]:
         for driver in ("evr", "ev"):
             for dtype in (torch.float64, torch.float32):
                 name = f"scipy, {str(dtype)[6:]} (sy{driver})"
-                found[name] = lambda matrix, d=driver, t=dtype: torch.from_numpy(
-                    scipy_eigh(matrix.to(t).numpy(), driver=d)[1][:, ::-1].copy()
-                )
+                found[name] = partial(_by_scipy, driver=driver, dtype=dtype)
     return found
+
+
+def _by_scipy(matrix: Tensor, driver: str, dtype: torch.dtype) -> Tensor:
+    vectors = scipy_eigh(matrix.to(dtype).numpy(), driver=driver)[1]
+    return torch.from_numpy(vectors[:, ::-1].copy())
 
 
 def graded(size: int) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,11 @@
 
 24 jobs, each a whole process of ``streamcomp compress`` in either checkout: every method, form
 and source of statistics on tiny models of many architectures, a job that is killed and resumed,
-one on kept work, one with hardly any memory, and three on a real model with few windows. Compared
-are the hashes of all shards and of their index, and from ``config.json`` what is said of the
-factored linears, ranks included; of the job with little memory also the levers. Prints a row
-of Markdown per job. Exits with 1 where anything differs, a job fails, or a job held more memory
-than its plan predicted.
+one on kept work, one with hardly more memory than it needs, and three on a real model with few
+windows. Compared are the hashes of all shards and of their index, and from ``config.json`` what
+is said of the factored linears, ranks included; of the job with little memory also the levers.
+Prints a row of Markdown per job. Exits with 1 where anything differs, a job fails, or a job held
+more memory than its plan predicted.
 
 That a difference would be seen is shown by ``--seed-after 1``: the second checkout then draws
 other calibration windows, so that every job which takes statistics must differ.
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ SMOLLM2 = "smollm2"
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"architecture": "llama", "tie": True, "blocks": 3},
-    "llama-deep": {"architecture": "llama", "blocks": 12},
+    "llama-deep": {"architecture": "llama", "blocks": 8},
     "llama-bf16": {"architecture": "llama", "dtype": "bfloat16"},
     "mistral": {},
     "qwen2": {},
@@ -63,7 +64,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "config": {
             "hidden_size": 128,
             "head_dim": 32,
-            "intermediate_size": 1024,
+            "intermediate_size": 4096,
             "max_position_embeddings": 2048,
         },
     },
@@ -133,11 +134,11 @@ JOBS = (
     Job("swsc, no statistics, clusters", "qwen2",
         f"{_SMALL} --method swsc --statistics none --clusters 4 --axis rows --ratio 0.5"),
     Job("two-sided, killed and resumed", "llama-deep",
-        "--samples 64 --seq-len 64 --refine 2", kill_after=30),
+        "--samples 32 --seq-len 64 --refine 2", kill_after=15),
     Job("two-sided, kept work", "llama", f"{_SMALL} --keep-work", then="--ratio 0.4"),
-    Job("two-sided, little memory", "wide", "--samples 8 --seq-len 1024 --update",
-        spare=8 * 2**20),
-    Job("SmolLM2 two-sided, 2 ratios", SMOLLM2, f"{_FEW} --ratio 0.2,0.4"),
+    Job("two-sided, little memory", "wide", "--samples 4 --seq-len 2048 --update",
+        spare=24 * 2**20),
+    Job("SmolLM2 two-sided, 2 ratios", SMOLLM2, f"{_FEW} --blocks 12-17 --ratio 0.05,0.1"),
     Job("SmolLM2 svd-llm uv, update", SMOLLM2,
         f"{_FEW} --method svd-llm --form uv --update --anchor 0.5 --blocks last:4 --module-ratio 0.2"),
     Job("SmolLM2 swsc, no statistics", SMOLLM2,
@@ -348,6 +349,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME",
                         help="jobs whose name or model contains one of these")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1, choices=(1, 2),
+                        help="2: either checkout's job at the same time")  # fmt: skip
     parser.add_argument("--seed-after", type=int, default=0, metavar="N",
                         help="of the second checkout's jobs: any but 0 must differ")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the results there as well")
@@ -380,8 +383,10 @@ def compared(options: argparse.Namespace, work: Path) -> Iterator[tuple[Job, Res
         budget = BUDGET
         if job.spare:
             budget = str(before.smallest_budget(job, model, text) + job.spare)
-        results = (checkout.run(job, model, text, budget) for checkout in (before, after))
-        yield (job, *results)
+        with ThreadPoolExecutor(options.at_once) as pool:
+            first = pool.submit(before.run, job, model, text, budget)
+            second = pool.submit(after.run, job, model, text, budget)
+        yield job, first.result(), second.result()
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def in_memory(model: nn.Module, disk_name: str) -> str:
     """The name that the module ``disk_name`` has in ``model``."""
     names = [name for name, _ in model.named_modules() if name]
     tail = disk_name.partition("layers.")[2]
-    found = [name for name in names if name.endswith(f"layers.{tail}")]
+    found: list[str] = [name for name in names if name.endswith(f"layers.{tail}")]
     assert len(found) == 1, (disk_name, found)
     return found[0]
 

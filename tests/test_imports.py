@@ -126,4 +126,4 @@ def test_a_public_name_can_be_imported_first() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'streamcomp' has no attribute 'compres'"):
-        _ = streamcomp.compres  # type: ignore[attr-defined]
+        _ = streamcomp.compres

@@ -306,7 +306,7 @@ def test_it_works_on_the_metric_that_it_is_given(form: str, pico: Callable[..., 
 
 
 def test_the_same_seed_gives_the_same_bits(pico: Callable[..., Path]) -> None:
-    found = []
+    found: list[Any] = []
     for seed in (3, 3, 4):
         with problem(pico("llama"), reachable=True) as given:
             given.disturb(0.1)
@@ -398,7 +398,8 @@ def test_a_job_stores_the_closed_form_or_what_was_measured_to_be_better(
     text: Path,
     tmp_path: Path,
 ) -> None:
-    dense, settings = pico("llama", dtype=dtype), {"method": method, "samples": 64, "ratio": 0.4}
+    dense = pico("llama", dtype=dtype)
+    settings: dict[str, Any] = {"method": method, "samples": 64, "ratio": 0.4}
 
     compress(dense, tmp_path / "plain", text, **settings)
     report = compress(dense, tmp_path / "refined", text, refine=40, rate=rate, **settings).report

@@ -248,7 +248,7 @@ def test_updated_factors_lose_less_on_the_compressed_stream(
     tmp_path: Path,
 ) -> None:
     dense = pico(architecture, dtype=F64)
-    settings = {"method": method, "form": form, "ratio": 0.4, "batch": 3}
+    settings: dict[str, Any] = {"method": method, "form": form, "ratio": 0.4, "batch": 3}
     compress(dense, tmp_path / "plain", text, **settings)
     compress(dense, tmp_path / "updated", text, update=True, anchor=anchor, **settings)
 

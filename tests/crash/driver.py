@@ -116,20 +116,22 @@ def watch(point: Points) -> None:
         mkdir(path, *args, **kwargs)
         point(f"after {path.name} is made")
 
-    os.replace, os.pwrite, os.posix_fallocate = (  # type: ignore[assignment]
+    system: Any = os
+    paths: Any = Path
+    system.replace, system.pwrite, system.posix_fallocate = (
         points_at_replace,
         points_at_pwrite,
         points_at_reserve,
     )
-    Path.unlink, Path.rmdir, Path.mkdir = (  # type: ignore[method-assign]
+    paths.unlink, paths.rmdir, paths.mkdir = (
         points_at_unlink,
         points_at_rmdir,
         points_at_mkdir,
     )
-    Journal.commit = points_at_commit  # type: ignore[method-assign]
+    Journal.commit = points_at_commit  # type: ignore[method-assign, assignment]
     writer._Write.__call__ = points_at_write  # type: ignore[method-assign]
     # A sync only matters to a power cut, which a test cannot make.
-    os.fsync = os.fdatasync = lambda descriptor: None  # type: ignore[assignment]
+    system.fsync = system.fdatasync = lambda descriptor: None
 
 
 class Driver:

@@ -54,8 +54,15 @@ def driven(
     """What the driver tells, for each kind of job; they run side by side."""
     running = {
         kind: subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.driver", pico("llama"), text]
-            + [tmp_path_factory.mktemp("killed"), kind],
+            [
+                sys.executable,
+                "-m",
+                "tests.crash.driver",
+                pico("llama"),
+                text,
+                tmp_path_factory.mktemp("killed"),
+                kind,
+            ],  # fmt: skip
             cwd=REPOSITORY,
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
@@ -315,7 +322,7 @@ def test_a_smaller_budget_that_forces_another_batch_says_so_and_goes_on(
     statistics: str, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     dense, out = pico("llama", dtype=torch.float64), tmp_path / "out"
-    settings = {"method": "svd-llm", "statistics": statistics}
+    settings: dict[str, Any] = {"method": "svd-llm", "statistics": statistics}
     recipe = small_recipe(text, **settings)
     with (  # what does not depend on the batch is larger than all of a pico model
         probed(FakeProbe(baseline=300 * 2**20)),

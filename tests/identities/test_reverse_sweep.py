@@ -311,14 +311,15 @@ def read_stream(out: Path, key: str) -> Tensor:
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values**exponent) @ vectors.T
+    raised: Tensor = (vectors * values**exponent) @ vectors.T
+    return raised
 
 
 def textbook(weight: Tensor, inputs: Tensor, gradients: Tensor, rank: int) -> Tensor:
     """W' by the SVD of Gamma^1/2 W H^1/2 and both inverses."""
     whitened = power(gradients, 0.5) @ weight @ power(inputs, 0.5)
     left, values, right = torch.linalg.svd(whitened, full_matrices=False)
-    cut = (left[:, :rank] * values[:rank]) @ right[:rank]
+    cut: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
     return power(gradients, -0.5) @ cut @ power(inputs, -0.5)
 
 

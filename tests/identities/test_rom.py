@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_a_job_stores_the_components_of_the_whole_model(
     tmp_path: Path,
 ) -> None:
     dense, out = pico(architecture, dtype=F64), tmp_path / "out"
-    settings = {"method": "rom", "statistics": statistics, "form": form}
+    settings: dict[str, Any] = {"method": "rom", "statistics": statistics, "form": form}
 
     compress(dense, out, text, ratio=0.3, **settings)
 

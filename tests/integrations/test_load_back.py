@@ -345,7 +345,7 @@ def test_it_is_traced_whole(compressed: Callable[..., Path]) -> None:
     model = load(compressed("llama"))
     expected = logits_of(model, pico_tokens())
 
-    traced = torch.compile(model, backend="eager")
+    traced: Callable[..., Any] = torch.compile(model, backend="eager")
 
     with torch.no_grad():
         found: Tensor = traced(input_ids=pico_tokens(), use_cache=False).logits

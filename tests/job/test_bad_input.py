@@ -768,10 +768,12 @@ def test_a_job_that_another_process_finished_meanwhile_is_not_done_again(
     """The second process has looked at the folder, and is planning, when the first works."""
     from streamcomp.job import run
 
-    dense, plan = pico("llama"), run.make_plan
+    dense = pico("llama")
+    plan = run.make_plan  # type: ignore[attr-defined]
 
     for begun in (False, True):
-        out, left = tmp_path / f"begun{begun}", {}
+        out = tmp_path / f"begun{begun}"
+        left: dict[str, bytes] = {}
         if begun:
             with pytest.raises(Interrupted):
                 compress(dense, out, text, progress=Interrupt(2))

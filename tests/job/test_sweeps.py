@@ -421,7 +421,7 @@ def test_kept_moments_serve_one_job_after_the_other(
         ((0.1, 0.2, first), (0.1, 0.4, ["ranks"]), (0.3, 0.4, first), (0.0, 0.2, first)), 1
     ):
         out, steps = tmp_path / str(number), Names()
-        settings = {"damping": damping, "ratio": ratio}
+        settings: Settings = {"damping": damping, "ratio": ratio}
         compress(dense, out, text, work_dir=work, progress=steps, **settings)
 
         assert steps.names == [*begins, "block 0", "block 1", "copy the rest"]
@@ -450,7 +450,8 @@ def test_moments_are_kept_where_they_alone_decide(
     pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     dense = pico("llama")
-    for number, settings in enumerate(({"method": "rom"}, {"method": "swsc"})):
+    both: tuple[Settings, ...] = ({"method": "rom"}, {"method": "swsc"})
+    for number, settings in enumerate(both):
         work = tmp_path / f"work {number}"
         compress(dense, tmp_path / str(number), text, work_dir=work, keep_work=True, **settings)
         assert not list(work.glob("moments-*"))

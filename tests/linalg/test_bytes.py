@@ -145,7 +145,10 @@ def measure(keys: list[Key], forms: tuple[str, ...] = ()) -> Measured:
 def measured() -> Measured:
     """The decomposition and the factors in all forms, by what they depend on."""
     return measure(
-        [(*part, *others) for part, *others in itertools.product(PARTS, METHODS, DTYPES)],
+        [
+            (*part, method, dtype)
+            for part, method, dtype in itertools.product(PARTS, METHODS, DTYPES)
+        ],
         FORMS,
     )
 

@@ -199,8 +199,8 @@ def test_a_damping_that_is_known_is_not_looked_for(
     two_sided: bool, random: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, rows = normal(*TALL, random=random), normal(4, TALL[1], random=random)
-    moment, tried = rows.T @ rows, []
-    factor = low_rank.cholesky
+    moment, tried = rows.T @ rows, list[float]()
+    factor = low_rank.cholesky  # type: ignore[attr-defined]
 
     def counted(moment: Tensor, added: float) -> Tensor | None:
         tried.append(added)

@@ -108,7 +108,7 @@ def test_a_subclass_is_a_linear_if_it_computes_one(
     kind: type[nn.Linear], reason: str | None, bias: bool, pico: Callable[..., Path]
 ) -> None:
     skeleton = open_skeleton(pico("llama"))
-    skeleton.block(0).mlp.up_proj = kind(32, 48, bias=bias, device="meta")
+    skeleton.block(0).get_submodule("mlp").up_proj = kind(32, 48, bias=bias, device="meta")
 
     linears = find_sites(skeleton, 0)
 

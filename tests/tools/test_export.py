@@ -205,7 +205,8 @@ class StopAt:
     """Writes shards until number ``last`` is due."""
 
     def __init__(self, last: int) -> None:
-        self.last, self.written, self.write = last, 0, export.write_shard
+        self.last, self.written = last, 0
+        self.write = export.write_shard  # type: ignore[attr-defined]
 
     def __call__(self, path: Path, entries: Any) -> None:
         if self.written == self.last:
