@@ -17,10 +17,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from streamcomp.planning.meter import PeakMeter, release, resident_bytes, settle
 from torch import Tensor
 
 from streamcomp.linalg.symmetric import eigh
+from streamcomp.machine.allocator import release, settled
+from streamcomp.machine.memory import PeakMeter, resident_bytes
 
 try:
     from scipy.linalg import eigh as scipy_eigh
@@ -67,12 +68,12 @@ def excess(matrix: Tensor, energies: Tensor, vectors: Tensor, rank: int) -> floa
     return float(((rest @ matrix) * rest).sum() / energies[rank:].sum()) - 1
 
 
+@settled()
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[576, 1536, 4096])
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
-    settle()
     meter = PeakMeter()
     print("| size | solver | seconds | over fp64 | bytes an entry | excess at 1/5, 1/2, 4/5 |")
     print("|---|---|---|---|---|---|")

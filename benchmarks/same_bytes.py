@@ -140,9 +140,11 @@ JOBS = (
         spare=24 * 2**20),
     Job("SmolLM2 two-sided, 2 ratios", SMOLLM2, f"{_FEW} --blocks 12-17 --ratio 0.05,0.1"),
     Job("SmolLM2 svd-llm uv, update", SMOLLM2,
-        f"{_FEW} --method svd-llm --form uv --update --anchor 0.5 --blocks last:4 --module-ratio 0.2"),
+        f"{_FEW} --method svd-llm --form uv --update --anchor 0.5 --blocks last:4 "
+        "--module-ratio 0.2"),
     Job("SmolLM2 swsc, no statistics", SMOLLM2,
-        f"{_FEW} --method swsc --statistics none --blocks first:2 --module-ratio 0.2 --clusters 32"),
+        f"{_FEW} --method swsc --statistics none --blocks first:2 --clusters 32 "
+        "--module-ratio 0.2"),
 )  # fmt: skip
 
 

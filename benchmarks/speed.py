@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def _losses(model: Path, name: str, textbook: Path, out: Path) -> tuple[float, f
 
 def _tensor(folder: Path, name: str) -> torch.Tensor:
     with safe_open(read_index(folder).tensors[name].shard, "pt") as shard:
-        return shard.get_tensor(name)
+        tensor: torch.Tensor = shard.get_tensor(name)
+    return tensor
 
 
 def _roofline(
@@ -258,7 +260,7 @@ def _inference(title: str, model: Path, prompt: int = 512) -> dict[str, Any]:
             for tokens in (prompt, 1):
                 hidden = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16)
                 place = rotary(hidden, torch.arange(tokens)[None])
-                best = _best(lambda h=hidden, p=place: block(h, position_embeddings=p))
+                best = _best(partial(block, hidden, position_embeddings=place))
                 key = form, ratio, tokens
                 seconds[key] = min(best, seconds.get(key, best))
     print("| | ratio | prompt | over dense | decode | over dense |\n|---|---|---|---|---|---|")
@@ -281,7 +283,7 @@ def _factored(linear: nn.Linear, form: str, ratio: float) -> nn.Module:
     module = stored.module(columns, rows, rank, dtype=linear.weight.dtype)
     for value in module.parameters():
         nn.init.normal_(value, std=0.02)
-    if form == "pivot":
+    if isinstance(module, PivotLinear):
         pivots, rest = torch.randperm(rows).split((rank, rows - rank))
         order = torch.cat((pivots.sort().values, rest.sort().values))  # as factors are written
         module.pivots[order] = torch.arange(rows, dtype=module.pivots.dtype)

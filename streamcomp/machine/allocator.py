@@ -14,11 +14,12 @@ __all__ = ["release", "settled"]
 # pages made anew each time. Smaller ones come from a heap, which keeps as much as this of what is
 # freed until ``release`` is called: within a phase the pages are used again. Larger blocks there
 # would leave gaps as large, other ones in each run: from 32 MiB on, up to 40 MiB of them. Each with
-# glibc's default, which is put back.
+# the value that is set afterwards: the largest that glibc itself comes to while it still adapts
+# them, for its first ones would have it map every tensor anew for good.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 _OPTIONS = {
-    _M_MMAP_THRESHOLD: (8 * 2**20, 128 * 2**10),
-    _M_TRIM_THRESHOLD: (256 * 2**20, 128 * 2**10),
+    _M_MMAP_THRESHOLD: (8 * 2**20, 32 * 2**20),
+    _M_TRIM_THRESHOLD: (256 * 2**20, 64 * 2**20),
     _M_ARENA_MAX: (2, 0),
 }
 
@@ -33,29 +34,37 @@ _ENVIRONMENT = {
 }
 
 
+_open = 0  # how many of ``settled`` are; the outermost one puts everything back
+
+
 @contextmanager
 def settled() -> Iterator[None]:
     """While open, large blocks are mapped one by one, and few kernels are remembered.
 
-    Afterwards glibc has its default thresholds again, except that it no longer adapts them to the
-    blocks that a program frees, and the environment is as before; torch and oneDNN keep the
-    settings that they have read. With another C library the heap is left alone.
+    Afterwards the environment is as before, and glibc has the thresholds that it comes to by
+    itself, which it no longer adapts; torch and oneDNN keep the settings that they have read. With
+    another C library the heap is left alone.
     """
+    global _open
     ours = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(ours)
-    libc = _glibc()
-    if libc is not None:
-        for option, (value, _) in _OPTIONS.items():
-            libc.mallopt(option, value)
-        libc.malloc_trim(0)
+    _set_options(inside=True)
+    release()
+    _open += 1
     try:
         yield
     finally:
+        _open -= 1
         for name in ours:
             os.environ.pop(name, None)
-        if libc is not None:
-            for option, (_, default) in _OPTIONS.items():
-                libc.mallopt(option, default)
+        if not _open:
+            _set_options(inside=False)
+
+
+def _set_options(*, inside: bool) -> None:
+    if (libc := _glibc()) is not None:
+        for option, (value, afterwards) in _OPTIONS.items():
+            libc.mallopt(option, value if inside else afterwards)
 
 
 def release() -> None:

@@ -55,7 +55,8 @@ def damped(gradients: Tensor, damping: float) -> Tensor:
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values**exponent) @ vectors.T
+    raised: Tensor = (vectors * values**exponent) @ vectors.T
+    return raised
 
 
 def textbook(weight: Tensor, inputs: Tensor, gradients: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -190,7 +191,7 @@ def test_no_other_matrix_of_the_rank_loses_less(shape: tuple[int, int], seed: in
 def alternated(weight: Tensor, inputs: Tensor, metric: Tensor, right: Tensor) -> Tensor:
     """W' after twenty alternating least squares, from the right factor ``right``."""
     for _ in range(20):
-        left = weight @ inputs @ right.T @ torch.linalg.inv(right @ inputs @ right.T)
+        left: Tensor = weight @ inputs @ right.T @ torch.linalg.inv(right @ inputs @ right.T)
         right = torch.linalg.inv(left.T @ metric @ left) @ left.T @ metric @ weight
     return left @ right
 

@@ -31,14 +31,12 @@ def test_tensors_that_become_one_parameter_are_held_beside_it(
     text = varied_text(tmp_path / "text.txt", 100)
 
     costs = [
-        streamcomp.plan(pico(name), small_recipe(text), RESOURCES).blocks[0].cost
+        streamcomp.plan(pico(name), small_recipe(text), RESOURCES).outline.blocks[0]
         for name in ("mixtral", "llama")
     ]
 
     assert costs[0].merge_bytes == 4 * 2 * 48 * 32 * 4  # gate and up of four experts
     assert costs[1].merge_bytes == 0
-    load = costs[0].load()
-    assert load.nbytes == costs[0].weight_bytes + costs[0].merge_bytes
 
 
 def test_experts_that_meet_many_shapes_take_no_more_memory_than_predicted(tmp_path: Path) -> None:

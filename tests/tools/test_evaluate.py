@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from tests.jobs import (
     load_dense,
     logits_of,
     run_python,
+    set_levers,
     stored_tensors,
     varied_text,
 )
@@ -41,15 +41,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(model: Path, text: Path | None, batch: int = 0, head: int = 0) -> Evaluation:
     """Streamed, with ``batch`` windows per forward and ``head`` tokens per call of the head."""
-    from streamcomp.tools import evaluate as module
-
-    planned = module.make_evaluation_plan
-
-    def levers(*args: Any, **kwargs: Any) -> tuple[int, int, int]:
-        most, tokens, peak = planned(*args, **kwargs)
-        return batch or most, head or tokens, peak
-
-    with mock.patch.object(module, "make_evaluation_plan", levers):
+    levers = {"batch": batch, "head_tokens": head}
+    with set_levers(**{name: value for name, value in levers.items() if value}):
         return streamcomp.evaluate(
             model,
             None if text is None else str(text),

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import streamcomp
-from streamcomp import Inspection, OutputError, cli
+from streamcomp import Inspection, OutputError
+from streamcomp.cli.tables import print_summary
 from streamcomp.tools.inspect import Family
 from tests.jobs import (
     Interrupt,
@@ -198,7 +199,7 @@ def test_a_wide_terminal_has_a_line_for_each_family(monkeypatch: pytest.MonkeyPa
 
 def summary(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """What is printed about a report, by the names of its rows."""
-    cli._print_summary(Path("out"), report)
+    print_summary(Path("out"), report)
     rows = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines()]
     return {row[0].strip(): row[-1].strip() for row in rows}
 
