@@ -6,7 +6,7 @@ BIN := .venv/bin
 MODEL := .cache/SmolLM2-135M
 OUT := out/SmolLM2-135M
 
-QUICK := tests/checkpoint tests/linalg tests/methods tests/test_errors.py tests/test_imports.py \
+QUICK := tests/checkpoint tests/linalg tests/methods tests/test_docs.py tests/test_errors.py tests/test_imports.py \
 	tests/test_recipe.py tests/test_rules.py tests/test_units.py
 
 .PHONY: demo quick test clean

@@ -226,7 +226,7 @@ def factored_modules(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def product(tensors: Mapping[str, Tensor], name: str, form: str, axis: str = "") -> Tensor:
-    """W' (m, n) of the linear ``name`` as README describes the format, in fp64."""
+    """W' (m, n) of the linear ``name`` as docs/format.md describes it, in fp64."""
     right = tensors[f"{name}.weight"].double()  # (r, n)
     if form == "uv":
         return tensors[f"{name}.U"].double() @ right
