@@ -11,8 +11,8 @@ a process and a memory cgroup of its own. Prints a Markdown table:
 - the process's peak resident memory above what it held before;
 - the cgroup's peak above that of a process that loads nothing, and how much of it the kernel
   can take back at will (clean pages of files);
-- what happens where the file was cut to half before it is opened, and where it is cut between
-  opening a tensor and using it.
+- what happens where the file is cut after its header was read: to half before it is opened, and
+  to a stump between opening the largest tensor and using it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from streamcomp.checkpoint.index import TensorInfo, read_header
 from streamcomp.checkpoint.reader import TensorReader
 
 LIMIT = 16 * 2**30  # bytes of the cgroup; never reached, it only counts
+STUMP = 64 * 2**10  # bytes that stay of a file that is cut while it is open
 MIB = 2**20
 
 Hook = Callable[[], None]  # called between opening a tensor and using its bytes
@@ -138,32 +139,35 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def child(path: Path, way: str, cut_at: int) -> dict[str, float]:
-    """Load all tensors of ``path`` and sum them; with ``cut_at`` cut the file once it is open."""
-    infos = [] if way == "nothing" else list(read_header(path).values())
+def child(path: Path, way: str, before: int, during: int) -> dict[str, float]:
+    """Load all tensors of ``path`` and sum them.
+
+    Cuts the file to ``before`` bytes once its header is read, to ``during`` once it is open; 0
+    leaves it whole.
+    """
+    header = {} if way == "nothing" else read_header(path)
+    infos = list(header.values())
+    if during:  # a tensor that reaches beyond the cut comes first
+        infos.sort(key=lambda info: -info.nbytes)
     bring = WAYS.get(way, read_by_range)
+    if before:
+        os.truncate(path, before)
 
     def cut() -> None:
-        if cut_at:
-            os.truncate(path, cut_at)
+        if during:
+            os.truncate(path, during)
 
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before, start = status("VmRSS"), time.perf_counter()
+    resident, start = status("VmRSS"), time.perf_counter()
     with bring(path, cut) as get:
         weights = [get(info) for info in infos]
         total = sum(float(weight.sum()) for weight in weights)
         seconds = time.perf_counter() - start
-    anonymous = status("RssAnon")
-    return {
-        "seconds": seconds,
-        "peak": status("VmHWM") - before,
-        "total": total,
-        "anonymous": anonymous,
-    }
+    return {"seconds": seconds, "peak": status("VmHWM") - resident, "total": total}
 
 
-def command(path: Path, way: str, cut_at: int = 0) -> list[str]:
-    return [sys.executable, __file__, "--child", way, "--file", str(path), "--cut-at", str(cut_at)]
+def command(path: Path, way: str, *cuts: int) -> list[str]:
+    return [sys.executable, __file__, "--child", way, str(path), *map(str, cuts or (0, 0))]
 
 
 def environment() -> dict[str, str]:
@@ -204,13 +208,11 @@ def measure(path: Path, way: str, repeats: int) -> dict[str, float]:
 
 
 def fate(path: Path, way: str, *, during: bool) -> str:
-    """How the process ends whose file is cut to half before or while it is used."""
+    """How the process ends whose file is cut before or while it is open."""
     size = path.stat().st_size
-    if not during:
-        os.truncate(path, size // 2)
-    cut_at = size // 2 if during else 0
+    cuts = (0, STUMP) if during else (size // 2, 0)
     done = subprocess.run(
-        command(path, way, cut_at), env=environment(), capture_output=True, text=True
+        command(path, way, *cuts), env=environment(), capture_output=True, text=True
     )
     os.truncate(path, size)
     if done.returncode < 0:
@@ -263,12 +265,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="Llama-2-7B")
     parser.add_argument("--folder", type=Path, help="keep the files here")
     parser.add_argument("--repeats", type=int, default=5)
-    for hidden in ("--child", "--file", "--cut-at"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         torch.set_num_threads(1)
-        print(json.dumps(child(Path(options.file), options.child, int(options.cut_at))))
+        way, file, before, during = options.child
+        print(json.dumps(child(Path(file), way, int(before), int(during))))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
