@@ -33,11 +33,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
+from cgroup import CgroupUnavailable, run_limited
 from safetensors import safe_open
+from shapes import SHAPES, make_shape
 from torch import Tensor
 
-from benchmarks.cgroup import CgroupUnavailable, run_limited
-from benchmarks.shapes import SHAPES, make_shape
 from streamcomp.checkpoint.index import TensorInfo, read_header
 from streamcomp.checkpoint.reader import TensorReader
 
@@ -67,7 +67,7 @@ def copied_from_one_map(path: Path, opened: Hook) -> Iterator[Get]:
 def copied_map_by_map(path: Path, opened: Hook) -> Iterator[Get]:
     def get(info: TensorInfo) -> Tensor:
         with safe_open(path, "pt") as file:
-            view = file.get_tensor(info.name)
+            view: Tensor = file.get_tensor(info.name)
             opened()
             return view.clone()
 
