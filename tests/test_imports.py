@@ -17,7 +17,7 @@ PACKAGE = Path(streamcomp.__path__[0])
 
 _MATHS = {"errors", "linalg", "forms", "methods"}
 _BASE = _MATHS | {"units", "settings", "recipe"}
-_MODELS = _BASE | {"checkpoint", "modeling"}
+_MODELS = _BASE | {"checkpoint", "model"}
 _JOBS = _MODELS | {"machine", "calibration", "job"}
 
 # A room -> the rooms it may import, beside itself.
@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"errors", "units", "settings", "methods"},
     "machine": {"errors", "units", "linalg", "recipe"},
     "checkpoint": {"errors", "units", "recipe"},
-    "modeling": _BASE | {"checkpoint"},
+    "model": _BASE | {"checkpoint"},
     "calibration": _MODELS,
     "job": _MODELS | {"machine", "calibration"},
     "report": _JOBS,

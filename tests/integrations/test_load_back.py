@@ -31,7 +31,7 @@ from tests.jobs import (
     stored_tensors,
     varied_text,
 )
-from tests.modeling.folders import edit_config
+from tests.model.folders import edit_config
 from tests.pico import pico_tokens
 
 

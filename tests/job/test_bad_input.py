@@ -39,7 +39,7 @@ from tests.jobs import (
     tree,
     varied_text,
 )
-from tests.modeling.folders import edit_config, save_edited
+from tests.model.folders import edit_config, save_edited
 from tests.pico import make_tokenizer, save_pico
 
 SETTINGS = ("--samples", SMALL["samples"], "--seq-len", SMALL["seq_len"], "--threads", 1)
