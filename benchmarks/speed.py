@@ -43,6 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.checkpoint.index import read_index
 from streamcomp.forms import FORMS, find_form
+from streamcomp.forms.runtime import PivotLinear
 from streamcomp.units import format_seconds
 
 PARTS = ("textbook", "roofline", "ratios", "linear", "inference")

@@ -30,7 +30,7 @@ from streamcomp.job.run import Job, rows_of_output
 from streamcomp.job.workspace import remove_work
 from streamcomp.machine.session import check_system, machine, probe
 from streamcomp.methods import find_method
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Recipe, Resources
 from streamcomp.report.card import model_card
 from streamcomp.report.html import html_report

@@ -15,6 +15,7 @@ import torch
 
 import streamcomp
 from streamcomp import cli
+from streamcomp.settings import SECTIONS
 from tests.jobs import (
     ENVIRONMENT,
     REPOSITORY,
@@ -105,15 +106,23 @@ def test_each_option_tells_its_default_and_an_example(name: str, option: click.O
     assert option.help
     if option.is_flag:
         return  # off unless given
-    absent = option.name in ("config", "module_ratio", "size")  # unless given
-    assert "[default: " in option.help or option.show_default or absent
-    chosen = isinstance(option.type, click.Choice)
-    assert chosen or option.name == "seed" or f"Example: {option.opts[0]} " in option.help
+    assert "[default: " in option.help or option.name == "config"
+    told = isinstance(option.type, click.Choice) or option.type in (click.INT, click.FLOAT)
+    assert told or f"Example: --{(option.name or '').replace('_', '-')} " in option.help
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name])
 def test_each_command_has_an_example(name: str) -> None:
-    assert f"Example: streamcomp {name} " in (COMMANDS[name].help or "")
+    assert re.search(rf"Examples?:\n +streamcomp {name} ", COMMANDS[name].help or "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_help_page_fits_80_columns_and_has_its_sections_in_order(name: str) -> None:
+    lines = run_cli(*name.split(), "--help").out.splitlines()
+
+    assert max(map(len, lines)) <= 80
+    sections = [line.removesuffix(" options:").lower() for line in lines if "options:" in line]
+    assert sections == [section for section in SECTIONS if section in sections]
 
 
 def test_the_defaults_in_the_help_are_those_of_a_recipe() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ PACKAGE = Path(streamcomp.__path__[0])
 
 _MATHS = {"errors", "linalg", "forms", "methods"}
 _BASE = _MATHS | {"units", "settings", "recipe"}
-_MODELS = _BASE | {"checkpoint", "modeling"}
+_MODELS = _BASE | {"checkpoint", "model"}
 _JOBS = _MODELS | {"machine", "calibration", "job"}
 
 # A room -> the rooms it may import, beside itself.
@@ -30,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"errors", "units", "settings", "methods"},
     "machine": {"errors", "units", "linalg", "recipe"},
     "checkpoint": {"errors", "units", "recipe"},
-    "modeling": _BASE | {"checkpoint"},
+    "model": _BASE | {"checkpoint"},
     "calibration": _MODELS,
     "job": _MODELS | {"machine", "calibration"},
     "report": _JOBS,
@@ -95,6 +96,18 @@ def test_the_ground_floor_needs_the_standard_library_alone(room: str) -> None:
 def test_the_order_of_rooms_has_no_circle() -> None:
     for room, below in ALLOWED.items():
         assert all(room not in ALLOWED[other] for other in below), room
+
+
+def test_each_dependency_is_imported_or_needed_by_one_that_is() -> None:
+    """``Tensor.numpy`` needs numpy, which torch does not install; ``device_map`` accelerate."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text("utf-8")
+    listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    declared = set(re.findall(r'^    "([a-z_0-9]+)', listed, re.MULTILINE))
+
+    packages = {name.split(".")[0] for path in MODULES for name in imported(path)}
+
+    assert {"safetensors", "torch", "transformers"} < declared
+    assert declared - packages == {"accelerate", "numpy"}
 
 
 # -- what the package itself imports ----------------------------------------------------------

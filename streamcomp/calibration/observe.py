@@ -16,8 +16,8 @@ from streamcomp.errors import NonFiniteError
 from streamcomp.linalg.dtypes import moment_dtype
 from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment, moment_flops
 from streamcomp.methods.base import GradientMoment, Moment, Side
-from streamcomp.modeling.sites import Site
-from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.model.sites import Site
+from streamcomp.model.streamer import LoadedBlock
 
 # Rows whose squares are added up at a time.
 _FEW = 128

@@ -29,9 +29,9 @@ from streamcomp.forms import find_form, storage_of
 from streamcomp.forms.runtime import FactoredLinear, LowRankLinear
 from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
-from streamcomp.modeling.sites import Site
-from streamcomp.modeling.streamer import LoadedBlock
-from streamcomp.modeling.taps import Call
+from streamcomp.model.sites import Site
+from streamcomp.model.streamer import LoadedBlock
+from streamcomp.model.taps import Call
 
 __all__ = [
     "Refined",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from streamcomp.linalg.dtypes import moment_dtype
 from streamcomp.linalg.fitting import refit_left
-from streamcomp.modeling.sites import Site
-from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.model.sites import Site
+from streamcomp.model.streamer import LoadedBlock
 
 __all__ = ["Refit", "refit_bytes"]
 

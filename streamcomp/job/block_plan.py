@@ -16,9 +16,9 @@ from streamcomp.forms import find_form
 from streamcomp.job.levers import Levers
 from streamcomp.linalg.dtypes import gradient_dtype, moment_dtype, solve_dtype
 from streamcomp.methods import find_method
-from streamcomp.modeling.sites import BlockSites, Site, find_sites
-from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.tracing import BlockTrace, RecordTrace, trace_block, trace_calls
+from streamcomp.model.sites import BlockSites, Site, find_sites
+from streamcomp.model.skeleton import Skeleton
+from streamcomp.model.tracing import BlockTrace, RecordTrace, trace_block, trace_calls
 from streamcomp.recipe import Recipe, chosen_blocks
 
 __all__ = ["BlockPlan", "Pass", "plan_blocks"]

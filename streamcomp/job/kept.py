@@ -17,7 +17,7 @@ from streamcomp.job.files import Analysis, Moments, StepFile
 from streamcomp.job.rows import AnalysisRow
 from streamcomp.linalg.low_rank import Decomposition
 from streamcomp.methods import GradientMoment, Moment
-from streamcomp.modeling.sites import Site
+from streamcomp.model.sites import Site
 
 __all__ = [
     "figures",

@@ -11,8 +11,8 @@ from streamcomp.job.block_plan import BlockPlan
 from streamcomp.job.outputs import OutputPlan
 from streamcomp.machine.rates import MachineRates
 from streamcomp.methods import Method, find_method
-from streamcomp.modeling.sites import Site
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.sites import Site
+from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Recipe
 
 __all__ = ["Outline"]

@@ -11,8 +11,8 @@ from streamcomp.errors import RecipeError
 from streamcomp.forms import Allowance, Form, find_form, storage_of
 from streamcomp.job.block_plan import BlockPlan
 from streamcomp.methods import find_method
-from streamcomp.modeling.sites import Site
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.sites import Site
+from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Recipe
 from streamcomp.units import format_bytes, parse_bytes
 

@@ -24,7 +24,7 @@ from streamcomp.job.schedule import compression_steps, evaluation_steps, needs_a
 from streamcomp.job.steps.base import Step
 from streamcomp.machine.budget import Budget
 from streamcomp.machine.session import probe
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Recipe, chosen_blocks
 
 __all__ = ["Plan", "make_evaluation_plan", "make_plan"]

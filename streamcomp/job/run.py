@@ -38,7 +38,7 @@ from streamcomp.job.steps.ranks import ShareRanks
 from streamcomp.job.workspace import Workspace
 from streamcomp.machine.session import Machine, probe
 from streamcomp.methods import find_method
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = ["Job", "rows_of_output"]

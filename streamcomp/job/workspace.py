@@ -26,10 +26,10 @@ from streamcomp.job.progress import JobProgress
 from streamcomp.job.rows import AnalysisRow
 from streamcomp.machine.allocator import release
 from streamcomp.methods import Method
-from streamcomp.modeling.sites import Site
-from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
-from streamcomp.modeling.taps import Call
+from streamcomp.model.sites import Site
+from streamcomp.model.skeleton import Skeleton
+from streamcomp.model.streamer import BlockStreamer, LoadedBlock
+from streamcomp.model.taps import Call
 from streamcomp.recipe import Recipe
 
 __all__ = ["Stage", "Workspace", "check_finite", "remove_work", "work_files"]

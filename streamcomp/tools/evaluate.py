@@ -28,7 +28,7 @@ from streamcomp.job.runner import run_steps
 from streamcomp.job.workspace import Workspace
 from streamcomp.machine.memory import PeakMeter
 from streamcomp.machine.session import Machine, machine, probe
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Resources
 
 __all__ = ["Evaluation", "evaluate_checkpoint"]

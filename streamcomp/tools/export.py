@@ -17,8 +17,8 @@ from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.forms.uv import Uv
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.publish import copy_companions, quantization_config, write_index
-from streamcomp.modeling.sites import empty_factored
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.sites import empty_factored
+from streamcomp.model.skeleton import Skeleton
 
 __all__ = ["export_checkpoint"]
 

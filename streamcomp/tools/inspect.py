@@ -12,9 +12,9 @@ import torch
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.forms.runtime import FactoredLinear, SharedLinear
-from streamcomp.modeling.sites import every_linear, find_sites
-from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.tracing import trace_block, trace_calls
+from streamcomp.model.sites import every_linear, find_sites
+from streamcomp.model.skeleton import Skeleton
+from streamcomp.model.tracing import trace_block, trace_calls
 
 __all__ = ["Family", "Inspection", "inspect_checkpoint"]
 

@@ -17,7 +17,7 @@ from streamcomp.calibration import corpus, formats
 from streamcomp.calibration.corpus import HELD_OUT, REFERENCE, load_windows, reference_text
 from streamcomp.calibration.formats import TextFile
 from streamcomp.errors import CalibrationError
-from tests.modeling.folders import edit_config
+from tests.model.folders import edit_config
 from tests.pico import BOS, EOS, make_tokenizer, pico_text, save_pico
 
 

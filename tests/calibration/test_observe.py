@@ -12,10 +12,10 @@ from streamcomp.calibration.observe import MomentGroup, Observer, group_moments
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.errors import NonFiniteError
 from streamcomp.linalg.dtypes import moment_dtype
-from streamcomp.modeling.sites import LinearSite, find_sites
-from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
-from streamcomp.modeling.tracing import trace_block
-from tests.modeling.folders import CPU, open_skeleton
+from streamcomp.model.sites import LinearSite, find_sites
+from streamcomp.model.streamer import BlockStreamer, LoadedBlock
+from streamcomp.model.tracing import trace_block
+from tests.model.folders import CPU, open_skeleton
 from tests.pico import ARCHITECTURES, pico_tokens
 
 

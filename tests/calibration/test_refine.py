@@ -17,10 +17,10 @@ from streamcomp.calibration.refine import TrainingData, refine_block
 from streamcomp.forms import Floats, find_form
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
-from streamcomp.modeling.sites import Site, find_sites
-from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
+from streamcomp.model.sites import Site, find_sites
+from streamcomp.model.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import compress, factored_modules, stored_tensors, varied_text
-from tests.modeling.folders import CPU, open_skeleton
+from tests.model.folders import CPU, open_skeleton
 from tests.pico import HIDDEN, pico_tokens
 
 WINDOWS = 11  # held out: 0 and 8

@@ -16,8 +16,8 @@ from streamcomp.calibration.refit import Refit
 from streamcomp.forms import Floats, find_form
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.linalg.fitting import refit_left
-from streamcomp.modeling.sites import Site, find_sites
-from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
+from streamcomp.model.sites import Site, find_sites
+from streamcomp.model.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import (
     SMALL,
     compress,
@@ -28,7 +28,7 @@ from tests.jobs import (
     products,
     varied_text,
 )
-from tests.modeling.folders import CPU, open_skeleton
+from tests.model.folders import CPU, open_skeleton
 from tests.pico import pico_tokens
 
 F64 = torch.float64

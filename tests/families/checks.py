@@ -23,7 +23,7 @@ import streamcomp
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.errors import StreamcompError
 from streamcomp.forms.runtime import FactoredLinear
-from streamcomp.modeling.streamer import BlockStreamer
+from streamcomp.model.streamer import BlockStreamer
 from tests.families.tiny import NotBuiltError, default_model, save_tiny
 from tests.jobs import (
     RESOURCES,
@@ -35,7 +35,7 @@ from tests.jobs import (
     small_recipe,
     stored_tensors,
 )
-from tests.modeling.folders import CPU, open_skeleton, streamed_logits
+from tests.model.folders import CPU, open_skeleton, streamed_logits
 
 __all__ = ["Family", "Step", "check_family", "streamed_gradient"]
 

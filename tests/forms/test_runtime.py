@@ -19,7 +19,7 @@ from streamcomp.forms.runtime import (
     factored,
     install_factored,
 )
-from tests.modeling.folders import open_skeleton
+from tests.model.folders import open_skeleton
 from tests.pico import make_pico
 
 FORMS = ("uv", "pivot")

@@ -21,8 +21,8 @@ from streamcomp.job.folders import WORK_FOLDER
 from streamcomp.job.kept import read_moment, read_output_gradient
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.methods import Moment
-from streamcomp.modeling.sites import Site
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.sites import Site
+from streamcomp.model.skeleton import Skeleton
 from tests.jobs import (
     BUDGET,
     SMALL,
@@ -36,7 +36,7 @@ from tests.jobs import (
     small_recipe,
     varied_text,
 )
-from tests.modeling.folders import CPU, open_skeleton, save_edited
+from tests.model.folders import CPU, open_skeleton, save_edited
 from tests.pico import HIDDEN, UNUSUAL
 
 F64 = torch.float64

@@ -31,7 +31,7 @@ from tests.jobs import (
     stored_tensors,
     varied_text,
 )
-from tests.modeling.folders import edit_config
+from tests.model.folders import edit_config
 from tests.pico import pico_tokens
 
 
@@ -283,6 +283,21 @@ def test_a_device_map_is_obeyed(place: str, compressed: Callable[..., Path]) -> 
     expected = logits_of(load(out), pico_tokens())
     found = logits_of(model, pico_tokens().to(model.device)).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accelerate_runs_it_with_a_block_on_disk(
+    kind: str, compressed: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = compressed("llama", kind)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+
+    model = load(out, device_map=places, offload_folder=tmp_path)
+
+    weights = model.model.layers[1].mlp.down_proj.state_dict().values()
+    assert all(tensor.is_meta for tensor in weights)  # accelerate's hooks read them when they run
+    assert torch.equal(logits_of(model, pico_tokens()), logits_of(load(out), pico_tokens()))
 
 
 @pytest.mark.parametrize("form", ["pivot", "uv"])

@@ -39,7 +39,7 @@ from tests.jobs import (
     tree,
     varied_text,
 )
-from tests.modeling.folders import edit_config, save_edited
+from tests.model.folders import edit_config, save_edited
 from tests.pico import make_tokenizer, save_pico
 
 SETTINGS = ("--samples", SMALL["samples"], "--seq-len", SMALL["seq_len"], "--threads", 1)
@@ -939,10 +939,10 @@ def test_a_budget_that_is_none_is_refused(
         (["--blocks", "last:1", "--ratio", 0.6], 2, "too few to remove the share 0.6 of all"),
         (["--method", "swsc", "--ratio", 0.9], 2, "shared channels take .*smaller ratio"),
         (["--seq-len", 129], 2, "--seq-len 129: the model has 128 positions"),
-        (["--seq-len", 1], 2, "seq_len 1: at least 2"),
-        (["--samples", 0], 2, "samples 0: at least 1"),
-        (["--batch", -1], 2, "batch -1: at least 0"),
-        (["--seed", -1], 2, "seed -1: at least 0"),
+        (["--seq-len", 1], 2, "seq_len 1: must be at least 2"),
+        (["--samples", 0], 2, "samples 0: must be at least 1"),
+        (["--batch", -1], 2, "batch -1: must be at least 0"),
+        (["--seed", -1], 2, "seed -1: must be at least 0"),
         (["--device", "gpu"], 2, "device 'gpu' unknown: auto, cpu, cuda or cuda:N"),
         (["--device", "cpu", "--max-vram", "8G"], 2, "--max-vram 8G: the job runs on the CPU"),
     ],

@@ -35,7 +35,7 @@ from tests.jobs import (
     tree,
     varied_text,
 )
-from tests.modeling.folders import save_edited
+from tests.model.folders import save_edited
 from tests.pico import ARCHITECTURES, make_tokenizer, pico_tokens, save_pico
 
 FORMS = ("pivot", "uv")

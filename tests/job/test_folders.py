@@ -17,7 +17,7 @@ from streamcomp import JobMismatchError, OutputError, RecipeError, Resources, st
 from streamcomp.api import plan
 from streamcomp.job.journal import locked
 from streamcomp.job.steps.tokenize import Tokenize
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.skeleton import Skeleton
 from tests.jobs import (
     BUDGET,
     Interrupt,

@@ -29,7 +29,7 @@ from streamcomp.job.steps.follow import refining
 from streamcomp.job.steps.write_block import WriteBlock
 from streamcomp.machine.device import CONTEXT_BYTES, WORKSPACE_BYTES
 from streamcomp.machine.session import probed
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.model.skeleton import Skeleton
 from tests.jobs import (
     BUDGET,
     RATES,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama import modeling_llama as llama
 
-from streamcomp.modeling.sites import find_sites
+from streamcomp.model.sites import find_sites
 from tests.jobs import Interrupt, Interrupted, compress, factored_modules, stored_tensors, tree
-from tests.modeling.folders import open_skeleton, streamed_logits
+from tests.model.folders import open_skeleton, streamed_logits
 from tests.pico import pico_text, pico_tokens, whole_logits
 
 UNREACHED = {f"model.layers.{block}.mlp.up_proj" for block in range(2)}

@@ -28,7 +28,7 @@ from tests.jobs import (
     stored_tensors,
     varied_text,
 )
-from tests.modeling.folders import save_edited
+from tests.model.folders import save_edited
 from tests.pico import ARCHITECTURES, make_tokenizer
 
 SEQ_LEN, WINDOWS = 24, 5

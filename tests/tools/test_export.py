@@ -40,7 +40,7 @@ from tests.jobs import (
     tree,
     varied_text,
 )
-from tests.modeling.folders import edit_config
+from tests.model.folders import edit_config
 from tests.pico import ARCHITECTURES, pico_tokens
 
 

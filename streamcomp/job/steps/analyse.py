@@ -20,8 +20,8 @@ from streamcomp.job.rows import AnalysisRow, StepResult
 from streamcomp.job.steps.base import Phase, Step, loading
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.methods import GradientMoment, Moment
-from streamcomp.modeling.sites import Site
-from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.model.sites import Site
+from streamcomp.model.streamer import LoadedBlock
 
 __all__ = [
     "Analyse",

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from streamcomp.modeling.sites import Site
 
 from streamcomp.calibration.refine import (
     TrainingData,
@@ -30,7 +29,8 @@ from streamcomp.job.steps.base import Phase
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.linalg.dtypes import gradient_dtype
 from streamcomp.methods import Factors
-from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.model.sites import Site
+from streamcomp.model.streamer import LoadedBlock
 
 __all__ = ["Factored", "refine", "refining", "update", "updating"]
 

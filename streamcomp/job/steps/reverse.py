@@ -28,7 +28,7 @@ from streamcomp.job.steps.base import Phase, Step, loading, running
 from streamcomp.job.workspace import Stage, Workspace, check_finite
 from streamcomp.linalg.dtypes import gradient_dtype, moment_dtype
 from streamcomp.linalg.moments import SecondMoment
-from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.model.streamer import LoadedBlock
 from streamcomp.recipe import Recipe
 
 __all__ = ["Reverse"]

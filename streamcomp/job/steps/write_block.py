@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from streamcomp.modeling.sites import Site
-
 from streamcomp.calibration.observe import Observer
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.checkpoint.writer import Entry, write_shard
@@ -24,7 +22,8 @@ from streamcomp.job.steps.follow import Factored, refine, refining, update, upda
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.linalg.dtypes import moment_dtype, solve_dtype
 from streamcomp.methods import Factors, Moment
-from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.model.sites import Site
+from streamcomp.model.streamer import LoadedBlock
 from streamcomp.recipe import Recipe
 
 __all__ = ["WriteBlock"]

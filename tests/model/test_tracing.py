@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamcomp.modeling.sites import find_sites
-from streamcomp.modeling.tracing import BlockTrace, trace_block
-from tests.modeling.folders import open_skeleton
+from streamcomp.model.sites import find_sites
+from streamcomp.model.tracing import BlockTrace, trace_block
+from tests.model.folders import open_skeleton
 from tests.pico import ARCHITECTURES
 
 TRACEABLE = [name for name in ARCHITECTURES if name != "mixtral"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from streamcomp.errors import MissingShardError, UnsupportedModelError
 from tests.families.tiny import save_tiny
 from tests.jobs import compress, stored_tensors
-from tests.modeling.folders import open_skeleton, save_edited, streamed_logits
+from tests.model.folders import open_skeleton, save_edited, streamed_logits
 from tests.pico import VOCABULARY, pico_text, pico_tokens, save_pico, whole_logits
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

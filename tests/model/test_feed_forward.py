@@ -10,11 +10,11 @@ from torch import Generator, Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from streamcomp.errors import UnsupportedModelError
-from streamcomp.modeling.feed_forward import in_chunks, whole
-from streamcomp.modeling.streamer import BlockStreamer
-from streamcomp.modeling.taps import Call
-from streamcomp.modeling.tracing import BlockTrace, trace_block
-from tests.modeling.folders import CPU, open_skeleton
+from streamcomp.model.feed_forward import in_chunks, whole
+from streamcomp.model.streamer import BlockStreamer
+from streamcomp.model.taps import Call
+from streamcomp.model.tracing import BlockTrace, trace_block
+from tests.model.folders import CPU, open_skeleton
 from tests.pico import ARCHITECTURES, pico_tokens
 
 DENSE = [name for name in ARCHITECTURES if name != "mixtral"]  # which routes in fp32

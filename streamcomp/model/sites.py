@@ -26,11 +26,11 @@ from torch.utils.hooks import RemovableHandle
 
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.forms.runtime import FactoredLinear, factored
-from streamcomp.modeling.meta import FLOATS
+from streamcomp.model.meta import FLOATS
 
 if TYPE_CHECKING:  # both run blocks, and blocks are traced through their sites
-    from streamcomp.modeling.skeleton import Skeleton
-    from streamcomp.modeling.streamer import LoadedBlock
+    from streamcomp.model.skeleton import Skeleton
+    from streamcomp.model.streamer import LoadedBlock
 
 __all__ = [
     "BlockSites",

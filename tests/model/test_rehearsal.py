@@ -14,10 +14,10 @@ from transformers.models.llama import modeling_llama as llama
 
 import streamcomp
 from streamcomp.errors import UnsupportedModelError
-from streamcomp.modeling.sites import find_sites
+from streamcomp.model.sites import find_sites
 from tests.families.tiny import causal_types, save_tiny
 from tests.jobs import RESOURCES, quick_plan, small_recipe
-from tests.modeling.folders import edit_config, open_skeleton, streamed_logits
+from tests.model.folders import edit_config, open_skeleton, streamed_logits
 from tests.pico import pico_tokens, save_pico, whole_logits
 
 

@@ -15,9 +15,9 @@ from streamcomp.checkpoint.index import SINGLE_FILE
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.forms import Floats, find_form
 from streamcomp.forms.runtime import FORMAT_VERSION, MODULES, FactoredLinear
-from streamcomp.modeling.sites import find_sites
-from streamcomp.modeling.streamer import BlockStreamer
-from tests.modeling.folders import (
+from streamcomp.model.sites import find_sites
+from streamcomp.model.streamer import BlockStreamer
+from tests.model.folders import (
     CPU,
     edit_config,
     open_skeleton,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamcomp.checkpoint.index import SINGLE_FILE, read_index
-from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.streamer import BlockStreamer
+from streamcomp.model.skeleton import Skeleton
+from streamcomp.model.streamer import BlockStreamer
 from tests.pico import save_pico
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from streamcomp.errors import SourceError, UnsupportedModelError
-from streamcomp.modeling.taps import Call, call_bytes, check_same_calls, views_of_one
-from tests.modeling.folders import edit_config, open_skeleton, save_edited
+from streamcomp.model.taps import Call, call_bytes, check_same_calls, views_of_one
+from tests.model.folders import edit_config, open_skeleton, save_edited
 from tests.pico import ARCHITECTURES, save_pico
 
 MODULES = {"model.layers.0.mlp.up_proj": {"form": "uv", "rank": 4, "dtype": "float32"}}

@@ -22,9 +22,9 @@ from transformers.utils import logging as transformers_logging
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
-from streamcomp.modeling.feed_forward import in_chunks, whole
-from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.taps import Call, check_same_calls, hidden_of, views_of_one
+from streamcomp.model.feed_forward import in_chunks, whole
+from streamcomp.model.skeleton import Skeleton
+from streamcomp.model.taps import Call, check_same_calls, hidden_of, views_of_one
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
 

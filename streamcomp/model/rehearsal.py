@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from streamcomp.errors import StreamcompError, UnsupportedModelError
-from streamcomp.modeling.sites import is_linear
-from streamcomp.modeling.taps import (
+from streamcomp.model.sites import is_linear
+from streamcomp.model.taps import (
     Call,
     Recorder,
     Returned,
@@ -27,7 +27,7 @@ from streamcomp.modeling.taps import (
     check_same_calls,
     is_state,
 )
-from streamcomp.modeling.tracing import BlockUse, use_of_block
+from streamcomp.model.tracing import BlockUse, use_of_block
 
 __all__ = ["Rehearsal", "code_of", "rehearse"]
 

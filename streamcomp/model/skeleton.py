@@ -19,10 +19,10 @@ from transformers.core_model_loading import dot_natural_key
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
 from streamcomp.errors import CorruptShardError, MissingShardError, UnsupportedModelError
 from streamcomp.forms.runtime import NameMap
-from streamcomp.modeling.meta import FLOATS, build_model, find_layers
-from streamcomp.modeling.rehearsal import Rehearsal, code_of, rehearse
-from streamcomp.modeling.sites import is_linear
-from streamcomp.modeling.taps import Call, Conductor, Recorder, Replayer, Stop, TapPanel
+from streamcomp.model.meta import FLOATS, build_model, find_layers
+from streamcomp.model.rehearsal import Rehearsal, code_of, rehearse
+from streamcomp.model.sites import is_linear
+from streamcomp.model.taps import Call, Conductor, Recorder, Replayer, Stop, TapPanel
 
 __all__ = ["Skeleton"]
 

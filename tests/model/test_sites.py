@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from streamcomp.modeling.sites import find_sites
-from tests.modeling.folders import edit_config, open_skeleton, save_edited
+from streamcomp.model.sites import find_sites
+from tests.model.folders import edit_config, open_skeleton, save_edited
 from tests.pico import ARCHITECTURES, save_pico
 
 ATTENTION = {f"self_attn.{kind}_proj" for kind in "qkvo"}

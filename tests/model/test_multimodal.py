@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from streamcomp.checkpoint.index import read_index
-from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.streamer import BlockStreamer
+from streamcomp.model.skeleton import Skeleton
+from streamcomp.model.streamer import BlockStreamer
 
 CPU = torch.device("cpu")
 # As many layers of images as of text: the number alone does not tell them apart.

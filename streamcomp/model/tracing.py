@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from streamcomp.errors import UnsupportedModelError
-from streamcomp.modeling.feed_forward import in_chunks
-from streamcomp.modeling.sites import Site, linear_modules
-from streamcomp.modeling.taps import Call, Returned, call_bytes, hidden_of, is_state
+from streamcomp.model.feed_forward import in_chunks
+from streamcomp.model.sites import Site, linear_modules
+from streamcomp.model.taps import Call, Returned, call_bytes, hidden_of, is_state
 
 __all__ = ["BlockTrace", "BlockUse", "RecordTrace", "trace_block", "trace_calls", "use_of_block"]
 
