@@ -398,7 +398,7 @@ def test_shared_channels_tell_clusters_axis_and_bits() -> None:
         shared("h.0.v", 9.0, 5, "columns"),
     ]
 
-    page = html_report(report(linears))
+    page = html_report(report(linears, recipe={"method": "swsc"}))
 
     text = Page(page).text
     figure = text.index("bits per weight")

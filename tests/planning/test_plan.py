@@ -326,7 +326,7 @@ def test_refining_counts_a_block_that_is_cast_beside_what_was_read(
 
     block = made.blocks[0]
     ranks = {linear: 1 for linear in block.targets}
-    for phase in block.cost.refine(ranks, "pivot", 0):
+    for phase in block.cost.refine(ranks, find_form("pivot"), 0):
         assert phase.parts["weights"] == times * block.cost.weight_bytes
 
 
