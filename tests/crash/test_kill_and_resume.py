@@ -320,7 +320,8 @@ def test_a_smaller_budget_that_forces_another_batch_says_so_and_goes_on(
         mock.patch("streamcomp.planning.cost._PIECE_BYTES", 0),
         mock.patch("streamcomp.planning.cost._TOKENIZER_FACTOR", 0),
         mock.patch("streamcomp.planning.levers.Budget.minimum", property(lambda own: own.least)),
-        mock.patch("streamcomp.planning.cost.PANEL", 1),
+        mock.patch("streamcomp.linalg.low_rank.PANEL", 1),
+        mock.patch("streamcomp.forms.base.PANEL", 1),
         mock.patch("streamcomp.planning.cost.COPY_BYTES", 0),
         mock.patch("streamcomp.planning.steps.COPY_BYTES", 0),
     ):
