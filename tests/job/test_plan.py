@@ -119,12 +119,13 @@ LARGE_PARTS: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
 # Runs each job of a list in a fork of its own, so that none finds memory that another one left
 # behind, and prints the list of what came of them. Levers among the settings are set to that.
 JOBS = """
-import json, os, sys, warnings
+import json, sys
 from dataclasses import replace
 from pathlib import Path
 import contextlib
 import streamcomp.api
 from streamcomp import BudgetError
+from tests.forks import in_a_fork
 from tests.jobs import compress, set_levers
 
 def high_water():
@@ -151,17 +152,7 @@ found = []
 for job in json.loads(sys.argv[1]):
     if job["max_ram"] == "least":
         job["max_ram"] = str(found[-1]["minimum"] + int(sys.argv[2]))
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        os.close(reader)
-        with os.fdopen(writer, "w") as file:
-            json.dump(run(**job), file)
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        text = file.read()
-    assert os.waitpid(child, 0)[1] == 0, job
-    found.append(json.loads(text))
+    found.append(in_a_fork(run, **job))
 print(json.dumps(found))
 """
 

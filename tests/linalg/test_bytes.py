@@ -34,23 +34,26 @@ ROUNDING = MiB
 # are mapped and returned one by one: gaps of the heap and large pages are no part of a formula.
 # Prints what products take and give back on this machine, then the results.
 MEASURE = """
-import ctypes, json, os, sys
+import ctypes, json, sys
 import torch
 from streamcomp.linalg.low_rank import decompose_weight
 from streamcomp.forms import Allowance, Floats, find_form
 from streamcomp.methods import GradientMoment, Moment, find_method
 from streamcomp.recipe import Recipe
-from streamcomp.planning import meter as m
+from streamcomp.machine.allocator import release, settled
+from streamcomp.machine.kernels import warm_up
+from streamcomp.machine.memory import PeakMeter, resident_bytes
+from tests.forks import in_a_fork
 from tests.methods.sites import Place
 
 SMALL_PAGES, MAPPED_FROM = (41, 1, 0, 0, 0), (-3, 64 * 2**10)  # prctl, mallopt
 torch.set_num_threads(1)
-m.settle()
+settled().__enter__()
 libc = ctypes.CDLL(None)
 libc.prctl(*SMALL_PAGES)
 libc.mallopt(*MAPPED_FROM)
-kernels = {d: m.warm_up(torch.device("cpu"), getattr(torch, d)) for d in ("float32", "bfloat16")}
-meter = m.PeakMeter()
+kernels = {d: warm_up(torch.device("cpu"), getattr(torch, d)) for d in ("float32", "bfloat16")}
+meter = PeakMeter()
 
 def measure(*part):
     once(*part)
@@ -66,9 +69,9 @@ def once(rows, columns, ranks, side, method, dtype):
     gradient = None
     if method == "two-sided":
         gradient = GradientMoment(torch.eye(min(rows, columns)) + 0.1, 1.0 * rows)
-    m.release()
+    release()
     meter.restart()
-    before = m.resident_bytes()
+    before = resident_bytes()
     found = find_method({"damped": "svd-llm", "no data": "svd-llm"}.get(method, method))
     if method == "swsc":
         recipe, allowance = Recipe(method=method), Allowance(1, rows * columns // 2)
@@ -81,26 +84,14 @@ def once(rows, columns, ranks, side, method, dtype):
         found = found.decompose(weight, moment, 0.01 if method == "damped" else 0.0)
     results = [taken(before)]
     for form, rank in ranks.items():
-        m.release()
+        release()
         meter.restart()
         held = find_form(form).encode(*found.factors(weight, rank), Floats(dtype))
         results.append(taken(before))
         held = None
     return results
 
-results = []
-for part in json.loads(sys.argv[1]):
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        os.close(reader)
-        with os.fdopen(writer, "w") as file:
-            json.dump(measure(*part), file)
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        text = file.read()
-    assert os.waitpid(child, 0)[1] == 0, part
-    results.append(json.loads(text))
+results = [in_a_fork(measure, *part) for part in json.loads(sys.argv[1])]
 print(json.dumps([kernels, results]))
 """
 
