@@ -286,7 +286,9 @@ def differences(job: Job, before: Result, after: Result) -> list[str]:
         ranks = unequal(wanted.get("modules", {}), made.get("modules", {}))
         names += [f"{output}: entry of {name}" for name in ranks]
     if job.spare:
-        names += [f"lever {name}" for name in unequal(before.levers, after.levers)]
+        shared = before.levers.keys() & after.levers.keys()  # the newer checkout may have more
+        differ = (name for name in sorted(shared) if before.levers[name] != after.levers[name])
+        names += [f"lever {name}" for name in differ]
     return names
 
 

@@ -175,7 +175,9 @@ def _train(
         weight_decay=0.0,
         adjust_lr_fn="match_rms_adamw",
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _shape(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _relative_rate(step, steps)
+    )
     order = _order([w for w in range(measure.windows) if w not in held_out], seed)
     for step in range(steps):
         progress(step / steps)
@@ -275,7 +277,7 @@ def _scale(parameter: Tensor) -> float:
     return math.sqrt(size) if size > 0 else 1.0
 
 
-def _shape(step: int, steps: int) -> float:
+def _relative_rate(step: int, steps: int) -> float:
     """The learning rate at ``step``, relative to its largest."""
     rising = max(1.0, _WARM_UP * steps)
     if step < rising:

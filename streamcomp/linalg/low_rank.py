@@ -11,7 +11,8 @@ decomposition serves every rank. It is always the smaller side that is decompose
 
 - m <= n: the eigenvectors of K = Y Y^T (m x m) are the basis;
 - m > n: with H = L L^T, the eigenvectors V of L^T W^T W L (n x n) give the basis
-  W L V Lambda^-1/2, and W' = (W L V_r)(V_r^T L^-1): W as it is, between two mixes of its inputs.
+  W L V Lambda^-1/2, and W' = (W L V_r)(V_r^T L^-1): W as it is, with its inputs combined
+  before and after.
 
 **Two-sided** whitening looks at what an error does to the model's loss: with the gradients
 G = dL/dY (m x T) and Gamma = G G^T it minimises ||Gamma^1/2 (W - W') H^1/2||_F, whose cut
@@ -83,12 +84,12 @@ class Decomposition:
     spectrum : Tensor of shape (k,), fp64, descending, k = min(m, n)
         Energy of each direction: the squared singular values of the whitened weight.
     left : Tensor of shape (m, k) or (n, k); of fewer columns where only a rank was asked for
-        Columns of the left factor, or where ``mixes`` is set, the matrix A with columns W A.
+        Columns of the left factor; with ``decomposes_inputs`` the matrix A whose W A are those.
     right : Tensor of shape (k, m) or (k, n), or None; of as many rows as ``left`` has columns
-        The matrix B with rows B W of the right factor, or where ``mixes`` is set, those rows
-        themselves. None: the left columns are orthonormal, and the rows are left^T W.
-    mixes : bool
-        Which of the two sides was decomposed.
+        The matrix B whose B W are the rows of the right factor; with ``decomposes_inputs`` those
+        rows themselves. None: the left columns are orthonormal, and the rows are left^T W.
+    decomposes_inputs : bool
+        Whether the small matrix was on the side of the inputs (m > n), not on that of the outputs.
     damping : float
         What was added to a moment's diagonal, relative to its mean; 0 if nothing.
     least_damping : float
@@ -103,7 +104,7 @@ class Decomposition:
     spectrum: Tensor
     left: Tensor
     right: Tensor | None
-    mixes: bool
+    decomposes_inputs: bool
     damping: float
     condition: float = math.nan
     fallback: str = ""
@@ -116,7 +117,7 @@ class Decomposition:
         Holds them and ``PANEL`` rows of ``weight``.
         """
         left = self.left[:, :rank]
-        if self.mixes:
+        if self.decomposes_inputs:
             assert self.right is not None
             return times(weight, left), self.right[:rank].clone()
         across = left if self.right is None else self.right[:rank].T
@@ -176,7 +177,7 @@ def decompose_outputs(
         if damping:
             outputs, spend = damped_outputs(outputs, weight, damping), True
         values, vectors = eigh(outputs.to(torch.float64, copy=not spend), dtype)
-    return _decomposition(values, vectors, None, mixes=False, damping=damping)
+    return _decomposition(values, vectors, None, decomposes_inputs=False, damping=damping)
 
 
 def decompose_weight(weight: Tensor) -> Decomposition:
@@ -187,7 +188,7 @@ def decompose_weight(weight: Tensor) -> Decomposition:
     if weight.shape[0] <= weight.shape[1]:
         return decompose_outputs(weight, gram(weight.T), spend=True)
     values, vectors = eigh(gram(weight), solve_dtype(weight.dtype))
-    return _decomposition(values, vectors, vectors.T, mixes=True, damping=0.0)
+    return _decomposition(values, vectors, vectors.T, decomposes_inputs=True, damping=0.0)
 
 
 def decompose_inputs(
@@ -237,7 +238,7 @@ def decompose_two_sided_outputs(
         values, vectors = eigh(sandwich(lower, damped, lower=True), dtype)
     right = _transposed_product(vectors, lower.T)
     _solve_transposed(lower, vectors)  # R^-1 V
-    return _decomposition(values, vectors, right, mixes=False, damping=damping)
+    return _decomposition(values, vectors, right, decomposes_inputs=False, damping=damping)
 
 
 def decompose_two_sided_inputs(
@@ -287,12 +288,12 @@ def _mixing(
         vectors = vectors[:, : -(-rank // _WIDTH) * _WIDTH]
     left = _transposed_product(vectors, lower.T).T
     _solve_transposed(lower, vectors)  # S^-T V
-    found = _decomposition(values, left, vectors.T, mixes=True, damping=damping)
+    found = _decomposition(values, left, vectors.T, decomposes_inputs=True, damping=damping)
     return replace(found, least_damping=least_damping if least_damping < MOST_DAMPING else 0.0)
 
 
 def _decomposition(
-    values: Tensor, left: Tensor, right: Tensor | None, *, mixes: bool, damping: float
+    values: Tensor, left: Tensor, right: Tensor | None, *, decomposes_inputs: bool, damping: float
 ) -> Decomposition:
     """Values in descending order; rounding below zero counts as zero."""
     most, least = float(values[0]), float(values[-1])
@@ -300,7 +301,7 @@ def _decomposition(
         values.clamp_min(0),
         left,
         right,
-        mixes,
+        decomposes_inputs,
         damping,
         most / least if least > 0 else math.inf,
         _NO_METRIC if damping >= MOST_DAMPING else "",
