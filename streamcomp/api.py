@@ -66,7 +66,7 @@ class CompressResult:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Where a job stands."""
+    """Progress of a job."""
 
     out: Path
     finished: bool
@@ -128,7 +128,7 @@ def _check_texts(recipe: Recipe) -> None:
 def _finished(
     index: CheckpointIndex, out: Path, recipe: Recipe, resources: Resources
 ) -> CompressResult | None:
-    """What a finished job left in ``out``; None where there is none, an error where it is another.
+    """The result in ``out`` if this job is finished; None if not, an error if it is another job's.
 
     What such a job had no time to remove of its work goes now.
     """
@@ -149,7 +149,7 @@ def plan(
     *,
     revision: str | None = None,
 ) -> Plan:
-    """What :func:`compress` would do, from headers alone: steps, bytes, seconds, ranks.
+    """Plan a compression from headers alone: steps, bytes, seconds, ranks.
 
     The budget may be that of a larger machine than this one; seconds are always this one's.
     Raises BudgetError with the least budget that does where none of its plans fits.
@@ -230,7 +230,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
 
 
 def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
-    """Where the job in ``out`` stands; OutputError where there is none."""
+    """Progress of the job in ``out``; OutputError where there is none."""
     out = Path(out)
     folders = [out, *sorted(out.glob("ratio-*"))]
     report = next(filter(None, map(read_report, folders)), None)

@@ -200,9 +200,9 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _not_read(folder: Path) -> list[str]:
     """A note of what a folder holds in formats that are not read; nothing of a file."""
-    found = Counter(path.suffix.lower() for path in _files(folder))
-    others = sorted(suffix for suffix in found if suffix in OTHER_SUFFIXES)
-    count = sum(found[suffix] for suffix in others)
+    suffixes = Counter(path.suffix.lower() for path in _files(folder))
+    others = sorted(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
+    count = sum(suffixes[suffix] for suffix in others)
     return [f"{folder}: {count} files are not read ({', '.join(others)})"] if others else []
 
 
@@ -236,10 +236,10 @@ class _Template:
 
     @cached_property
     def bos_places(self) -> list[int]:
-        """Where BOS stands in a conversation: [0] if it opens it, more if it marks turns."""
+        """Places of BOS in a conversation: [0] if it opens it, more if it marks turns."""
         bos = self.tokenizer.bos_token
         text = self._render(_answer("a"))
-        return [found.start() for found in re.finditer(re.escape(bos), text)] if bos else []
+        return [match.start() for match in re.finditer(re.escape(bos), text)] if bos else []
 
     def render(self, messages: Messages) -> str:
         """The text of a conversation, without the BOS that opens it."""
@@ -271,8 +271,8 @@ def _tokens(tokenizer: Any, texts: Iterable[str]) -> tuple[Tensor, int]:
     for piece in _pieces(texts):
         read += len(piece)
         whole = piece.encode("utf-8", "replace").decode()  # halves of surrogate pairs are no text
-        found = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        parts.append(torch.tensor(found, dtype=torch.int32))
+        identifiers = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(torch.tensor(identifiers, dtype=torch.int32))
     return torch.cat(parts), read
 
 

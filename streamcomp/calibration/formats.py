@@ -1,4 +1,4 @@
-"""What a text file holds, told by its name; and what is refused, by name or by its first bytes.
+"""Formats of text files, told by their names; others are refused by name or first bytes.
 
 A file is read a piece at a time, whatever its size. Of a format that says what is text, the texts
 are taken and nothing else:
@@ -81,7 +81,7 @@ class TextFile:
             next(records, None)
 
     def batches(self) -> Iterator[list[Record]]:
-        """What it holds, a megabyte or so at a time; of text as it stands each batch is one record.
+        """Its records, a megabyte or so at a time; plain text gives one record for each batch.
 
         Holds some ``_BATCH_CHARS`` characters, and a record of as many again.
         """
@@ -184,10 +184,10 @@ class TextFile:
             raise self._refusal(unit, f"one has the text {json.dumps(value['text'])[:_NAME_CHARS]}")
         return value["text"] + "\n\n"
 
-    def _refusal(self, unit: str, found: str) -> CalibrationError:
+    def _refusal(self, unit: str, reason: str) -> CalibrationError:
         chat = ' or {"messages": [{"role": "...", "content": "..."}]}' if self.chat else ""
         return CalibrationError(
-            f'{self.path}: every {unit} must be {{"text": "..."}}{chat}; {found}'
+            f'{self.path}: every {unit} must be {{"text": "..."}}{chat}; {reason}'
         )
 
     # -- tables ----------------------------------------------------------------------------

@@ -56,7 +56,7 @@ _MUON_RMS = 0.2  # of what torch's Muon moves a tensor by at a learning rate of 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Where a block's refinement reads: both functions give window w as (1, seq, hidden)."""
+    """Data of a block's refinement: both functions give window w as (1, seq, hidden)."""
 
     windows: int
     inputs: Callable[[int], Tensor]  # the compressed stream, in front of the block
@@ -195,7 +195,7 @@ def _train(
 
 
 def _stored(module: FactoredLinear) -> dict[str, Tensor]:
-    """What a checkpoint holds of a factored linear, without its bias."""
+    """Tensors of a factored linear in a checkpoint, without its bias."""
     return {name: value.detach() for name, value in module.tensors().items() if name != "bias"}
 
 
@@ -255,8 +255,8 @@ class _Measure:
 def _relative(error: Tensor, target: Tensor) -> Tensor:
     """|d|^2 / |y|^2 of each token, on average; both (1, seq, hidden)."""
     lengths = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    found: Tensor = (error.square().sum(-1) / lengths).mean()
-    return found
+    relative: Tensor = (error.square().sum(-1) / lengths).mean()
+    return relative
 
 
 def _root(gradient: Tensor) -> Tensor:

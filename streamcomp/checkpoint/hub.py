@@ -42,7 +42,7 @@ def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
 
 @contextmanager
 def headers_folder(model: str | Path, revision: str | None = None) -> Iterator[Path]:
-    """The same for a plan: of a hub model, small files and the headers of its shards.
+    """A folder for a plan: of a hub model, small files and the headers of its shards.
 
     The shards in that folder have their true length and header, and hold no weights (sparse
     files). It is deleted at the end.

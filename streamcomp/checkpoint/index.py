@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, read from its headers alone.
+"""Contents of a checkpoint folder, read from its headers alone.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header naming each
 tensor's dtype, shape and byte range, and the bytes. Reading headers is enough to plan a job

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs."""
+"""Output of commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def print_plan(model: str, made: streamcomp.Plan) -> None:
 
 
 def _at_a_time(made: streamcomp.Plan) -> str:
-    """What the levers are set to; rounding differs between settings, the speed but little."""
+    """The levers in words; rounding differs between settings, the speed but little."""
     levers, outline = made.levers, made.outline
     seq_len = outline.stream.seq_len
     parts = [f"{levers.batch} windows of {seq_len} tokens at a time"]
@@ -249,7 +249,7 @@ def print_summary(out: Path, report: dict[str, Any]) -> None:
 
 
 def _method_rows(report: dict[str, Any]) -> dict[str, str]:
-    """What only some methods have to tell, a line each."""
+    """Rows that only some methods have."""
     rows = {}
     linears, dense, refined = (report.get(kind, []) for kind in ("linears", "dense", "refined"))
     nll = next((step["nll"] for step in report["steps"] if "nll" in step), None)

@@ -1,4 +1,4 @@
-"""What a form is: the matrices that stand for a weight W (m x n), and what they cost."""
+"""The interface of a form: the matrices that stand for a weight W (m x n), and their cost."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class FactoredLinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.rank}"
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold for this linear, by the name it has there."""
+        """Tensors that a checkpoint must hold for this linear, by their names there."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def dense_weight(self) -> Tensor:
@@ -228,7 +228,7 @@ def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
 
 
 class NameMap:
-    """Where transformers loads a checkpoint's tensors: names on disk -> parameters of ``model``."""
+    """Maps names on disk to the parameters of ``model`` that transformers loads them into."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         mapping = get_model_conversion_mapping(model)

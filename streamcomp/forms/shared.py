@@ -44,7 +44,7 @@ class Shared(Form):
         return storage.nbytes(1, allowance.numbers)
 
     def share_evenly(self, weights: Sequence[Matrix], ratio: float) -> list[Allowance | None]:
-        """What weights that stay dense exceed their share by is taken from the others."""
+        """Weights that stay dense exceed their share; the excess is taken from the others."""
         able = [m for m in weights if self.can_hold(m.rows, m.columns)]
         whole = sum(m.rows * m.columns for m in able)
         dense = sum(m.rows * m.columns for m in weights) - whole

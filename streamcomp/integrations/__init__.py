@@ -1,1 +1,1 @@
-"""Where the result meets other libraries."""
+"""Other libraries that load a compressed model."""

@@ -58,7 +58,7 @@ class BlockPlan:
         return [site for group in self.groups for site in group.sites]
 
     def passes(self, levers: Levers, *, observed: bool = True) -> list[Pass]:
-        """What a step works on each time that it reads the block: some groups, one time at least.
+        """Groups that a step works on each time that it reads the block, which is once at least.
 
         ``levers.groups`` at a time where they are ``observed``; else ``levers.linears`` sites, each
         in a group of its own.

@@ -25,7 +25,7 @@ WORK_FOLDER = ".streamcomp"
 
 
 class JobFolders:
-    """Where the job of a model of ``blocks`` blocks in ``source`` reads, works and writes."""
+    """The folders of a job on the model of ``blocks`` blocks in ``source``."""
 
     def __init__(
         self, source: Path, out: Path, work: Path | None, recipe: Recipe, blocks: int
@@ -52,18 +52,18 @@ class JobFolders:
 
     # -- whether a job may run in them ---------------------------------------------------
 
-    def refuse_foreign(self, found: Journal | None) -> None:
-        """OUT may be missing, empty, or hold the job of the journal ``found``.
+    def refuse_foreign(self, journal: Journal | None) -> None:
+        """OutputError unless OUT is missing, empty, or holds the job of ``journal``.
 
-        A work folder elsewhere does not say which OUT it is for: what lies in OUT has to.
+        A work folder elsewhere does not say which OUT it is for, so the files in OUT must show it.
         """
         self._refuse_places()
         if not self.out.is_dir():
             return
-        begun = found is not None or Journal.read(self.work) is not None
+        begun = journal is not None or Journal.read(self.work) is not None
         ours = {WORK_FOLDER}
-        if begun and not (found and found.inherited):
-            written = any(row.output is not None for row in found.steps) if found else False
+        if begun and not (journal and journal.inherited):
+            written = any(row.output is not None for row in journal.steps) if journal else False
             if self.works_inside or written:
                 return  # it is this job's, or check_shards will say what is missing
             ours |= {folder.name for folder in self.outputs if folder != self.out}
@@ -96,7 +96,7 @@ class JobFolders:
             raise OutputError(f"{work} is OUT or the model's folder: give another --work-dir")
 
     def check_shards(self, done: Sequence[Step]) -> None:
-        """What the steps that are ``done`` wrote lies in OUT, wherever the journal is."""
+        """OutputError where a shard that the steps ``done`` wrote is missing from OUT."""
         for step in done:
             shard = self.shard_of(step)
             if shard is not None and not shard.is_file():
@@ -115,7 +115,7 @@ class JobFolders:
         self._check_space((self.work,), plan.work_bytes, "--work-dir")
 
     def _check_space(self, folders: Sequence[Path], needed: int, setting: str) -> None:
-        """That ``folders``, on one disk, can hold ``needed`` bytes with the job's own there now."""
+        """OutputError unless ``folders``, on one disk, can hold ``needed`` bytes in all."""
         files: set[Path] = set()
         if self.out in folders:
             files |= {path.resolve() for path in self.out.rglob("*")}
@@ -145,10 +145,10 @@ def _is_empty_output(path: Path) -> bool:
 def _file_bytes(path: Path) -> int:
     """The size of a file; 0 for anything else, or where it is gone by now."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return 0
-    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _existing(folder: Path) -> Path:

@@ -61,7 +61,7 @@ def write_decomposition(folder: Path, block: int, site: Site, decomposition: Dec
 def read_decomposition(
     folder: Path, block: int, site: Site, row: AnalysisRow, device: torch.device
 ) -> Decomposition:
-    """What :func:`write_decomposition` kept; ``row`` is its line in the journal."""
+    """The decomposition that :func:`write_decomposition` kept; ``row`` is the journal's on it."""
     tensors = _read(_path(folder, Analysis(block), site.name), device)
     return Decomposition(
         tensors["spectrum"],

@@ -11,7 +11,7 @@ __all__ = ["Levers"]
 
 @dataclass(frozen=True)
 class Levers:
-    """What runs at a time; a job keeps those that it began with, for they change rounding.
+    """How much runs at a time; a job keeps its first levers, because they change rounding.
 
     All but ``linears`` and ``groups``, which cost time alone: a block is read once for every so
     many of its linears where they are factored from kept decompositions, and read and run once
@@ -27,5 +27,5 @@ class Levers:
 
     @classmethod
     def of_journal(cls, held: Mapping[str, Any]) -> Levers:
-        """Those that a job began with, among ``held``, all of its journal's."""
+        """The levers among the values ``held`` in a journal."""
         return cls(**{field.name: held[field.name] for field in fields(cls)})

@@ -1,4 +1,4 @@
-"""What the steps of a job count their bytes and seconds from."""
+"""The outline of a job, from which its steps count their bytes and seconds."""
 
 from __future__ import annotations
 

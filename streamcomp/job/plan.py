@@ -1,4 +1,4 @@
-"""What a job will do: its steps, their bytes and seconds, and the levers that make it fit.
+"""The plan of a job: its steps, their bytes and seconds, and the levers that make it fit.
 
 A plan is made from headers. The levers that it pulls are sizes of what runs at a time: windows per
 forward (*micro-batch*), windows per forward and backward, tokens per call of the head and of a
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the source is not followed."""
+        """Parts of the source's config that are not followed."""
         return self.outline.skeleton.notes
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 @dataclass(frozen=True)
 class Conditions:
-    """Where and with what a job runs, as far as its plan depends on it."""
+    """Budget, speed and folders of a job, as far as its plan depends on them."""
 
     budget_bytes: int
     rates: MachineRates
@@ -85,7 +85,7 @@ class StepPlanner:
     def excess(
         self, steps: Sequence[Step], levers: Levers, budget: int, device_budget: int
     ) -> dict[Step, int]:
-        """Those of ``steps`` that do not fit, and by how many bytes, of host and GPU together."""
+        """Steps that do not fit, and by how many bytes, of host and GPU together."""
         over = {}
         for step in steps:
             host, device = self._resident(step, levers)
@@ -112,7 +112,7 @@ class StepPlanner:
         return StepPlan(step, *resident, peak.title, dict(peak.parts), limits, written)
 
     def _phases(self, step: Step, levers: Levers) -> list[Phase]:
-        """Those of the step, each with the masks and positions that are kept once made."""
+        """Phases of the step, each with the masks and positions that are kept once made."""
         phases, first = list(step.phases(self.outline, levers)), self.outline.blocks[0]
         if step.runs_windows:
             phases.insert(0, capturing(first, max(levers.batch, levers.reverse_batch)))

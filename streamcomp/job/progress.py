@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a job as a person sees it: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class Job:
             raise JobLockedError(f"another process has just worked on {self.out}: try again")
 
     def _conditions(self, begun: Journal | None) -> Conditions:
-        """Where the job runs, and whether it keeps its work: it does what it began with."""
+        """Conditions of the job; whether it keeps its work was fixed when it began."""
         keep, from_moments = self.resources.keep_work, False
         analysis = keep and can_keep_analysis(self.recipe)
         if begun is not None:

@@ -1,4 +1,4 @@
-"""What every step of a job stands on: the work folder, its streams, and the model's blocks."""
+"""State that all steps share: the work folder, its streams, and the model's blocks."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ class Workspace:
         return {name for row in self.journal.steps for name in row.unreached}
 
     def analysis_row(self, block: int, site: Site) -> AnalysisRow:
-        """What the journal holds of the decomposition of ``site`` that was made last."""
+        """The journal's row on the latest decomposition of ``site``."""
         steps = (step for step in reversed(self.journal.steps) if step.block == block)
         rows = (row for step in steps for row in step.analysis)
         return next(row for row in rows if row.name == site.disk_name)

@@ -182,7 +182,7 @@ def _spent(costs: Sequence[Tensor], places: Sequence[int]) -> int:
 
 
 def _largest_share(costs: Sequence[Tensor], ratio: float) -> tuple[int, float]:
-    """What all linears may cost together, and the share of its last cost for each of them.
+    """Cost that all linears may have together, and the share of its dense cost for each.
 
     The share is the largest that fits, found by bisection. RecipeError where none does.
     """

@@ -206,8 +206,8 @@ def _seeds(points: Tensor, squares: Tensor, weights: Tensor, clusters: int, seed
         # scaled, so that no tiny or huge weight is lost; drawn on the CPU, alike everywhere
         drawn = int(torch.multinomial((chances / chances.max()).cpu(), 1, generator=random))
         chosen[number] = drawn
-        found = squares + squares[drawn] - 2 * (points @ points[drawn])
-        distances = torch.minimum(distances, found.clamp_min_(0))
+        to_drawn = squares + squares[drawn] - 2 * (points @ points[drawn])
+        distances = torch.minimum(distances, to_drawn.clamp_min_(0))
         distances[drawn] = 0
         chances = distances * weights
     return chosen
@@ -216,11 +216,11 @@ def _seeds(points: Tensor, squares: Tensor, weights: Tensor, clusters: int, seed
 def _nearest(points: Tensor, squares: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     """For each point the number of the nearest mean (N,) and its squared distance (N,)."""
     inner = means.square().sum(1)  # (k,)
-    found = []
+    nearest = []
     for part in points.split(_rows_of_a_chunk(points, len(means))):
-        found.append(torch.addmm(inner, part, means.T, alpha=-2).min(dim=1))  # less ||part||^2
-    labels = torch.cat([part.indices for part in found])
-    return labels, torch.cat([part.values for part in found]).add_(squares).clamp_min_(0)
+        nearest.append(torch.addmm(inner, part, means.T, alpha=-2).min(dim=1))  # less ||part||^2
+    labels = torch.cat([part.indices for part in nearest])
+    return labels, torch.cat([part.values for part in nearest]).add_(squares).clamp_min_(0)
 
 
 def _fill_empty(labels: Tensor, distances: Tensor, clusters: int) -> None:
@@ -313,9 +313,9 @@ def share_channels(
         for split in (split for split in splits if split.axis == name):
             labels, _ = kmeans(points, split.clusters, seed=seed, weights=weights)
             codebook = _codebook(weight, moment, labels, split).to(dtype)
-            found = _with_low_rank(weight, moment, codebook, labels, split, total)
-            if best is None or found.relative_loss < best.relative_loss:
-                best = found
+            split_up = _with_low_rank(weight, moment, codebook, labels, split, total)
+            if best is None or split_up.relative_loss < best.relative_loss:
+                best = split_up
     assert best is not None
     return best
 
@@ -359,7 +359,7 @@ def _nothing_fits(rows: int, columns: int, numbers: int, axis: str, clusters: in
 
 
 def _points(weight: Tensor, moment: Tensor | None, axis: str) -> tuple[Tensor, Tensor | None]:
-    """What k-means compares, and the weight of each channel."""
+    """Points that k-means compares, and the weight of each channel."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if axis == "rows":
         if moment is None:
@@ -426,13 +426,13 @@ def _with_low_rank(
 def _low_rank(error: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor, float]:
     """The factors (m, r), (r, n) nearest to E (m, n), fp64, and the damping that they took."""
     if moment is not None:
-        found = decompose_inputs(error, moment)
-        return *found.factors(error, rank), found.damping
+        decomposition = decompose_inputs(error, moment)
+        return *decomposition.factors(error, rank), decomposition.damping
     if error.shape[0] > error.shape[1]:  # the smaller side: E^T = Q Q^T E^T
         right, left, damping = _low_rank(error.T, None, rank)
         return left.T, right.T, damping
-    found = decompose_outputs(error, error @ error.T)
-    return *found.factors(error, rank), 0.0
+    decomposition = decompose_outputs(error, error @ error.T)
+    return *decomposition.factors(error, rank), 0.0
 
 
 def _energy(matrix: Tensor, moment: Tensor | None) -> float:

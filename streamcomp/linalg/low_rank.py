@@ -121,11 +121,11 @@ class Decomposition:
             assert self.right is not None
             return times(weight, left), self.right[:rank].clone()
         across = left if self.right is None else self.right[:rank].T
-        own = left.mT.clone(memory_format=torch.contiguous_format).mT
-        return own, _transposed_times(across, weight)
+        copied = left.mT.clone(memory_format=torch.contiguous_format).mT
+        return copied, _transposed_times(across, weight)
 
     def rounded(self, dtype: torch.dtype) -> Decomposition:
-        """As it is kept for a model of ``dtype``: bases in fp32, or in fp64 for a model that is.
+        """Rounded to what is kept for a model in ``dtype``: bases in fp32, or fp64 for fp64 models.
 
         Factors are fitted anew to what is rounded when they are written, so fp32 loses nothing.
         """
@@ -288,8 +288,10 @@ def _mixing(
         vectors = vectors[:, : -(-rank // _WIDTH) * _WIDTH]
     left = _transposed_product(vectors, lower.T).T
     _solve_transposed(lower, vectors)  # S^-T V
-    found = _decomposition(values, left, vectors.T, decomposes_inputs=True, damping=damping)
-    return replace(found, least_damping=least_damping if least_damping < MOST_DAMPING else 0.0)
+    decomposition = _decomposition(values, left, vectors.T, decomposes_inputs=True, damping=damping)
+    return replace(
+        decomposition, least_damping=least_damping if least_damping < MOST_DAMPING else 0.0
+    )
 
 
 def _decomposition(
@@ -308,10 +310,10 @@ def _decomposition(
     )
 
 
-def _without_gradients(found: Decomposition) -> Decomposition:
-    """What is done where no gradient ever arrives: the inputs decide, and no loss is expected."""
-    spectrum = torch.zeros_like(found.spectrum)
-    return replace(found, spectrum=spectrum, fallback="no gradient arrives: one-sided")
+def _without_gradients(decomposition: Decomposition) -> Decomposition:
+    """Decomposition where no gradient ever arrives: the inputs decide; no loss is expected."""
+    spectrum = torch.zeros_like(decomposition.spectrum)
+    return replace(decomposition, spectrum=spectrum, fallback="no gradient arrives: one-sided")
 
 
 def damped_outputs(outputs: Tensor, weight: Tensor, damping: float) -> Tensor:

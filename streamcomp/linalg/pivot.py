@@ -102,11 +102,11 @@ def _sort(
 
 
 def _largest(matrix: Tensor) -> tuple[int, int]:
-    """Where the entry of the largest size stands; looked for in ``PANEL`` rows at a time."""
-    found = []
+    """Place of the entry of largest size, searched in ``PANEL`` rows at a time."""
+    largest = []
     for start in range(0, len(matrix), PANEL):
         rows = matrix[start : start + PANEL].abs()
         place = int(rows.argmax())
-        found.append((float(rows.flatten()[place]), start * matrix.shape[1] + place))
-    _, place = max(found)
+        largest.append((float(rows.flatten()[place]), start * matrix.shape[1] + place))
+    _, place = max(largest)
     return divmod(place, matrix.shape[1])

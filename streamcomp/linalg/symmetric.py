@@ -183,9 +183,9 @@ def _graded(matrix: Tensor) -> tuple[Tensor, Tensor]:
     narrow = reflector.float()
     for columns in result.split(PANEL, dim=1):
         columns.addmm_(narrow, middle.float() @ (narrow.T @ columns), alpha=-1)
-    found = scale * torch.cat((few, values.double()))
-    order = found.argsort(descending=True)
-    return found[order], _permuted(result, order)
+    eigenvalues = scale * torch.cat((few, values.double()))
+    order = eigenvalues.argsort(descending=True)
+    return eigenvalues[order], _permuted(result, order)
 
 
 def _dominant(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What products take on this machine in addition to their operands, measured by running some."""
+"""Bytes that products take on this machine in addition to their operands, measured."""
 
 from __future__ import annotations
 

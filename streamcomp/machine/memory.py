@@ -66,7 +66,7 @@ class PeakMeter:
         return self.mark() if self._exact else max(self._sampled, resident_bytes())
 
     def device_peak(self) -> int:
-        """What torch's allocator took of the GPU at most, and ``CONTEXT_BYTES``; 0 without one."""
+        """Peak of torch's allocator on the GPU, plus ``CONTEXT_BYTES``; 0 without a GPU."""
         if self._gpu is None:
             return 0
         return CONTEXT_BYTES + torch.cuda.max_memory_reserved(self._gpu)
@@ -143,7 +143,7 @@ def _cgroups() -> list[tuple[int, int]]:
 
     Without the page cache, which makes way.
     """
-    found = []
+    limits = []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -163,9 +163,9 @@ def _cgroups() -> list[tuple[int, int]]:
             limit = _number_in(folder / name)
             if limit is not None:
                 held = (_number_in(folder / usage) or 0) - _cached_bytes(folder, cached)
-                found.append((limit, max(0, held)))
+                limits.append((limit, max(0, held)))
             folder = folder.parent
-    return found
+    return limits
 
 
 def _number_in(path: Path) -> int | None:

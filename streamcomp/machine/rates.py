@@ -37,11 +37,11 @@ class MachineRates:
     disk_bytes: float = _DISK
 
     def seconds(self, operations: Mapping[str, float]) -> float:
-        """Of so many operations, by the names of the rates they run at."""
+        """Seconds that ``operations`` take, which are given by the names of their rates."""
         return sum(count / float(getattr(self, name)) for name, count in operations.items())
 
     def eigh_seconds(self, size: int) -> float:
-        """Of one decomposition (n, n)."""
+        """Seconds that one n x n eigendecomposition takes."""
         return 9.0 * size**3 / (self.eigh_flops if size >= SMALL else self.small_eigh_flops)
 
 
@@ -90,7 +90,7 @@ def measure_disk(folder: Path) -> float:
 
 
 def _best_seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Of the fastest run: caches and threads are cold at first."""
+    """Seconds of the fastest run: caches and threads are cold at first."""
     best, begin, runs = math.inf, time.perf_counter(), 0
     while runs < _RUNS or time.perf_counter() - begin < _SECONDS:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a method is: a weight, a moment and an allowance in, factors out.
+"""The interface of a method: a weight, a moment and an allowance in, factors out.
 
 Nothing here or at the top of a method's file imports torch: a recipe reads the methods' defaults
 before any work is done.
@@ -33,7 +33,7 @@ Side = Literal["inputs", "outputs"]
 
 @dataclass(frozen=True)
 class GradientMoment:
-    """What the loss's gradients G = dL/dY do at one linear (m x n), on its smaller side.
+    """Moment of the loss's gradients G = dL/dY at one linear (m x n), on its smaller side.
 
     ``value`` is Gamma = G G^T (m, m) for m <= n, else the moment of W^T g (n, n); ``energy`` is
     tr(Gamma) in either case.
@@ -72,7 +72,7 @@ class Moment:
 
 
 class Site(Protocol):
-    """What a method reads of the place of a weight (m = ``rows`` outputs, n = ``columns``)."""
+    """A weight (m = ``rows`` outputs, n = ``columns`` inputs) as a method sees its place."""
 
     @property
     def disk_name(self) -> str: ...
@@ -85,7 +85,7 @@ class Site(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight on disk, and of the factors."""
+        """Dtype of the weight on disk, and of the factors."""
 
 
 class Settings(Protocol):
@@ -194,7 +194,7 @@ class Method(ABC):
     def analyse(
         self, weight: Tensor, moment: Moment | None, settings: Settings, rank: int | None = None
     ) -> Decomposition:
-        """What factors of every rank are made of, or up to ``rank``."""
+        """Everything that factors of every rank are made from, or of ranks up to ``rank``."""
         raise NotImplementedError(f"method {self.name} keeps no analysis")
 
     def factors(
@@ -212,7 +212,7 @@ class Method(ABC):
 
     @property
     def default_damping(self) -> float:
-        """What ``damping`` 0 stands for."""
+        """The damping that ``damping`` 0 stands for."""
         return 0.0
 
     @abstractmethod
@@ -231,7 +231,7 @@ class Method(ABC):
         """
 
     def analysis_bytes(self, site: Site, dtype: torch.dtype) -> int:
-        """What :meth:`analyse` returns, with bases in ``dtype``."""
+        """Bytes of the result of :meth:`analyse`, with bases in ``dtype``."""
         from streamcomp.linalg.low_rank import basis_bytes
 
         return basis_bytes(site.rows, site.columns, dtype, gradients=self.needs_gradients)

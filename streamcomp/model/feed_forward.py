@@ -33,20 +33,20 @@ def in_chunks(block: nn.Module, tokens: int) -> Iterator[None]:
     if module is None or not tokens:
         yield
         return
-    own = module.forward
+    at_once = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != 1 or args[0].dim() != 3 or args[0].shape[1] <= tokens:
-            return own(*args, **kwargs)
+            return at_once(*args, **kwargs)
         try:
-            return _Chunks.apply(args[0], own, tokens)  # type: ignore[no-untyped-call]
+            return _Chunks.apply(args[0], at_once, tokens)  # type: ignore[no-untyped-call]
         except _MoreThanStates:
             if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
                 raise UnsupportedModelError(  # its first chunk would be seen twice
                     f"{type(module).__name__} gives more than hidden states and cannot run in "
                     "chunks: allow more memory"
                 ) from None
-            return own(*args)
+            return at_once(*args)
 
     module.forward = forward
     try:
@@ -73,7 +73,7 @@ def _feed_forward(block: nn.Module) -> nn.Module | None:
 
 
 class _MoreThanStates(Exception):
-    """What came out is no tensor."""
+    """Raised where a feed-forward returns something else than a tensor."""
 
 
 class _Chunks(torch.autograd.Function):

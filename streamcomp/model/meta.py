@@ -149,9 +149,9 @@ def _load_config(index: CheckpointIndex, settings: dict[str, Any]) -> Any:
     if not model_type:
         raise SourceError(f"{path} names no model_type")
     if model_type not in CONFIG_MAPPING:
-        own = " and the code in its folder is never run" if "auto_map" in settings else ""
+        code = " and the code in its folder is never run" if "auto_map" in settings else ""
         raise UnsupportedModelError(
-            f"model type {model_type!r} is unknown to transformers {transformers.__version__}{own}"
+            f"model type {model_type!r} is unknown to transformers {transformers.__version__}{code}"
         )
     try:
         config = CONFIG_MAPPING[model_type].from_dict(settings)
@@ -163,7 +163,7 @@ def _load_config(index: CheckpointIndex, settings: dict[str, Any]) -> Any:
 
 
 def _mark_as_quantised(model: PreTrainedModel) -> None:
-    """What transformers sets while it loads a quantised model: some models' code asks for it."""
+    """Attributes that transformers sets while it loads a quantised model; some code reads them."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True

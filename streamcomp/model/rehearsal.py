@@ -39,7 +39,7 @@ _GUESSES = tuple(Returned(length, frozenset(range(1, length))) for length in ran
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one forward without weights has shown."""
+    """Results of one forward without weights."""
 
     returns: tuple[Returned, ...]  # of each block
     called: tuple[frozenset[str] | None, ...]  # linears each block calls; None: not to be told
@@ -189,7 +189,7 @@ class _Actors:
         return self.returns[-1].around(self._output)
 
     def check_run(self, count: int) -> None:
-        """That the first ``count`` blocks have run."""
+        """Refuse unless the first ``count`` blocks have run."""
         if len(self.calls) < count:
             raise UnsupportedModelError(
                 f"block {len(self.calls)} does not run on text alone: not supported"
@@ -245,7 +245,7 @@ def _settings(module: nn.Module) -> Hashable:
 
 
 def _looks(leaf: Any) -> Hashable:
-    """What of an argument may decide which code a block runs."""
+    """Properties of an argument that may decide which code a block runs."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype
     if is_state(leaf):

@@ -1,4 +1,4 @@
-"""Where a block's weights are: sites, what can be done at one, and why other matrices are left.
+"""Sites: where a block's weights are, what can be done there, why other matrices are left.
 
 A :class:`Site` is all that observing, updating, refining and writing know of a weight, so that they
 work alike wherever it is. Today it is in an ``nn.Linear``. One expert of a mixture, whose weight is

@@ -71,7 +71,7 @@ class Skeleton:
         return {name: infos for name, infos in self.sources.items() if name.startswith(prefix)}
 
     def outer_parameters(self) -> dict[str, list[TensorInfo]]:
-        """The same for all that is not in a block: embeddings, norms, head."""
+        """Tensors on disk behind each parameter outside of the blocks: embeddings, norms, head."""
         prefix = self.layers_name + "."
         return {name: infos for name, infos in self.sources.items() if not name.startswith(prefix)}
 
@@ -280,7 +280,7 @@ class Skeleton:
 
 
 def _check_sources(name: str, value: Tensor, infos: list[TensorInfo]) -> None:
-    """That the tensors on disk ``infos`` can become the parameter or buffer ``name``."""
+    """Refuse unless the tensors on disk ``infos`` can become the parameter or buffer ``name``."""
     if not infos:
         raise MissingShardError(f"{name} is in no shard: the checkpoint is incomplete")
     for info in infos:

@@ -57,11 +57,11 @@ class LoadedBlock:
         """
         start = hidden.detach().requires_grad_()
         output = hidden_of(self.module(start, *call.args, **call.kwargs))
-        found: Tensor = torch.autograd.grad(output, start, gradient)[0]
-        return found
+        below: Tensor = torch.autograd.grad(output, start, gradient)[0]
+        return below
 
     def run_with(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
-        """As :meth:`run`, with other values for some parameters, and with autograd where it is on.
+        """Run the block with other values for some parameters, and with autograd where it is on.
 
         ``parameters`` by their names in the block, rounded to the dtype of those they stand for.
         """
@@ -80,13 +80,13 @@ class LoadedBlock:
 
         They must go back: the next load follows the dtype that a parameter was left in.
         """
-        own = {parameter: parameter.dtype for parameter in self.module.parameters()}
-        for parameter in own:
+        dtypes = {parameter: parameter.dtype for parameter in self.module.parameters()}
+        for parameter in dtypes:
             parameter.data = parameter.data.to(dtype)
         try:
             yield
         finally:
-            for parameter, before in own.items():
+            for parameter, before in dtypes.items():
                 parameter.data = parameter.data.to(before)
 
     @contextmanager
@@ -161,9 +161,9 @@ class BlockStreamer:
 
         UnsupportedModelError where these tokens call a block otherwise than others of their shape.
         """
-        known = self.calls(tokens)
+        captured = self.calls(tokens)
         hidden, calls = self.record(tokens)
-        check_same_calls(known, calls)
+        check_same_calls(captured, calls)
         return hidden
 
     def calls(self, tokens: Tensor) -> list[Call]:
@@ -285,9 +285,9 @@ class BlockStreamer:
                 **_OLDER_ARGUMENTS,
             )
             if info.mismatched_keys:
-                name, found, expected = sorted(info.mismatched_keys)[0]
+                name, on_disk, expected = sorted(info.mismatched_keys)[0]
                 raise CorruptShardError(
-                    f"{name} is {list(found)} on disk, config.json makes it {list(expected)}"
+                    f"{name} is {list(on_disk)} on disk, config.json makes it {list(expected)}"
                 )
             if info.conversion_errors:
                 raise CorruptShardError(
@@ -297,7 +297,7 @@ class BlockStreamer:
 
 
 class _LazyTensor:
-    """What transformers' loader takes for a slice of a file: read when it is indexed."""
+    """Stands in for a slice of a file in transformers' loader: read when it is indexed."""
 
     def __init__(self, reader: TensorReader, info: TensorInfo) -> None:
         self._reader, self._info = reader, info

@@ -202,7 +202,7 @@ class Conductor(Protocol):
     """Decides what taps answer."""
 
     def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
-        """What block ``number`` returns for ``hidden`` (batch, seq, hidden)."""
+        """Return value of block ``number`` for ``hidden`` (batch, seq, hidden)."""
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""What a block's forward would do, found without weights and without computing.
+"""Trace of a block's forward, without weights and without computing.
 
 The block runs on fake tensors: shapes, dtypes and the choice of kernels are real, the data
 is not there. One such forward tells which linears are called, which sites are fed the same tensor,
@@ -58,7 +58,7 @@ class BlockUse:
 
 @dataclass(frozen=True)
 class RecordTrace:
-    """What the blocks are given besides the hidden states of one window: masks, positions."""
+    """Inputs of the blocks besides the hidden states of one window: masks, positions."""
 
     calls: list[Call]  # of each block; tensors without data
     nbytes: int  # of all their tensors together
@@ -254,9 +254,9 @@ class _LiveBytes(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
+        storages = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
         for tensor in tree_leaves(result):
-            if _is_tensor(tensor) and id(tensor.untyped_storage()) not in known:
+            if _is_tensor(tensor) and id(tensor.untyped_storage()) not in storages:
                 storage = tensor.untyped_storage()
                 self._alive[storage] = storage.nbytes()
         self.peak = max(self.peak, sum(self._alive.values()))

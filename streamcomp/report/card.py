@@ -58,7 +58,7 @@ def _as_text(name: str) -> str:
 
 
 def _sources(recipe: Recipe) -> list[str]:
-    """Where each part of the way that the model was made was published, each once."""
+    """Publications of the methods that the model was made with, each once."""
     sources = [find_method(recipe.method).source]
     if recipe.update:
         sources.append(find_method("svd-llm").source)

@@ -180,7 +180,7 @@ def step_plot(
 
 
 def block_labels(blocks: Sequence[int]) -> tuple[dict[int, float], dict[float, str]]:
-    """Where each block lies in percent of the width, and the labels below some of them."""
+    """Position of each block in percent of the width, and the labels below some of them."""
     places = dict(zip(blocks, centres(len(blocks)), strict=True))
     every = _every(len(blocks))
     return places, {place: str(block) for block, place in places.items() if block % every == 0}

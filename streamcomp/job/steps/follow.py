@@ -1,4 +1,4 @@
-"""What a writing step does on the compressed stream after its factors are made.
+"""Changes to factors on the compressed stream, after they were made.
 
 Left factors are refitted (SVD-LLM's update), or all factors of the block are trained; then the
 compressed block's output becomes the next block's input.

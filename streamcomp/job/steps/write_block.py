@@ -70,13 +70,13 @@ class WriteBlock(Step):
 
     @property
     def _dense_target(self) -> States | None:
-        """Where the dense block's output goes."""
+        """File of the dense block's output."""
         target = DenseStates(self.block + 1)
         return target if target in self.writes else None
 
     @property
     def _compressed_target(self) -> States | None:
-        """Where the compressed block's output goes."""
+        """File of the compressed block's output."""
         target = compressed_states(self.block + 1, self.output)
         return target if target in self.writes else None
 
@@ -276,7 +276,7 @@ class WriteBlock(Step):
         return factored, refined
 
     def _entries(self, work: Workspace, factored: Factored) -> list[Entry]:
-        """What the shard holds: factors, and whatever they do not replace."""
+        """Tensors of the shard: factors, and whatever they do not replace."""
         entries = [
             Entry(f"{site.disk_name}.{leaf}", tensor.cpu())
             for site, factors in factored.items()
