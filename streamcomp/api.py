@@ -249,7 +249,7 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
             recipe=report.recipe,
         )
     if journal is None:
-        raise OutputError(f"{out} holds no job, or its work lies elsewhere: give --work-dir")
+        raise OutputError(f"{out} holds no job, or its work is elsewhere: give --work-dir")
     seconds = sum(step.seconds for step in journal.steps)
     planned, done = journal.header.planned_seconds, len(journal.steps)
     pace = seconds / (sum(planned[:done]) or seconds) if seconds else 1.0
