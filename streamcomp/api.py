@@ -19,7 +19,7 @@ from streamcomp.evaluation.perplexity import Evaluation, evaluate_checkpoint
 from streamcomp.evaluation.report import job_report, model_card
 from streamcomp.integrations.transformers import AUTO_MAP, PLUGIN, plugin_source
 from streamcomp.job.folders import WORK_FOLDER, output_folders
-from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked
+from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked, same_job
 from streamcomp.job.progress import JobProgress, SilentProgress
 from streamcomp.job.publish import (
     REPORT,
@@ -286,7 +286,7 @@ def _publish(job: Job, output: int) -> dict[str, Any]:
     report = job_report(
         job.index,
         written,
-        {k: job.fingerprint[k] for k in asdict(job.recipe)},
+        {k: v for k, v in job.fingerprint.items() if k in asdict(job.recipe)},
         job.plan,
         job.rates,
         job.journal.header,
@@ -329,7 +329,7 @@ def _clean(work: Path, report: Mapping[str, Any] | None) -> None:
         if journal is None:
             over = not any(work.iterdir())  # killed just before the folder itself was removed
         else:
-            ours = journal.header["fingerprint"] == report["fingerprint"]
+            ours = same_job(journal.header["fingerprint"], report["fingerprint"])
             over = ours and journal.finished and not journal.header["levers"]["keep_work"]
         if over:
             remove_work(work)

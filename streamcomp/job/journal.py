@@ -24,8 +24,15 @@ import transformers
 from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.errors import CalibrationError, JobLockedError, JobMismatchError, OutputError
+from streamcomp.errors import (
+    CalibrationError,
+    JobLockedError,
+    JobMismatchError,
+    OutputError,
+    RecipeError,
+)
 from streamcomp.recipe import DECOMPOSITION_FIELDS, OUTPUT_FIELDS, Recipe
+from streamcomp.settings import about
 
 __all__ = [
     "JOURNAL",
@@ -35,6 +42,7 @@ __all__ = [
     "fingerprint",
     "locked",
     "same_analysis",
+    "same_job",
     "same_moments",
 ]
 
@@ -50,7 +58,7 @@ Fingerprint = dict[str, Any]
 def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
     """What decides a job's result: source, recipe, calibration files, library versions."""
     fields: Fingerprint = {"source": _source_hash(index)}
-    fields |= {name: _plain(value) for name, value in asdict(recipe).items()}
+    fields |= _settings(recipe)
     fields["calibration_files"] = [
         [name, _text_hash(Path(name))] for name in recipe.calibration if Path(name).exists()
     ]
@@ -60,19 +68,20 @@ def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
 
 
 def check_fingerprint(
-    found: Mapping[str, Any], wanted: Fingerprint, folder: Path, *, versions: bool = True
+    held: Mapping[str, Any], wanted: Fingerprint, folder: Path, *, versions: bool = True
 ) -> None:
-    """JobMismatchError naming the first field in which ``found`` is not what is ``wanted``.
+    """JobMismatchError naming the first field in which ``held`` differs from ``wanted``.
 
     Fields that shape decompositions or the output alone come last, because kept work may serve a
     job in which they differ.
     """
+    held = _completed(held)
     for field in sorted(wanted, key=lambda name: name in (*DECOMPOSITION_FIELDS, *OUTPUT_FIELDS)):
         value = wanted[field]
         if not versions and field in ("torch", "transformers"):
             continue
-        if found.get(field) != value:
-            was, now = found.get(field), value
+        if held.get(field) != value:
+            was, now = held.get(field), value
             what = (
                 "the model's files have changed, or it is another model"
                 if field == "source"
@@ -84,6 +93,11 @@ def check_fingerprint(
             )
 
 
+def same_job(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of one job."""
+    return _same_but((), one, other)
+
+
 def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two jobs differ in nothing but what shapes their output."""
     return _same_but(OUTPUT_FIELDS, one, other)
@@ -92,6 +106,25 @@ def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def same_moments(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two jobs differ in nothing but what shapes their decompositions and their output."""
     return _same_but((*DECOMPOSITION_FIELDS, *OUTPUT_FIELDS), one, other)
+
+
+def _completed(held: Mapping[str, Any]) -> Fingerprint:
+    """``held`` with the defaults of settings that did not exist when it was taken."""
+    stored = {name: held[name] for name in about(Recipe) if name in held}
+    try:
+        return _settings(Recipe.from_mapping(stored)) | dict(held)
+    except RecipeError:  # from a version with other rules
+        return dict(held)
+
+
+def _settings(recipe: Recipe) -> Fingerprint:
+    """Plain values of the settings that affect the result."""
+    described = about(recipe)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(recipe).items()
+        if described[name].affects != "nothing"
+    }
 
 
 @contextmanager
@@ -207,6 +240,7 @@ class Journal:
 
 
 def _same_but(fields: Iterable[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    one, other = _completed(one), _completed(other)
     names = (one.keys() | other.keys()) - set(fields)
     return all(one.get(name) == other.get(name) for name in names)
 
@@ -243,7 +277,3 @@ def _text_hash(path: Path) -> str:
         except OSError as error:
             raise CalibrationError(f"{file} cannot be read: {error.strerror}") from error
     return total.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

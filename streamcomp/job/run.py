@@ -38,6 +38,7 @@ from streamcomp.job.journal import (
     fingerprint,
     locked,
     same_analysis,
+    same_job,
     same_moments,
 )
 from streamcomp.job.progress import JobProgress
@@ -156,7 +157,7 @@ class Job:
         if found is None or not found.steps:
             return None
         before, levers = found.header["fingerprint"], found.header["levers"]
-        if before == self.fingerprint or not (levers["keep_work"] and found.finished):
+        if same_job(before, self.fingerprint) or not (levers["keep_work"] and found.finished):
             return found
         if same_analysis(before, self.fingerprint):
             return found.inherit(self.fingerprint, (_RANKS,))
