@@ -14,12 +14,14 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from streamcomp.linalg.symmetric import eigh
-from streamcomp.planning.meter import PeakMeter, release, resident_bytes, settle
+from streamcomp.machine.allocator import release, settled
+from streamcomp.machine.memory import PeakMeter, resident_bytes
 
 try:
     from scipy.linalg import eigh as scipy_eigh
@@ -41,10 +43,13 @@ def solvers() -> dict[str, Solver]:
         for driver in ("evr", "ev"):
             for dtype in (torch.float64, torch.float32):
                 name = f"scipy, {str(dtype)[6:]} (sy{driver})"
-                found[name] = lambda matrix, d=driver, t=dtype: torch.from_numpy(
-                    scipy_eigh(matrix.to(t).numpy(), driver=d)[1][:, ::-1].copy()
-                )
+                found[name] = partial(_by_scipy, driver=driver, dtype=dtype)
     return found
+
+
+def _by_scipy(matrix: Tensor, driver: str, dtype: torch.dtype) -> Tensor:
+    vectors = scipy_eigh(matrix.to(dtype).numpy(), driver=driver)[1]
+    return torch.from_numpy(vectors[:, ::-1].copy())
 
 
 def graded(size: int) -> tuple[Tensor, Tensor]:
@@ -63,12 +68,12 @@ def excess(matrix: Tensor, energies: Tensor, vectors: Tensor, rank: int) -> floa
     return float(((rest @ matrix) * rest).sum() / energies[rank:].sum()) - 1
 
 
+@settled()
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[576, 1536, 4096])
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
-    settle()
     meter = PeakMeter()
     print("| size | solver | seconds | over fp64 | bytes an entry | excess at 1/5, 1/2, 4/5 |")
     print("|---|---|---|---|---|---|")

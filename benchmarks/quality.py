@@ -294,9 +294,9 @@ def _plot(rows: list[dict[str, Any]]) -> str:
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>'
         )
-        for x, y in line:
-            across, up = place(x, y)
-            tip = f"<title>{name}: {y:.2f} at {x:.0f} MiB</title>"
+        for size, y in line:
+            across, up = place(size, y)
+            tip = f"<title>{name}: {y:.2f} at {size:.0f} MiB</title>"
             parts.append(
                 f'<circle cx="{across:.1f}" cy="{up:.1f}" r="4" fill="{color}">{tip}</circle>'
             )

@@ -60,7 +60,7 @@ def make_shape(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
     random = torch.Generator().manual_seed(seed)
-    index = {}
+    index: dict[str, str] = {}
     for file, shapes in _files(model.state_dict()):
         path = folder / f"{file}.safetensors"
         if headers_only:

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.checkpoint.index import read_index
-from streamcomp.linalg.allocation import largest_rank
-from streamcomp.modeling.modules import FORMS
+from streamcomp.forms import FORMS, find_form
+from streamcomp.forms.runtime import PivotLinear
 from streamcomp.units import format_seconds
 
 PARTS = ("textbook", "roofline", "ratios", "linear", "inference")
+PRODUCTS = [name for name, form in FORMS.items() if form.is_product]
 RATIOS = (0.2, 0.4, 0.6)
 SOLVING = ("decomposing", "factorizing")
 _ROUNDS = 4
@@ -171,7 +173,8 @@ def _losses(model: Path, name: str, textbook: Path, out: Path) -> tuple[float, f
 
 def _tensor(folder: Path, name: str) -> torch.Tensor:
     with safe_open(read_index(folder).tensors[name].shard, "pt") as shard:
-        return shard.get_tensor(name)
+        tensor: torch.Tensor = shard.get_tensor(name)
+    return tensor
 
 
 def _roofline(
@@ -245,7 +248,7 @@ def _inference(title: str, model: Path, prompt: int = 512) -> dict[str, Any]:
     whole = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     block, rotary = whole.model.layers[0], whole.model.rotary_emb
     dense = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    forms = [("dense", 0.0), *((f, r) for r in RATIOS for f in FORMS)]
+    forms = [("dense", 0.0), *((f, r) for r in RATIOS for f in PRODUCTS)]
     linears = {
         (form, ratio): {name: _factored(linear, form, ratio) for name, linear in dense.items()}
         for form, ratio in forms
@@ -258,7 +261,7 @@ def _inference(title: str, model: Path, prompt: int = 512) -> dict[str, Any]:
             for tokens in (prompt, 1):
                 hidden = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16)
                 place = rotary(hidden, torch.arange(tokens)[None])
-                best = _best(lambda h=hidden, p=place: block(h, position_embeddings=p))
+                best = _best(partial(block, hidden, position_embeddings=place))
                 key = form, ratio, tokens
                 seconds[key] = min(best, seconds.get(key, best))
     print("| | ratio | prompt | over dense | decode | over dense |\n|---|---|---|---|---|---|")
@@ -276,11 +279,12 @@ def _factored(linear: nn.Linear, form: str, ratio: float) -> nn.Module:
     if form == "dense":
         return linear
     rows, columns = linear.weight.shape
-    rank = largest_rank(form, rows, columns, (1 - ratio) * rows * columns)
-    module = FORMS[form](columns, rows, rank, dtype=linear.weight.dtype)
+    stored = find_form(form)
+    rank = stored.largest_rank(rows, columns, (1 - ratio) * rows * columns)
+    module = stored.module(columns, rows, rank, dtype=linear.weight.dtype)
     for value in module.parameters():
         nn.init.normal_(value, std=0.02)
-    if form == "pivot":
+    if isinstance(module, PivotLinear):
         pivots, rest = torch.randperm(rows).split((rank, rows - rank))
         order = torch.cat((pivots.sort().values, rest.sort().values))  # as factors are written
         module.pivots[order] = torch.arange(rows, dtype=module.pivots.dtype)

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
         plan,
         status,
     )
-    from streamcomp.evaluation.inspection import Inspection
-    from streamcomp.evaluation.perplexity import Evaluation
-    from streamcomp.planning.plan import Plan
+    from streamcomp.job.plan import Plan
+    from streamcomp.tools.evaluate import Evaluation
+    from streamcomp.tools.inspect import Inspection
 
 __version__ = "0.1.0"
 
@@ -73,9 +73,9 @@ __all__ = [
 
 # The module that has each name that is imported when it is first used.
 _HOMES = {
-    "Evaluation": "streamcomp.evaluation.perplexity",
-    "Inspection": "streamcomp.evaluation.inspection",
-    "Plan": "streamcomp.planning.plan",
+    "Evaluation": "streamcomp.tools.evaluate",
+    "Inspection": "streamcomp.tools.inspect",
+    "Plan": "streamcomp.job.plan",
 }
 
 

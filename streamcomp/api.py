@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,11 @@ from streamcomp.calibration.corpus import check_text
 from streamcomp.checkpoint.hub import checkpoint_folder, headers_folder
 from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_index
 from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
-from streamcomp.evaluation.export import export_checkpoint
-from streamcomp.evaluation.html import html_report
-from streamcomp.evaluation.inspection import Inspection, inspect_checkpoint
-from streamcomp.evaluation.perplexity import Evaluation, evaluate_checkpoint
-from streamcomp.evaluation.report import job_report, model_card
 from streamcomp.integrations.transformers import AUTO_MAP, PLUGIN, plugin_source
 from streamcomp.job.folders import WORK_FOLDER, output_folders
 from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked, same_job
+from streamcomp.job.plan import Plan, make_plan
+from streamcomp.job.planner import Conditions
 from streamcomp.job.progress import JobProgress, SilentProgress
 from streamcomp.job.publish import (
     REPORT,
@@ -28,26 +25,19 @@ from streamcomp.job.publish import (
     read_report,
     to_json,
 )
-from streamcomp.job.run import (
-    Job,
-    check_system,
-    choose_device,
-    prepare_process,
-    steps_of_output,
-)
+from streamcomp.job.rows import Report
+from streamcomp.job.run import Job, rows_of_output
 from streamcomp.job.workspace import remove_work
+from streamcomp.machine.session import check_system, machine, probe
 from streamcomp.methods import find_method
-from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning.meter import (
-    budget_bytes,
-    device_budget_bytes,
-    is_memory_backed,
-    warm_up,
-)
-from streamcomp.planning.plan import Plan, make_plan
-from streamcomp.planning.rates import measure_rates
-from streamcomp.planning.schedule import can_be_analysed
+from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Recipe, Resources
+from streamcomp.report.card import model_card
+from streamcomp.report.html import html_report
+from streamcomp.report.summary import job_report
+from streamcomp.tools.evaluate import Evaluation, evaluate_checkpoint
+from streamcomp.tools.export import export_checkpoint
+from streamcomp.tools.inspect import Inspection, inspect_checkpoint
 
 __all__ = [
     "CompressResult",
@@ -63,7 +53,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CompressResult:
-    """A compressed model: its folder, and the report that also lies there.
+    """A compressed model: its folder, and the report that is also there, as JSON has it.
 
     Of several ratios, the first; ``others`` are the rest.
     """
@@ -107,18 +97,19 @@ def compress(
     """
     recipe, resources = recipe or Recipe(), resources or Resources()
     out, progress = Path(out), progress or SilentProgress()
-    prepare_process(resources)
+    check_system()
     _check_texts(recipe)
     index = read_index(checkpoint_folder(model, revision))
     finished = _finished(index, out, recipe, resources)
     if finished is not None:
         return finished
-    job = Job(index, out, recipe, resources, progress)
     try:
-        with job.open():
-            job.run()
-            folders = job.folders.outputs
-            reports = [_publish(job, number) for number in range(len(folders))]
+        with machine(resources) as here:
+            job = Job(index, out, recipe, resources, here, progress)
+            with job.open():
+                job.run()
+                folders = job.folders.outputs
+                reports = [_publish(job, number) for number in range(len(folders))]
     except (OutputError, JobLockedError):  # another process may have finished it meanwhile
         finished = _finished(index, out, recipe, resources)
         if finished is None:
@@ -142,12 +133,11 @@ def _finished(
     What such a job had no time to remove of its work goes now.
     """
     folders = output_folders(out, recipe)
-    done = [read_report(folder) for folder in folders]
-    if not all(report is not None for report in done):
+    done = [report for folder in folders if (report := read_report(folder))]
+    if len(done) < len(folders):
         return None
     for report in done:
-        assert report is not None
-        check_fingerprint(report["fingerprint"], fingerprint(index, recipe), out, versions=False)
+        check_fingerprint(report.fingerprint, fingerprint(index, recipe), out, versions=False)
     _clean(resources.work_dir or out / WORK_FOLDER, done[0])
     return _result(folders, done, already_done=True)
 
@@ -165,26 +155,25 @@ def plan(
     Raises BudgetError with the least budget that does where none of its plans fits.
     """
     recipe, resources = recipe or Recipe(), resources or Resources()
-    prepare_process(resources)
-    device = choose_device(resources.device)
-    find_method(recipe.method)
-    _check_texts(recipe)
-    with headers_folder(model, revision) as folder:
-        skeleton = Skeleton(read_index(folder))
-        skeleton.check_tensors(head=recipe.two_sided)
-        gradients, training = recipe.two_sided, recipe.refine > 0
-        kernels = warm_up(device, skeleton.dtype, gradients=gradients, training=training)
-        return make_plan(
-            skeleton,
-            recipe,
-            budget_bytes(resources.max_ram, elsewhere=True),
-            measure_rates(device, skeleton.dtype),
-            analysis=resources.keep_work and can_be_analysed(recipe),
-            keep_work=resources.keep_work,
-            kernel_bytes=kernels,
-            memory_backed=resources.work_dir is not None and is_memory_backed(resources.work_dir),
-            device_budget=device_budget_bytes(device, resources.max_vram),
-        )
+    method, work = find_method(recipe.method), resources.work_dir
+    with machine(resources, elsewhere=True) as here:
+        _check_texts(recipe)
+        with headers_folder(model, revision) as folder:
+            skeleton = Skeleton(read_index(folder))
+            skeleton.check_tensors(head=method.needs_gradients)
+            kernels = here.kernel_bytes(
+                skeleton.dtype, gradients=method.needs_gradients, training=recipe.refine > 0
+            )
+            conditions = Conditions(
+                budget_bytes=here.budget_bytes,
+                rates=here.rates(skeleton.dtype),
+                device_budget=here.device_budget,
+                kernel_bytes=kernels,
+                work_in_memory=work is not None and probe().is_memory_backed(work),
+                keeps_work=resources.keep_work,
+                keeps_analysis=resources.keep_work and method.can_be_analysed(recipe),
+            )
+            return make_plan(skeleton, recipe, conditions)
 
 
 def evaluate(
@@ -205,7 +194,7 @@ def evaluate(
     through the model's chat template.
     """
     resources = resources or Resources()
-    prepare_process(resources)
+    check_system()
     if text:
         check_text(text, chat=chat)
     index = read_index(checkpoint_folder(model, revision))
@@ -244,92 +233,89 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
     """Where the job in ``out`` stands; OutputError where there is none."""
     out = Path(out)
     folders = [out, *sorted(out.glob("ratio-*"))]
-    report = next((found for folder in folders if (found := read_report(folder))), None)
+    report = next(filter(None, map(read_report, folders)), None)
     journal = Journal.read(work_dir or out / WORK_FOLDER)
-    unfinished = journal is not None and len(journal.steps) < journal.header["total"]
-    if report is not None and not unfinished:
-        steps = report["steps"]
+    if report is not None and (journal is None or journal.finished):
+        steps = report.steps
         return JobStatus(
-            out,
-            True,
-            len(steps),
-            len(steps),
-            steps[-1]["step"],
-            report["seconds"],
-            0.0,
-            report["memory"]["peak_bytes"],
-            report["recipe"],
+            out=out,
+            finished=True,
+            steps_done=len(steps),
+            steps_total=len(steps),
+            last_step=steps[-1].step,
+            seconds=report.seconds,
+            seconds_left=0.0,
+            peak_bytes=report.memory.peak_bytes,
+            recipe=report.recipe,
         )
     if journal is None:
         raise OutputError(f"{out} holds no job, or its work lies elsewhere: give --work-dir")
-    seconds = sum(step["seconds"] for step in journal.steps)
-    planned, done = journal.header["planned_seconds"], len(journal.steps)
-    pace = seconds / sum(planned[:done]) if done else 1.0
+    seconds = sum(step.seconds for step in journal.steps)
+    planned, done = journal.header.planned_seconds, len(journal.steps)
+    pace = seconds / (sum(planned[:done]) or seconds) if seconds else 1.0
     return JobStatus(
-        out,
-        False,
-        done,
-        len(planned),
-        journal.steps[-1]["step"] if journal.steps else "",
-        seconds,
-        pace * sum(planned[done:]),
-        max((step["peak_bytes"] for step in journal.steps), default=0),
-        {k: v for k, v in journal.header["fingerprint"].items() if k in asdict(Recipe())},
+        out=out,
+        finished=False,
+        steps_done=done,
+        steps_total=len(planned),
+        last_step=journal.steps[-1].step if journal.steps else "",
+        seconds=seconds,
+        seconds_left=pace * sum(planned[done:]),
+        peak_bytes=max((step.peak_bytes for step in journal.steps), default=0),
+        recipe=journal.header.recipe,
     )
 
 
-def _publish(job: Job, output: int) -> dict[str, Any]:
-    """Everything beside the weights; the folder becomes a model with its last file."""
+def _publish(job: Job, output: int) -> Report:
+    """Everything besides the weights; the folder becomes a model with its last file."""
     out = job.folders.outputs[output]
     shards = job.folders.shards(output)
     written = [info for shard in shards for info in read_header(shard).values()]
     report = job_report(
         job.index,
         written,
-        {k: v for k, v in job.fingerprint.items() if k in asdict(job.recipe)},
         job.plan,
-        job.rates,
+        job.conditions.rates,
         job.journal.header,
-        steps_of_output(job.journal.steps, output),
+        rows_of_output(job.journal.steps, output),
+        job.plan.outputs[output].asked,
     )
-    report["asked"] = job.plan.outputs[output].asked
     dtypes = {info.name: info.dtype for info in written}
+    specs = {linear.name: linear.spec for linear in report.linears}
     config = dict(job.index.config)
-    config["quantization_config"] = quantization_config(report["linears"], dtypes)
+    config["quantization_config"] = quantization_config(specs, dtypes)
     config["auto_map"] = AUTO_MAP
     extra = {
         PLUGIN: plugin_source(),
         "README.md": model_card(report, job.recipe),
         "streamcomp_report.html": html_report(report),
-        REPORT: to_json(report),
+        REPORT: to_json(report.to_dict()),
     }
     publish(job.index, out, shards, config, extra)
     return report
 
 
-def _result(
-    folders: list[Path], reports: Sequence[dict[str, Any] | None], already_done: bool
-) -> CompressResult:
+def _result(folders: list[Path], reports: Sequence[Report], already_done: bool) -> CompressResult:
     first, *others = [
-        CompressResult(folder, report or {}, already_done)
+        CompressResult(folder, report.to_dict(), already_done)
         for folder, report in zip(folders, reports, strict=True)
     ]
     return replace(first, others=tuple(others))
 
 
-def _clean(work: Path, report: Mapping[str, Any] | None) -> None:
+def _clean(work: Path, report: Report) -> None:
     """Remove the work of the finished job with that ``report``, unless it was to be kept.
 
     What another job left in that folder stays, and so does all of it while a process works there.
     """
-    if report is None or not work.is_dir():
+    if not work.is_dir():
         return
     with suppress(JobLockedError, JobMismatchError), locked(work):
         journal = Journal.read(work)
         if journal is None:
             over = not any(work.iterdir())  # killed just before the folder itself was removed
         else:
-            ours = same_job(journal.header["fingerprint"], report["fingerprint"])
-            over = ours and journal.finished and not journal.header["levers"]["keep_work"]
+            ours = same_job(journal.header.fingerprint, report.fingerprint)
+            over = ours and journal.finished and not journal.header.levers.keep_work
         if over:
             remove_work(work)

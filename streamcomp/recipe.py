@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from streamcomp.errors import RecipeError
+from streamcomp.methods import METHODS as _METHODS
+from streamcomp.methods import find_method
 from streamcomp.settings import about, check_settings, parse_settings, setting
 from streamcomp.units import parse_bytes
 
@@ -33,8 +35,8 @@ __all__ = [
     "chosen_blocks",
 ]
 
-METHODS = ("two-sided", "svd-llm", "rom", "swsc")
-FORMS = ("pivot", "uv", "shared")
+METHODS = tuple(_METHODS)
+FORMS = tuple(dict.fromkeys(form for method in _METHODS.values() for form in method.forms))
 STATISTICS = ("dense", "compressed", "none")
 ALLOCATIONS = ("uniform", "loss")
 AXES = ("auto", "rows", "columns")
@@ -204,11 +206,6 @@ class Recipe:
         return self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
 
     @property
-    def two_sided(self) -> bool:
-        """Whether the loss's gradients are needed."""
-        return self.method == "two-sided"
-
-    @property
     def follows(self) -> bool:
         """Whether factors are changed on the compressed stream after their decomposition."""
         return self.update or self.refine > 0
@@ -225,10 +222,12 @@ class Recipe:
 
     def _resolve(self) -> None:
         """Replace "auto" by the method's defaults."""
+        method = find_method(self.method)
+        by_loss = method.losses_compare and not self.module_ratio
         defaults = {
-            "form": "shared" if self.method == "swsc" else "pivot",
-            "statistics": "compressed" if self.method == "rom" else "dense",
-            "allocation": "loss" if self.two_sided and not self.module_ratio else "uniform",
+            "form": method.forms[0],
+            "statistics": method.statistics[0],
+            "allocation": "loss" if by_loss else "uniform",
         }
         for name, value in defaults.items():
             if getattr(self, name) == _AUTO:
@@ -248,28 +247,29 @@ class Recipe:
 
     def _check_together(self) -> None:
         """RecipeError where two settings contradict each other."""
-        shared = self.method == "swsc"
+        method = find_method(self.method)
+        defaults = {field.name: field.default for field in fields(self)}
+        for other in _METHODS.values():
+            for name in set(other.settings) - set(method.settings):
+                if getattr(self, name) != defaults[name]:
+                    raise RecipeError(f"{name} is for method {other.name}")
         for wrong, message in (
-            (shared != (self.form == "shared"),
-             f"form {self.form} is not for method {self.method}: swsc stores shared channels, "
-             "the others pivot or uv"),
-            (self.two_sided and self.statistics != "dense",
-             "method two-sided takes its statistics from the dense model: leave --statistics out"),
-            (self.method == "rom" and self.statistics == "none",
-             "method rom needs statistics: dense or compressed"),
+            (self.form not in method.forms,
+             f"form {self.form} is not for method {self.method}: use {' or '.join(method.forms)}"),
+            (self.statistics not in method.statistics,
+             f"statistics {self.statistics} are not for method {self.method}: "
+             f"use {' or '.join(method.statistics)}"),
             (self.allocation == "loss" and self.statistics == "compressed",
              "allocation loss needs all spectra before the first block is compressed: "
              "use --statistics dense"),
-            (self.allocation == "loss" and (shared or self.statistics == "none"),
+            (self.allocation == "loss" and not (method.has_spectra and self.statistics != "none"),
              f"allocation loss needs the spectra of statistics, which method {self.method} with "
              f"statistics {self.statistics} does not have: use --allocation uniform"),
             (self.allocation == "loss" and self.module_ratio > 0,
              "module_ratio shares the ratio evenly: use --allocation uniform"),
-            (shared and self.follows, "update and refine are not for method swsc"),
+            (self.follows and not method.can_follow,
+             f"update and refine are not for method {self.method}"),
             (self.statistics == "none" and self.follows, "update and refine need statistics"),
-            (self.clusters > 0 and not shared, "clusters is for method swsc"),
-            (self.axis != "auto" and not shared, "axis is for method swsc"),
-            (self.store_every > 1 and not self.two_sided, "store_every is for method two-sided"),
             (self.anchor != 1 and not self.update, "anchor is for update: give --update too"),
             (self.rate > 0 and not self.refine, "rate is for refine: give --refine too"),
             (self.refine > 0 and self.samples < 2, "refine holds windows out: give --samples 2"),

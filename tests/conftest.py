@@ -15,6 +15,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from tests.jobs import varied_text  # noqa: E402
 from tests.pico import save_pico  # noqa: E402
 
 logging.set_verbosity_error()
@@ -40,3 +41,14 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def random() -> torch.Generator:
     """A seeded generator of random numbers."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A pico model to be damaged."""
+    return save_pico(tmp_path / "model")

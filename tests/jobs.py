@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,8 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import streamcomp
 from streamcomp import CompressResult, Recipe, Resources, cli
+from streamcomp.job import plan
+from streamcomp.job.levers import Levers
+from streamcomp.job.planner import StepPlanner
 from streamcomp.job.progress import SilentProgress
-from streamcomp.planning.rates import MachineRates
+from streamcomp.machine.rates import MachineRates
+from streamcomp.machine.session import Probe, probe, probed
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -66,10 +70,51 @@ def compress(
         )
 
 
-def quick_plan() -> Any:
-    """A patch: the machine's speed, only shown, is not measured; that takes longer than a job."""
-    rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
-    return mock.patch("streamcomp.job.run.measure_rates", return_value=rates)
+RATES = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
+
+
+@dataclass
+class FakeProbe(Probe):
+    """A machine whose speed is not measured, which takes longer than a small job.
+
+    What a field holds is told instead of what this machine is like.
+    """
+
+    baseline: int | None = None
+    kernels: int | None = None
+    in_memory: Callable[[Path], bool] | None = None
+
+    def baseline_bytes(self) -> int:
+        return super().baseline_bytes() if self.baseline is None else self.baseline
+
+    def is_memory_backed(self, folder: Path) -> bool:
+        return (
+            super().is_memory_backed(folder) if self.in_memory is None else self.in_memory(folder)
+        )
+
+    def kernel_bytes(self, device: torch.device, dtype: torch.dtype, **uses: bool) -> int:
+        return super().kernel_bytes(device, dtype, **uses) if self.kernels is None else self.kernels
+
+    def rates(self, device: torch.device, dtype: torch.dtype) -> MachineRates:
+        return RATES
+
+
+def quick_plan() -> contextlib.AbstractContextManager[None]:
+    """Unless a test has put a probe of its own there."""
+    return contextlib.nullcontext() if isinstance(probe(), FakeProbe) else probed(FakeProbe())
+
+
+@contextlib.contextmanager
+def set_levers(**levers: int) -> Iterator[None]:
+    """Plans made inside have these ``levers`` instead of the largest that fit."""
+    choose = plan._choose_levers
+
+    def chosen(planner: StepPlanner, fixed: Levers | None) -> tuple[Levers, Levers]:
+        smallest, largest = choose(planner, fixed)
+        return smallest, replace(largest, **levers)
+
+    with mock.patch.object(plan, "_choose_levers", chosen):
+        yield
 
 
 class Interrupted(Exception):
@@ -181,7 +226,7 @@ def factored_modules(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def product(tensors: Mapping[str, Tensor], name: str, form: str, axis: str = "") -> Tensor:
-    """W' (m, n) of the linear ``name`` as README describes the format, in fp64."""
+    """W' (m, n) of the linear ``name`` as docs/format.md describes it, in fp64."""
     right = tensors[f"{name}.weight"].double()  # (r, n)
     if form == "uv":
         return tensors[f"{name}.U"].double() @ right
@@ -220,7 +265,7 @@ def in_memory(model: nn.Module, disk_name: str) -> str:
     """The name that the module ``disk_name`` has in ``model``."""
     names = [name for name, _ in model.named_modules() if name]
     tail = disk_name.partition("layers.")[2]
-    found = [name for name in names if name.endswith(f"layers.{tail}")]
+    found: list[str] = [name for name in names if name.endswith(f"layers.{tail}")]
     assert len(found) == 1, (disk_name, found)
     return found[0]
 

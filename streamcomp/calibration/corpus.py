@@ -44,6 +44,7 @@ __all__ = [
     "load_windows",
     "reference_text",
     "text_files",
+    "tokenizing_bytes",
 ]
 
 # The language reference that every CPython brings along, and the part kept from calibration.
@@ -53,6 +54,8 @@ HELD_OUT = "python-reference:held-out"
 _SHARDS = "model*.safetensors"  # of a model's folder
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _HELD_OUT_EVERY = 4  # every fourth topic of the reference
+# A tokenizer in memory, per byte of its file, and the records of one piece of text.
+_BYTES_PER_FILE_BYTE, _PIECE_BYTES = 20, 48 * 2**20
 _PIECE_CHARS = 128 * 1024  # tokenised at a time: the tokenizer's own records are large
 # Text read per window at most, so that a source of any size is read in bounded time and
 # memory; windows are drawn from what was read.
@@ -117,6 +120,13 @@ def load_windows(
             notes.append(f"{name} is short: {len(windows)} windows instead of {share}")
         parts.append(_draw(windows, share or len(windows), seed))
     return Windows(torch.cat(parts), tuple(notes))
+
+
+def tokenizing_bytes(folder: Path, tokens: int) -> int:
+    """The tokenizer in ``folder``, one piece of text with its records, and the ``tokens``."""
+    file = folder / "tokenizer.json"
+    size = file.stat().st_size if file.exists() else 0
+    return _BYTES_PER_FILE_BYTE * size + _PIECE_BYTES + 4 * 4 * tokens
 
 
 def check_text(source: str, *, chat: bool = False) -> None:

@@ -36,6 +36,10 @@ class StreamShape:
     dtype: torch.dtype
 
     @property
+    def tokens(self) -> int:
+        return self.windows * self.seq_len
+
+    @property
     def window_bytes(self) -> int:
         return self.seq_len * self.hidden * self.dtype.itemsize
 

@@ -1,78 +1,86 @@
-"""Takes the moments of a block's linears while the block runs, forward or also backward."""
+"""Takes the moments of a block's sites while the block runs, forward or also backward."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.errors import NonFiniteError
-from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment
+from streamcomp.linalg.dtypes import moment_dtype
+from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment, moment_flops
 from streamcomp.methods.base import GradientMoment, Moment, Side
-from streamcomp.modeling.linears import Linear
+from streamcomp.model.sites import Site
+from streamcomp.model.streamer import LoadedBlock
 
 # Rows whose squares are added up at a time.
 _FEW = 128
 # How much longer an operation in fp64 takes than one of a moment.
 _WIDE = 4
 
-__all__ = ["MomentGroup", "Observer", "group_moments", "moment_dtype"]
+__all__ = ["MomentGroup", "Observer", "group_moments", "observing_bytes", "observing_flops"]
 
 
 @dataclass(frozen=True)
 class MomentGroup:
-    """One moment to take, and the linears that it serves.
+    """One moment to take, and the sites that it serves.
 
-    With ``gradients`` each linear also has one of its own: of the gradient of its output, or of
-    its input where that is smaller.
+    With ``gradients`` each site also has one of its own: of the gradient of its output, or of its
+    input where that is smaller.
     """
 
     side: Side
     size: int  # the moment is size x size
-    linears: tuple[Linear, ...]
+    sites: tuple[Site, ...]
     gradients: bool = False
 
     def nbytes(self, dtype: torch.dtype) -> int:
         numbers = self.size * self.size
         if self.gradients:
-            numbers += sum(min(m.rows, m.columns) ** 2 for m in self.linears)
+            numbers += sum(min(site.rows, site.columns) ** 2 for site in self.sites)
         return numbers * moment_dtype(dtype).itemsize
+
+    def tokens(self, stream: int) -> int:
+        """How many of a stream's tokens its moments are expected to sum up."""
+        return self.sites[0].tokens(stream)
 
 
 def group_moments(
-    linears: Sequence[Linear],
+    sites: Sequence[Site],
     shared: Sequence[Sequence[str]],
     *,
     gradients: bool = False,
     inputs_only: bool = False,
     tokens: int = 0,
 ) -> tuple[MomentGroup, ...]:
-    """The moments that serve all ``linears`` with the fewest bytes.
+    """The moments that serve all ``sites`` with the fewest bytes.
 
     ``shared`` lists names that are fed the same tensor. They can share one moment of their
     inputs (n x n), or have one each of their outputs (m x m); the latter is only an option
-    where m <= n, for a linear is decomposed on its smaller side, and where the method can do with
-    it (not ``inputs_only``). With ``tokens``, the rows to be observed, they also take those of
-    their outputs where that saves time: W H W^T in fp64 is spared then, at more rows to sum up. For
-    models of half precision alone, whose outputs and eigenvectors are as coarse as that.
+    where m <= n, for a weight is decomposed on its smaller side, and where the method can do with
+    it (not ``inputs_only``). With ``tokens``, those of the stream to be observed, they also take
+    those of their outputs where that saves time: W H W^T in fp64 is spared then, at more rows to
+    sum up. For models of half precision alone, whose outputs and eigenvectors are as coarse.
 
     Groups of outputs come first: theirs is the least workspace, while most moments are there.
     """
-    by_name = {linear.name: linear for linear in linears}
+    by_name = {site.name: site for site in sites}
     grouped = [[by_name.pop(name) for name in names if name in by_name] for names in shared]
     groups = []
-    for members in [*grouped, *([linear] for linear in by_name.values())]:
+    for members in [*grouped, *([site] for site in by_name.values())]:
         if not members:
             continue
         inputs = members[0].columns
         outputs = [member.rows for member in members]
         more = sum(m * m for m in outputs) - inputs * inputs
         spared = sum(2 * m * inputs**2 + m * m * inputs for m in outputs) if tokens else 0
-        better = more < 0 or tokens * more < _WIDE * spared
+        better = more < 0 or members[0].tokens(tokens) * more < _WIDE * spared
         if better and max(outputs) <= inputs and not inputs_only:
             groups += [MomentGroup("outputs", m.rows, (m,), gradients) for m in members]
         else:
@@ -80,9 +88,22 @@ def group_moments(
     return tuple(sorted(groups, key=lambda group: group.side == "inputs"))
 
 
-def moment_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Moments are kept in fp32; in fp64 for a model that is."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def observing_bytes(groups: Sequence[MomentGroup], stream: StreamShape, batch: int) -> int:
+    """Rows that a moment casts and multiplies at a time, of ``batch`` windows."""
+    widest = max((group.size for group in groups), default=0)
+    rows = min(ROWS_PER_UPDATE, batch * stream.seq_len)
+    return 2 * rows * widest * moment_dtype(stream.dtype).itemsize
+
+
+def observing_flops(groups: Sequence[MomentGroup], tokens: int) -> tuple[float, float]:
+    """Operations of the moments of ``groups`` over ``tokens``, and of products W^T g for them."""
+    moments, products = 0.0, 0.0
+    for group in groups:
+        moments += moment_flops(group.size, tokens)
+        for site in group.sites if group.gradients else ():
+            moments += moment_flops(min(site.rows, site.columns), tokens)
+            products += 2.0 * tokens * site.numel if site.rows > site.columns else 0.0
+    return moments, products
 
 
 class Observer:
@@ -90,34 +111,33 @@ class Observer:
 
     A context manager. Holds the moments, ``sum(group.nbytes(dtype))``, until they are taken.
     An output is observed without its bias: it is W x whose energy is to be kept. Groups with
-    gradients observe every backward too, through hooks on the linears' outputs.
+    gradients observe every backward too, and no forward that autograd does not record: those come
+    twice.
     """
 
     def __init__(
         self,
-        block: nn.Module,
-        block_name: str,
+        block: LoadedBlock,
         groups: Sequence[MomentGroup],
         device: torch.device,
     ) -> None:
-        self._block, self._block_name, self._groups = block, block_name, groups
-        self._device = device
+        self._block, self._groups, self._device = block, groups, device
         self._watched: dict[MomentGroup, _Watched] = {}
-        self._gradients: dict[Linear, _GradientSum] = {}
-        self._hooks: list[Any] = []
+        self._gradients: dict[Site, _GradientSum] = {}
+        self._handles = ExitStack()
 
     def __enter__(self) -> Observer:
         for group in self._groups:
-            module = self._module(group.linears[0])
-            dtype = moment_dtype(module.weight.dtype)
-            watched = _Watched(SecondMoment(group.size, dtype=dtype, device=self._device))
+            first = group.sites[0]
+            watched = _Watched(self._moment(first, group.size), recorded=group.gradients)
             self._watched[group] = watched
-            self._hooks.append(_watch(module, group.side, watched, recorded=group.gradients))
-            for linear in group.linears if group.gradients else ():
-                size = min(linear.rows, linear.columns)
-                summed = _GradientSum(SecondMoment(size, dtype=dtype, device=self._device))
-                self._gradients[linear] = summed
-                self._hooks.append(_watch_gradient(self._module(linear), summed))
+            watch = first.watch_inputs if group.side == "inputs" else first.watch_outputs
+            self._handles.callback(watch(self._block, watched.update).remove)
+            for site in group.sites if group.gradients else ():
+                summed = _GradientSum(self._moment(site, min(site.rows, site.columns)))
+                self._gradients[site] = summed
+                see = partial(summed.update, weight=site.weight(self._block))
+                self._handles.callback(site.watch_gradients(self._block, see).remove)
         return self
 
     def __exit__(
@@ -126,26 +146,30 @@ class Observer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._handles.close()
 
     def take(self, group: MomentGroup) -> Moment:
         """Hand over the moment of ``group`` and forget it; NonFiniteError if it overflowed."""
         watched = self._watched.pop(group)
-        _check(f"{self._block_name}.{group.linears[0].name}", group.side, watched.moment.value)
+        self._check(group.sites[0], group.side, watched.moment.value)
         return Moment(group.side, watched.moment.value, watched.rows)
 
-    def take_gradient(self, linear: Linear) -> GradientMoment:
-        """Hand over the gradients' moment of ``linear`` and forget it; NonFiniteError as above."""
-        summed = self._gradients.pop(linear)
-        _check(f"{self._block_name}.{linear.name}", "gradients", summed.moment.value)
+    def take_gradient(self, site: Site) -> GradientMoment:
+        """Hand over the gradients' moment of ``site`` and forget it; NonFiniteError as above."""
+        summed = self._gradients.pop(site)
+        self._check(site, "gradients", summed.moment.value)
         return GradientMoment(summed.moment.value, summed.energy)
 
-    def _module(self, linear: Linear) -> nn.Linear:
-        module = self._block.get_submodule(linear.name)
-        assert isinstance(module, nn.Linear)
-        return module
+    def _moment(self, site: Site, size: int) -> SecondMoment:
+        dtype = moment_dtype(site.weight(self._block).dtype)
+        return SecondMoment(size, dtype=dtype, device=self._device)
+
+    def _check(self, site: Site, what: str, value: Tensor) -> None:
+        if not bool(value.diagonal().sum().isfinite()):
+            raise NonFiniteError(
+                f"{self._block.name}.{site.name}: its {what} are NaN or infinite on the "
+                "calibration text; is the dtype of the model too narrow?"
+            )
 
 
 @dataclass
@@ -153,9 +177,12 @@ class _Watched:
     """A moment, and the number of its rows."""
 
     moment: SecondMoment
+    recorded: bool  # whether forwards that autograd does not record are passed over
     rows: int = 0
 
     def update(self, rows: Tensor, shift: Tensor | None = None) -> None:
+        if self.recorded and not torch.is_grad_enabled():
+            return
         self.moment.update(rows, shift)
         self.rows += rows.numel() // rows.shape[-1]
 
@@ -168,50 +195,9 @@ class _GradientSum:
     energy: float = 0.0
 
     def update(self, gradient: Tensor, weight: Tensor) -> None:
-        """Add g (..., m) of a linear's output; ``weight`` is (m, n)."""
+        """Add g (..., m) of a site's output; ``weight`` is (m, n)."""
         flat = gradient.detach().reshape(-1, weight.shape[0])  # (T, m)
         for rows in flat.split(ROWS_PER_UPDATE):
             for few in rows.split(_FEW):
                 self.energy += float(few.double().square().sum())
             self.moment.update(rows @ weight if weight.shape[0] > weight.shape[1] else rows)
-
-
-def _watch(module: nn.Linear, side: Side, watched: _Watched, *, recorded: bool) -> Any:
-    """With ``recorded``, forwards that autograd does not record are not seen: they come twice."""
-
-    def counts() -> bool:
-        return torch.is_grad_enabled() or not recorded
-
-    if side == "inputs":
-
-        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if counts():
-                watched.update(args[0])
-
-        return module.register_forward_pre_hook(before)
-
-    def after(linear: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        if not counts():
-            return
-        bias = linear.bias
-        watched.update(output, shift=bias if isinstance(bias, Tensor) else None)
-
-    return module.register_forward_hook(after)
-
-
-def _watch_gradient(module: nn.Linear, summed: _GradientSum) -> Any:
-    weight = module.weight.detach()
-
-    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: summed.update(gradient, weight))
-
-    return module.register_forward_hook(after)
-
-
-def _check(name: str, what: str, value: Tensor) -> None:
-    if not bool(value.diagonal().sum().isfinite()):
-        raise NonFiniteError(
-            f"{name}: its {what} are NaN or infinite on the calibration text; is the dtype of the "
-            "model too narrow?"
-        )

@@ -18,21 +18,29 @@ them, the closed form among them, so that a block never gets worse than it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from streamcomp.forms import find_form, storage_of
+from streamcomp.forms.runtime import FactoredLinear, LowRankLinear
+from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
-from streamcomp.linalg.symmetric import solve_dtype
-from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FactoredLinear, LowRankLinear
-from streamcomp.modeling.streamer import LoadedBlock
-from streamcomp.modeling.taps import Call
+from streamcomp.model.sites import Site
+from streamcomp.model.streamer import LoadedBlock
+from streamcomp.model.taps import Call
 
-__all__ = ["Refined", "TrainingData", "refine_block"]
+__all__ = [
+    "Refined",
+    "TrainingData",
+    "balancing_bytes",
+    "factor_bytes",
+    "optimizer_flops",
+    "refine_block",
+]
 
 # Root mean square of a step's move, relative to that of the tensor that it moves, is this times the
 # block's loss to this power: a block that has little to gain is not shaken.
@@ -59,9 +67,9 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Refined:
-    """The best factors by linear and name, as they are stored; the held-out loss with them."""
+    """The best factors by site and name, as they are stored; the held-out loss with them."""
 
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[Site, dict[str, Tensor]]
     before: float
     after: float
     steps: int  # of the training that led to them; 0 is the closed form
@@ -69,7 +77,7 @@ class Refined:
 
 def refine_block(
     loaded: LoadedBlock,
-    factored: Mapping[str, FactoredLinear],
+    sites: Sequence[Site],
     data: TrainingData,
     steps: int,
     *,
@@ -77,24 +85,25 @@ def refine_block(
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Refined:
-    """Train the factors of ``factored`` (by name in the block) for ``steps`` steps of Muon.
+    """Train the factors at ``sites`` for ``steps`` steps of Muon.
 
     Whatever their form, the two factors U sqrt(S) and sqrt(S) V of the product's SVD are trained:
     pivot rows, which span all others, would move the whole matrix with each of their numbers. The
     block runs in the dtype of its weights, on copies rounded from fp32. At the end the factors
     return to their form, and are measured as they will be stored. Holds, beside the block, both
-    factors of its linears five times in fp32 (with gradient, momentum, the best so far and the
+    factors of its sites five times in fp32 (with gradient, momentum, the best so far and the
     rounded copies), the largest three times more, and the graph of one window.
     """
-    closed = {name: _stored(module) for name, module in factored.items()}
+    factored = {site: site.factored(loaded) for site in sites}
+    closed = {site: _stored(module) for site, module in factored.items()}
     held_out = list(range(0, data.windows, _HELD_OUT_EVERY)) if data.windows > 1 else []
     measure = _Measure(loaded, data)
     before = measure.mean({}, held_out)
     if not held_out or not steps:
         return Refined(closed, before, before, 0)
     parameters = {
-        f"{name}.{leaf}": value.requires_grad_()
-        for name, module in factored.items()
+        site.parameter(leaf): value.requires_grad_()
+        for site, module in factored.items()
         for leaf, value in _balanced(module).items()
     }
     with _as_two_factors(loaded, factored):
@@ -110,20 +119,43 @@ def refine_block(
     if not kept:
         return Refined(closed, before, before, 0)
     refined = {
-        name: factor_tensors(
-            module.form,
-            best[f"{name}.U"].to(solve_dtype(module.weight.dtype)),
-            best[f"{name}.weight"].to(solve_dtype(module.weight.dtype)),
-            module.weight.dtype,
+        site: find_form(module.form).encode(
+            best[site.parameter("U")].to(solve_dtype(module.weight.dtype)),
+            best[site.parameter("weight")].to(solve_dtype(module.weight.dtype)),
+            storage_of(module.weight.dtype),
         )
-        for name, module in factored.items()
+        for site, module in factored.items()
     }
     after = measure.mean(
-        {f"{n}.{k}": v for n, ts in refined.items() for k, v in ts.items()}, held_out
+        {site.parameter(k): v for site, ts in refined.items() for k, v in ts.items()}, held_out
     )
     if not after < before:
         return Refined(closed, before, before, 0)
     return Refined(refined, before, after, kept)
+
+
+def factor_bytes(ranks: Mapping[Site, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of both factors of the sites in ``ranks``, while training and while converting.
+
+    In fp32 at least. Training holds them with their gradient, momentum, the best so far and the
+    rounded copies, and Muon's work on the largest factor; converting holds gradient and best.
+    """
+    item = max(torch.float32.itemsize, dtype.itemsize)
+    numbers = sum(rank * (m.rows + m.columns) for m, rank in ranks.items())
+    largest = max((rank * max(m.rows, m.columns) for m, rank in ranks.items()), default=0)
+    return item * (5 * numbers + 3 * largest), 3 * item * numbers
+
+
+def balancing_bytes(rows: int, columns: int, rank: int) -> int:
+    """Peak of sharing a product's singular values between its factors, in fp64."""
+    return torch.float64.itemsize * (3 * rank * (rows + columns) + 5 * rank * rank)
+
+
+def optimizer_flops(ranks: Mapping[Site, int]) -> float:
+    """One step of Muon on both factors: five Newton-Schulz iterations each, in bf16."""
+    return sum(
+        5 * (4.0 * (m.rows + m.columns) * rank**2 + 4.0 * rank**3) for m, rank in ranks.items()
+    )
 
 
 def _train(
@@ -143,7 +175,9 @@ def _train(
         weight_decay=0.0,
         adjust_lr_fn="match_rms_adamw",
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _shape(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _relative_rate(step, steps)
+    )
     order = _order([w for w in range(measure.windows) if w not in held_out], seed)
     for step in range(steps):
         progress(step / steps)
@@ -179,18 +213,18 @@ def _balanced(module: FactoredLinear) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _as_two_factors(loaded: LoadedBlock, factored: Mapping[str, FactoredLinear]) -> Iterator[None]:
+def _as_two_factors(loaded: LoadedBlock, factored: Mapping[Site, FactoredLinear]) -> Iterator[None]:
     """Modules of form ``uv`` without weights in the places of ``factored``."""
-    for name, module in factored.items():
+    for site, module in factored.items():
         with torch.device("meta"):
-            empty = LowRankLinear(module.in_features, module.out_features, module.rank)
+            empty = LowRankLinear(site.columns, site.rows, module.rank)
         empty.bias = module.bias
-        loaded.replace(name, empty)
+        site.put(loaded, empty)
     try:
         yield
     finally:
-        for name, module in factored.items():
-            loaded.replace(name, module)
+        for site, module in factored.items():
+            site.put(loaded, module)
 
 
 class _Measure:
@@ -243,7 +277,7 @@ def _scale(parameter: Tensor) -> float:
     return math.sqrt(size) if size > 0 else 1.0
 
 
-def _shape(step: int, steps: int) -> float:
+def _relative_rate(step: int, steps: int) -> float:
     """The learning rate at ``step``, relative to its largest."""
     rising = max(1.0, _WARM_UP * steps)
     if step < rising:

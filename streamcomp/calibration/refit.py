@@ -1,96 +1,100 @@
 """Sums for SVD-LLM's closed-form update, taken from both streams in lockstep.
 
-With the right factor V of a linear fixed, its left factor is fitted anew to what the dense model
+With the right factor V of a weight W fixed, its left factor is fitted anew to what the dense model
 puts out: U = argmin ||Y - U V X^||, where X^ are the compressed stream's inputs and Y = W X the
-dense stream's outputs (:func:`streamcomp.linalg.low_rank.refit_left`). With ``anchor`` a below 1
+dense stream's outputs (:func:`streamcomp.linalg.fitting.refit_left`). With ``anchor`` a below 1
 the target is a mixture a W X + (1 - a) W X^.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from streamcomp.calibration.observe import moment_dtype
-from streamcomp.linalg.low_rank import refit_left
-from streamcomp.modeling.modules import FactoredLinear
-from streamcomp.modeling.streamer import LoadedBlock
+from streamcomp.linalg.dtypes import moment_dtype
+from streamcomp.linalg.fitting import refit_left
+from streamcomp.model.sites import Site
+from streamcomp.model.streamer import LoadedBlock
 
-__all__ = ["Refit"]
+__all__ = ["Refit", "refit_bytes"]
 
 
 class Refit:
-    """Y Z^T (m, r) and Z Z^T (r, r) of each linear, Z = V X^.
+    """Y Z^T (m, r) and Z Z^T (r, r) of each site, Z = V X^.
 
     Holds these sums, and the dense outputs of one micro-batch: run the dense block inside
     :meth:`dense`, then the compressed one inside :meth:`compressed`, micro-batch after
     micro-batch.
     """
 
-    def __init__(
-        self, loaded: LoadedBlock, factored: Mapping[str, FactoredLinear], anchor: float
-    ) -> None:
-        self._loaded, self._factored, self._anchor = loaded, factored, anchor
-        self._dense: dict[str, Tensor] = {}
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, module in factored.items():
-            dtype, device = moment_dtype(module.weight.dtype), module.weight.device
-            self._sums[name] = (
-                torch.zeros(module.out_features, module.rank, dtype=dtype, device=device),
-                torch.zeros(module.rank, module.rank, dtype=dtype, device=device),
+    def __init__(self, block: LoadedBlock, sites: Sequence[Site], anchor: float) -> None:
+        self._block, self._sites, self._anchor = block, sites, anchor
+        self._dense: dict[Site, Tensor] = {}
+        self._sums: dict[Site, tuple[Tensor, Tensor]] = {}
+        for site in sites:
+            right = site.factored(block).weight  # (r, n)
+            rank, dtype, device = len(right), moment_dtype(right.dtype), right.device
+            self._sums[site] = (
+                torch.zeros(site.rows, rank, dtype=dtype, device=device),
+                torch.zeros(rank, rank, dtype=dtype, device=device),
             )
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """The dense block, its outputs watched."""
-        with self._loaded.dense(), ExitStack() as hooks:
-            for name in self._factored:
-                module = self._loaded.module.get_submodule(name)
-                hook = module.register_forward_hook(self._keep(name))
-                hooks.callback(hook.remove)
+        with self._block.dense(), ExitStack() as handles:
+            for site in self._sites:
+                see = partial(self._keep, site)
+                handles.callback(site.watch_outputs(self._block, see).remove)
             yield
 
     @contextmanager
     def compressed(self) -> Iterator[None]:
         """The compressed block, its inputs watched; what the dense one put out is used up."""
-        with ExitStack() as hooks:
-            for name, module in self._factored.items():
-                hook = module.register_forward_pre_hook(self._add(name))
-                hooks.callback(hook.remove)
+        with ExitStack() as handles:
+            for site in self._sites:
+                handles.callback(site.watch_inputs(self._block, self._add(site)).remove)
             yield
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+    def factors(self, site: Site) -> tuple[Tensor, Tensor]:
         """The refitted left factor (m, r), and the right one (r, n) as it was, fp64."""
-        outputs, inner = self._sums.pop(name)
-        module = self._factored[name]
+        outputs, inner = self._sums.pop(site)
+        module = site.factored(self._block)
         left = module.left_factor().detach()
         return refit_left(outputs, inner, towards=left), module.weight.detach().to(
             torch.float64, copy=True
         )
 
-    def _keep(self, name: str) -> Any:
-        def hook(module: nn.Linear, _: tuple[Tensor, ...], output: Tensor) -> None:
-            bias = module.bias
-            self._dense[name] = output if bias is None else output - bias
+    def _keep(self, site: Site, output: Tensor, bias: Tensor | None) -> None:
+        self._dense[site] = output if bias is None else output - bias
 
-        return hook
+    def _add(self, site: Site) -> Callable[[Tensor], None]:
+        weight, right = site.weight(self._block), site.factored(self._block).weight.detach()
+        outputs, inner = self._sums[site]
 
-    def _add(self, name: str) -> Any:
-        weight = self._loaded.weight(name)
-        right = self._factored[name].weight.detach()
-        outputs, inner = self._sums[name]
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0].detach()
-            wanted = self._dense.pop(name)
+        def see(inputs: Tensor) -> None:
+            inputs = inputs.detach()
+            wanted = self._dense.pop(site)
             if self._anchor < 1:
                 wanted = torch.lerp(nn.functional.linear(inputs, weight), wanted, self._anchor)
             low = nn.functional.linear(inputs, right).reshape(-1, right.shape[0]).to(inner.dtype)
             outputs.addmm_(wanted.reshape(-1, weight.shape[0]).to(inner.dtype).T, low)
             inner.addmm_(low.T, low)
 
-        return hook
+        return see
+
+
+def refit_bytes(ranks: Mapping[Site, int], dtype: torch.dtype, rows: int) -> tuple[int, int]:
+    """Bytes of the sums, and of the dense outputs of ``rows`` tokens with the largest of the fits.
+
+    ``ranks`` are those of the sites that are fitted at a time. A fit is solved in fp64 and holds
+    both sums three times.
+    """
+    numbers = [rank * rank + site.rows * rank for site, rank in ranks.items()]
+    outputs = sum(site.rows for site in ranks) * dtype.itemsize * rows
+    fit = 3 * torch.float64.itemsize * max(numbers, default=0)
+    return sum(numbers) * moment_dtype(dtype).itemsize, outputs + fit

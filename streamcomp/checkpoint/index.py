@@ -8,17 +8,17 @@ file, ranges that overlap the end, an index that points out of its folder.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
-from streamcomp.units import format_bytes
 
 __all__ = [
     "DTYPES",
@@ -37,16 +37,22 @@ DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
-_ITEM_BYTES = {"U16": 2, "U32": 4, "U64": 8, "C64": 8}
-_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # of a number, of dtypes that are only copied
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -181,48 +187,35 @@ def check_inside(folder: Path, name: str, shard: object) -> None:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors that one safetensors file says it holds, checked against its length."""
+    """The tensors that one safetensors file says it holds.
+
+    The safetensors library reads the header and checks it against the file's length. It takes
+    only files whose tensors follow each other without gap or overlap up to the last byte, so
+    that the sizes tell every place.
+    """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(_LONGEST_HEADER, size - 8):
-                raise CorruptShardError(
-                    f"{path} is no safetensors file, or was cut short: "
-                    f"{size} bytes, header of {length}"
-                )
-            header = json.loads(file.read(length))
+        size = path.stat().st_size
+        if not path.is_file():
+            raise SourceError(f"{path} is no file")
+        with safe_open(path, "pt", backend="pread") as file:
+            heads = {name: file.get_slice(name) for name in file.offset_keys()}
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise CorruptShardError(f"{path}: header is no JSON, the file is damaged") from None
-    if not isinstance(header, dict):
-        raise CorruptShardError(f"{path}: header is no JSON object, the file is damaged")
-    header.pop("__metadata__", None)
-    return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CorruptShardError(
+            f"{path}, {size} bytes, was cut short or is damaged ({error}): fetch it again"
+        ) from None
+    entries = {name: (head.get_dtype(), tuple(head.get_shape())) for name, head in heads.items()}
+    sizes = {name: _nbytes(path, name, *entry) for name, entry in entries.items()}
+    stops = itertools.accumulate(sizes.values(), initial=size - sum(sizes.values()))
+    return {
+        name: TensorInfo(name, *entries[name], path, start, stop)
+        for name, (start, stop) in zip(entries, itertools.pairwise(stops), strict=True)
+    }
 
 
-def _tensor(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInfo:
-    try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        start, stop = (data + int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise CorruptShardError(f"{path}: header entry of {name} is damaged") from None
-    if stop > size:
-        raise CorruptShardError(
-            f"{path} was cut short: {name} ends at byte {stop}, the file has {size} "
-            f"({format_bytes(stop - size)} missing): fetch it again"
-        )
-    item = DTYPES[dtype].itemsize if dtype in DTYPES else _ITEM_BYTES.get(dtype)
-    expected = None if item is None else item * math.prod(shape)
-    if (
-        min(shape, default=0) < 0
-        or start < data
-        or stop < start
-        or (expected is not None and stop - start != expected)
-    ):
-        raise CorruptShardError(
-            f"{path}: {name} {dtype} {list(shape)} does not match its {stop - start} bytes"
-        )
-    return TensorInfo(name, dtype, shape, path, start, stop)
+def _nbytes(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> int:
+    if dtype not in DTYPES and dtype not in _BITS:
+        raise SourceError(f"{name}: dtype {dtype} of {path} is not supported")
+    bits = _BITS[dtype] if dtype in _BITS else 8 * DTYPES[dtype].itemsize
+    return bits * math.prod(shape) // 8

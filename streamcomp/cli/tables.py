@@ -17,7 +17,7 @@ import streamcomp
 from streamcomp.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from streamcomp.evaluation.inspection import Family, Inspection
+    from streamcomp.tools.inspect import Family, Inspection
 
 __all__ = [
     "print_evaluation",
@@ -59,25 +59,26 @@ def print_plan(model: str, made: streamcomp.Plan) -> None:
             "disk": f"{format_bytes(made.disk_bytes)} at most, {format_bytes(made.output_bytes)} "
             "of it the result",
             "at a time": _at_a_time(made),
-            "linears": f"{len(made.linears)} eligible, ratio {made.ratio:.4f}, "
-            f"{len(made.left)} other modules left as they are",
+            "linears": f"{len(made.outline.eligible)} eligible, ratio {made.ratio:.4f}, "
+            f"{len(made.outline.left)} other modules left as they are",
         },
     )
 
 
 def _at_a_time(made: streamcomp.Plan) -> str:
     """What the levers are set to; rounding differs between settings, the speed but little."""
-    levers, kinds = made.levers, {step.step.kind for step in made.steps}
-    parts = [f"{levers.batch} windows of {made.stream.seq_len} tokens at a time"]
-    if "reverse" in kinds:
+    levers, outline = made.levers, made.outline
+    seq_len = outline.stream.seq_len
+    parts = [f"{levers.batch} windows of {seq_len} tokens at a time"]
+    if outline.method.needs_gradients:
         parts.append(f"{levers.reverse_batch} in reverse")
-    if "loss" in kinds:
         parts.append(f"{levers.head_tokens} tokens in the head")
-    if levers.feed_forward_tokens < made.stream.seq_len:
+    if levers.feed_forward_tokens < seq_len:
         parts.append(f"{levers.feed_forward_tokens} in a feed-forward")
-    times = {"passes": max(len(block.passes(levers)) for block in made.blocks)}
-    if made.analysis:
-        times["readings"] = max(len(block.passes(levers, observed=False)) for block in made.blocks)
+    times = {"passes": max(len(block.passes(levers)) for block in outline.blocks)}
+    if outline.analysis:
+        readings = (block.passes(levers, observed=False) for block in outline.blocks)
+        times["readings"] = max(map(len, readings))
     parts += [f"{count} {what} of a block" for what, count in times.items() if count > 1]
     more = f" (+{format_seconds(made.levers_seconds)})" if made.levers_seconds else ""
     return ", ".join(parts) + more
@@ -111,8 +112,8 @@ def _merged(steps: Any) -> list[tuple[str, Any, float, int]]:
 
 def _alike(one: Any, other: Any) -> bool:
     """Whether two steps do the same to two blocks, with the same needs."""
-    same = (one.step.kind, one.step.output, one.peak_bytes, one.peak_phase) == (
-        other.step.kind, other.step.output, other.peak_bytes, other.peak_phase
+    same = (type(one.step), one.step.output, one.peak_bytes, one.peak_phase) == (
+        type(other.step), other.step.output, other.peak_bytes, other.peak_phase
     )  # fmt: skip
     return same and one.step.block >= 0
 
@@ -214,7 +215,8 @@ def _device_row(memory: dict[str, int]) -> dict[str, str]:
 
 
 def print_summary(out: Path, report: dict[str, Any]) -> None:
-    from streamcomp.evaluation.health import numerical_health
+    from streamcomp.job.rows import Report
+    from streamcomp.report.health import numerical_health
 
     model, memory = report["model"], report["memory"]
     longest = sorted(report["stages"].items(), key=lambda stage: -stage[1])[:_STAGES_SHOWN]
@@ -237,7 +239,7 @@ def print_summary(out: Path, report: dict[str, Any]) -> None:
         rows["left as it is"] = f"{len(report['left'])} modules, see {out}/streamcomp_report.json"
     console = _console()
     _print_rows(console, rows, title=str(out))
-    for warning in numerical_health(report).warnings():
+    for warning in numerical_health(Report.from_dict(report)).warnings():
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     console.print(
         f"load it:  import streamcomp; AutoModelForCausalLM.from_pretrained({str(out)!r})",

@@ -2,7 +2,7 @@
 
 Importing this registers the quantisation method ``streamcomp``, and
 ``AutoModelForCausalLM.from_pretrained`` does the rest. Every output folder also carries this
-module and :mod:`streamcomp.modeling.modules` joined into one file, ``PLUGIN``, which
+module and :mod:`streamcomp.forms.runtime` joined into one file, ``PLUGIN``, which
 ``trust_remote_code=True`` imports where streamcomp is not installed.
 
 It is imported while transformers itself is (:mod:`streamcomp.integrations.on_import`): what needs
@@ -53,7 +53,7 @@ class StreamCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = "streamcomp",
         **others: Any,
     ) -> None:
-        from streamcomp.modeling.modules import FORMAT_VERSION
+        from streamcomp.forms.runtime import FORMAT_VERSION
 
         version = others.pop("version", FORMAT_VERSION)
         if quant_method != "streamcomp" or version != FORMAT_VERSION:
@@ -75,7 +75,7 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        from streamcomp.modeling.modules import install_factored
+        from streamcomp.forms.runtime import install_factored
 
         install_factored(model, self.quantization_config.modules)
         return model
@@ -84,7 +84,7 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """transformers only warns of missing tensors; a missing factor is an error."""
-        from streamcomp.modeling.modules import FactoredLinear
+        from streamcomp.forms.runtime import FactoredLinear
 
         # what save_pretrained makes of this model has no plugin beside it for auto_map to name
         vars(model.config).pop("auto_map", None)
@@ -154,7 +154,7 @@ if "streamcomp" not in AUTO_QUANTIZER_MAPPING:
 
 def plugin_source() -> str:
     """The plugin file: both modules joined, with no import of streamcomp."""
-    from streamcomp.modeling import modules as runtime
+    from streamcomp.forms import runtime
 
     this = inspect.getsource(inspect.getmodule(plugin_source))  # type: ignore[arg-type]
     lines = [

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from streamcomp.errors import OutputError
 from streamcomp.job.journal import Journal
+from streamcomp.job.plan import Plan
+from streamcomp.job.steps.base import Step
 from streamcomp.job.workspace import work_files
-from streamcomp.planning.plan import Plan
-from streamcomp.planning.schedule import Step
 from streamcomp.recipe import Recipe
 from streamcomp.units import format_bytes
 
@@ -47,9 +47,8 @@ class JobFolders:
 
     def shard_of(self, step: Step) -> Path | None:
         """The shard that a step writes."""
-        if step.kind not in ("block", "copy"):
-            return None
-        return self.shards(step.output)[step.block if step.kind == "block" else self.blocks]
+        number = step.shard(self.blocks)
+        return None if number is None else self.shards(step.output)[number]
 
     # -- whether a job may run in them ---------------------------------------------------
 
@@ -64,7 +63,7 @@ class JobFolders:
         begun = found is not None or Journal.read(self.work) is not None
         ours = {WORK_FOLDER}
         if begun and not (found and found.inherited):
-            written = any("output" in entry for entry in found.steps) if found else False
+            written = any(row.output is not None for row in found.steps) if found else False
             if self.works_inside or written:
                 return  # it is this job's, or check_shards will say what is missing
             ours |= {folder.name for folder in self.outputs if folder != self.out}

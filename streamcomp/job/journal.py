@@ -1,10 +1,10 @@
-"""What a job has done, one line per finished step, durable before the next one begins.
+"""The steps that a job has finished, one line each, durable before the next one begins.
 
 ``journal.jsonl`` opens with a header (format version, fingerprint, levers); each further
-line is one finished step with its results. A line is appended and synced after the files
-that it speaks of, so it never promises what is not there. A line that a crash cut short
-is dropped. A lock on the output folder keeps a second process out; the kernel releases
-it with the process, so nothing stale is left by SIGKILL.
+line is one finished step with its results (:mod:`streamcomp.job.rows`). A line is appended and
+synced after the files that it speaks of, so it never promises what is not there. A line that a
+crash cut short is dropped. A lock on the output folder keeps a second process out; the kernel
+releases it with the process, so nothing stale is left by SIGKILL.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from streamcomp.errors import (
     OutputError,
     RecipeError,
 )
+from streamcomp.job.rows import Header, JobLevers, Row, StepRow
 from streamcomp.recipe import DECOMPOSITION_FIELDS, OUTPUT_FIELDS, Recipe
 from streamcomp.settings import about
 
@@ -48,7 +49,6 @@ __all__ = [
 
 JOURNAL = "journal.jsonl"
 _VERSION = 6
-_HEADER = {"version", "fingerprint", "levers", "total", "planned_seconds"}
 _PIECE_BYTES = 1 << 20
 
 # field -> value; all must agree for a job to be continued
@@ -56,7 +56,7 @@ Fingerprint = dict[str, Any]
 
 
 def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
-    """What decides a job's result: source, recipe, calibration files, library versions."""
+    """All that decides a job's result: source, recipe, calibration files, library versions."""
     fields: Fingerprint = {"source": _source_hash(index)}
     fields |= _settings(recipe)
     fields["calibration_files"] = [
@@ -151,8 +151,8 @@ class Journal:
     def __init__(
         self,
         path: Path,
-        header: dict[str, Any],
-        steps: list[dict[str, Any]],
+        header: Header,
+        steps: list[StepRow],
         inherited: bool = False,
     ) -> None:
         self.path, self.header, self.steps = path, header, steps
@@ -171,32 +171,29 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         try:
             header, *steps = [_entry(line) for line in whole.splitlines()]
-            if header.get("version") == _VERSION and not header.keys() >= _HEADER:
-                raise ValueError("incomplete")
-            if not all("step" in step for step in steps):
-                raise ValueError("nameless")
+            if header.get("version") != _VERSION:
+                raise JobMismatchError(
+                    f"{path} was written by another version of streamcomp: remove {folder}",
+                    field="version",
+                )
+            return cls(path, Header.from_dict(header), [StepRow.from_dict(step) for step in steps])
         except (ValueError, RecursionError):
             raise OutputError(f"{path} is damaged: remove {folder} and start again") from None
-        if header.get("version") != _VERSION:
-            raise JobMismatchError(
-                f"{path} was written by another version of streamcomp: remove {folder}",
-                field="version",
-            )
-        return cls(path, header, steps)
 
     @classmethod
     def begin(
-        cls, folder: Path, found: Fingerprint, levers: dict[str, Any], seconds: list[float]
+        cls, folder: Path, wanted: Fingerprint, levers: JobLevers, seconds: Iterable[float]
     ) -> Journal:
         """A new journal of a job whose steps are planned to take ``seconds`` each."""
-        header = {
-            "version": _VERSION,
-            "fingerprint": found,
-            "levers": levers,
-            "total": len(seconds),
-            "planned_seconds": seconds,
-        }
-        write_text(folder / JOURNAL, json.dumps(header) + "\n")
+        planned = tuple(seconds)
+        header = Header(
+            version=_VERSION,
+            fingerprint=wanted,
+            levers=levers,
+            total=len(planned),
+            planned_seconds=planned,
+        )
+        write_text(folder / JOURNAL, _line(header))
         return cls(folder / JOURNAL, header, [])
 
     def inherit(self, wanted: Fingerprint, before: tuple[str, ...], **levers: Any) -> Journal:
@@ -205,21 +202,21 @@ class Journal:
         It takes the steps before the first whose name begins with one of ``before``, and the
         levers, of which ``levers`` are replaced.
         """
-        ends = (n for n, entry in enumerate(self.steps) if entry["step"].startswith(before))
-        header = self.header | {"fingerprint": wanted, "levers": self.header["levers"] | levers}
+        ends = (n for n, row in enumerate(self.steps) if row.step.startswith(before))
+        held = replace(self.header.levers, **levers)
+        header = replace(self.header, fingerprint=wanted, levers=held)
         return Journal(self.path, header, self.steps[: next(ends, 0)], inherited=True)
 
     def trim(self) -> None:
         """Cut off what a crash left behind the last whole line, before appending."""
-        lines = [json.dumps(entry) + "\n" for entry in (self.header, *self.steps)]
+        lines = [_line(row) for row in (self.header, *self.steps)]
         with output_errors(self.path):
             if self.inherited or self.path.stat().st_size != sum(map(len, lines)):
                 write_text(self.path, "".join(lines))
 
-    def commit(self, step: str, results: Mapping[str, Any]) -> None:
-        """Append that ``step`` is done, durably."""
-        entry = {"step": step, **results}
-        line = (json.dumps(entry) + "\n").encode()
+    def commit(self, row: StepRow) -> None:
+        """Append that a step is done, durably."""
+        line = _line(row).encode()
         with output_errors(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
@@ -228,15 +225,19 @@ class Journal:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        self.steps.append(entry)
+        self.steps.append(row)
 
     @property
     def finished(self) -> bool:
-        return len(self.steps) == int(self.header["total"])
+        return len(self.steps) == self.header.total
 
-    def find(self, step: str) -> dict[str, Any] | None:
-        """Results of ``step``, None if it is not done."""
-        return next((entry for entry in self.steps if entry["step"] == step), None)
+    def find(self, step: str) -> StepRow | None:
+        """The row of ``step``, None if it is not done."""
+        return next((row for row in self.steps if row.step == step), None)
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row.to_dict()) + "\n"
 
 
 def _same_but(fields: Iterable[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -267,7 +268,7 @@ def _source_hash(index: CheckpointIndex) -> str:
 
 
 def _text_hash(path: Path) -> str:
-    """Of all bytes of a file, or of a folder's texts: a copy of them elsewhere is the same text."""
+    """Hash of a file, or of a folder's texts: a copy of them elsewhere has the same one."""
     total = hashlib.blake2b(digest_size=16)
     for file in [path] if path.is_file() else text_files(path):
         try:

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from streamcomp.planning.meter import resident_bytes
+from streamcomp.machine.memory import resident_bytes
 from streamcomp.units import format_bytes, format_seconds
 
 __all__ = ["BarProgress", "JobProgress", "LineProgress", "SilentProgress", "console_progress"]

@@ -10,8 +10,9 @@ from typing import Any
 
 from streamcomp.checkpoint.atomic import atomic_file, write_json, write_text
 from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_json
-from streamcomp.errors import OutputError, SourceError
-from streamcomp.modeling.modules import FORMAT_VERSION
+from streamcomp.errors import OutputError, RecipeError, SourceError
+from streamcomp.forms.runtime import FORMAT_VERSION
+from streamcomp.job.rows import Report
 
 __all__ = [
     "REPORT",
@@ -75,14 +76,15 @@ def write_index(out: Path, shards: list[Path]) -> None:
     )
 
 
-def quantization_config(linears: list[dict[str, Any]], dtypes: Mapping[str, str]) -> dict[str, Any]:
-    """The config's entry for factored ``linears``; ``dtypes`` by tensor name."""
+def quantization_config(
+    specs: Mapping[str, Mapping[str, Any]], dtypes: Mapping[str, str]
+) -> dict[str, Any]:
+    """The config's entry for factored linears: ``specs`` by linear, ``dtypes`` by tensor name."""
     return {
         "quant_method": "streamcomp",
         "version": FORMAT_VERSION,
         "modules": {
-            linear["name"]: linear["spec"] | {"dtype": dtypes[f"{linear['name']}.weight"]}
-            for linear in linears
+            name: {**spec, "dtype": dtypes[f"{name}.weight"]} for name, spec in specs.items()
         },
     }
 
@@ -92,11 +94,19 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def read_report(out: Path) -> dict[str, Any] | None:
+def read_report(out: Path) -> Report | None:
     """The report of a finished model in ``out``; None where there is none."""
     if not (out / "config.json").is_file() or not (out / REPORT).is_file():
         return None
     try:
-        return read_json(out / REPORT)
+        report = Report.from_dict(read_json(out / REPORT))
+        if not report.steps:
+            raise ValueError("no steps")
+        _ = report.settings  # refuses a recipe that is none
+        return report
     except SourceError as error:
         raise OutputError(f"{error}: remove {out} and start again") from None
+    except (ValueError, RecipeError) as error:
+        raise OutputError(
+            f"{out / REPORT} is damaged ({error}): remove {out} and start again"
+        ) from None

@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
-from streamcomp.calibration.observe import MomentGroup
 from streamcomp.checkpoint.atomic import sync_folder
-from streamcomp.checkpoint.index import read_header
+from streamcomp.checkpoint.index import TensorInfo, read_header
 from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.errors import JobMismatchError, NonFiniteError
+from streamcomp.job.block_plan import BlockPlan
+from streamcomp.job.files import States, Windows, is_step_file
 from streamcomp.job.journal import JOURNAL, Journal
+from streamcomp.job.levers import Levers
+from streamcomp.job.outline import Outline
 from streamcomp.job.progress import JobProgress
-from streamcomp.methods import Method, Swsc
-from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
-from streamcomp.modeling.taps import Call
-from streamcomp.planning.blocks import BlockPlan, passes_of_step
-from streamcomp.planning.cost import gradient_dtype
-from streamcomp.planning.meter import release
-from streamcomp.planning.plan import Plan
-from streamcomp.planning.schedule import Step, hidden_key
+from streamcomp.job.rows import AnalysisRow
+from streamcomp.machine.allocator import release
+from streamcomp.methods import Method
+from streamcomp.model.sites import Site
+from streamcomp.model.skeleton import Skeleton
+from streamcomp.model.streamer import BlockStreamer, LoadedBlock
+from streamcomp.model.taps import Call
 from streamcomp.recipe import Recipe
 
 __all__ = ["Stage", "Workspace", "check_finite", "remove_work", "work_files"]
 
-# All that a job puts into its work folder; whatever else lies there is somebody's own.
-_WORK_FILE = re.compile(
-    rf"{re.escape(JOURNAL)}|windows\.safetensors|(hidden|gradient)-\d{{5}}\.bin"
-    r"|compressed-\d+-\d{5}\.bin|(analysis|moments)-\d{5}\..+\.safetensors"
-)
-
 
 class Stage:
-    """Names what a step is at, tells the progress, and keeps the seconds of each stage.
+    """Names the phase that a step is in, tells the progress, and keeps the seconds of each.
 
-    What a stage has freed goes back to the system before the next begins.
+    Memory that a phase has freed goes back to the system before the next begins.
     """
 
     def __init__(self, progress: JobProgress, number: int, step: str) -> None:
@@ -73,31 +66,42 @@ class Stage:
 
 
 class Workspace:
-    """The state of one job that its steps share. ``plan`` changes once, when ranks are known."""
+    """The state of one job that its steps share. ``outline`` changes once, when ranks are known."""
 
     def __init__(
         self,
-        skeleton: Skeleton,
-        recipe: Recipe,
-        method: Method | Swsc,
+        outline: Outline,
+        levers: Levers,
         device: torch.device,
         folder: Path,
-        plan: Plan,
         journal: Journal,
-        keeps_work: bool,
+        shards: Callable[[int], list[Path]],
     ) -> None:
-        self.skeleton, self.recipe, self.method = skeleton, recipe, method
-        self.device, self.folder, self.plan, self.journal = device, folder, plan, journal
-        self.keeps_work = keeps_work
+        """``shards`` tells where an output's are: one for each block, and one for the rest."""
+        self.outline, self.levers, self.device = outline, levers, device
+        self.folder, self.journal, self.shards = folder, journal, shards
+        self.read_ahead: list[TensorInfo] = []  # tensors to ask for once a block is read
+
+    @property
+    def skeleton(self) -> Skeleton:
+        return self.outline.skeleton
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.outline.recipe
+
+    @property
+    def method(self) -> Method:
+        return self.outline.method
 
     @cached_property
     def streamer(self) -> BlockStreamer:
-        tokens = self.plan.levers.feed_forward_tokens
+        tokens = self.levers.feed_forward_tokens
         return BlockStreamer(self.skeleton, self.device, tokens)
 
     @property
     def windows_path(self) -> Path:
-        return self.folder / "windows.safetensors"
+        return self.folder / f"{Windows().key}.safetensors"
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -110,47 +114,28 @@ class Workspace:
         windows, seq_len = self.tokens.shape
         return StreamShape(windows, seq_len, self.skeleton.hidden_size, self.skeleton.dtype)
 
-    @property
-    def gradient_dtype(self) -> torch.dtype:
-        return gradient_dtype(self.skeleton.dtype)
-
     def block_plan(self, number: int) -> BlockPlan:
-        return self.plan.blocks[number]
-
-    def passes(self, step: Step) -> list[tuple[MomentGroup, ...]]:
-        """The groups that ``step`` works on each time that it reads its block."""
-        block, plan = self.block_plan(step.block), self.plan
-        return passes_of_step(step, block, self.recipe, plan.analysis, plan.levers)
+        return self.outline.blocks[number]
 
     @contextmanager
     def block(self, stage: Stage, number: int) -> Iterator[LoadedBlock]:
         """The block with its weights; JobMismatchError where an earlier sweep read other bytes.
 
-        Where the budget has room for it in the page cache, the next step's block is read ahead.
+        Tensors to be read ahead are asked for then.
         """
         stage("loading")
         with self.streamer.block(number) as loaded:
-            for step in self.journal.steps:
-                if step.get("block") == number and step["digest"] != loaded.digest:
+            for row in self.journal.steps:
+                if row.block == number and row.digest != loaded.digest:
                     raise JobMismatchError(
-                        f"{loaded.name} has other bytes now than in step {step['step']!r}: the "
+                        f"{loaded.name} has other bytes now than in step {row.step!r}: the "
                         "model's files have changed; give another OUT",
                         field="source",
                     )
-            self._read_ahead(number)
+            read_ahead(self.read_ahead)
             yield loaded
 
-    def _read_ahead(self, number: int) -> None:
-        """Ask the kernel for the block of the step to come."""
-        steps, current = self.plan.steps, len(self.journal.steps)
-        following = steps[current + 1].step.block if current + 1 < len(steps) else -1
-        if following in (-1, number):
-            return
-        infos = self.skeleton.block_tensors(following)
-        if steps[current].peak_bytes + sum(info.nbytes for info in infos) <= self.plan.budget_bytes:
-            read_ahead(infos)
-
-    def call(self, number: int, batch: int, dtype: torch.dtype | None = None) -> Call:
+    def inputs(self, number: int, batch: int, dtype: torch.dtype | None = None) -> Call:
         """How a block is called for ``batch`` windows.
 
         In ``dtype`` where it does not run in the model's own: then a copy of its own.
@@ -168,9 +153,9 @@ class Workspace:
 
         return Call(*tree_map_only(Tensor, cast, (call.args, call.kwargs)))
 
-    def record_calls(self) -> None:
-        """Have all calls made while no block is there, whose bytes would come on top."""
-        levers, windows = self.plan.levers, self.shape.windows
+    def capture(self) -> None:
+        """Capture the blocks' inputs for each batch size before a block's weights are loaded."""
+        levers, windows = self.levers, self.shape.windows
         for size in {1, *(min(n, windows) for n in (levers.batch, levers.reverse_batch))}:
             self.streamer.calls(self.tokens[:size].long())
             if rest := windows % size:
@@ -183,16 +168,12 @@ class Workspace:
             stage(name, start / windows)
             yield start, min(start + size, windows)
 
-    def states(self, key: str) -> HiddenStates:
-        """The stream that the schedule calls ``key``."""
-        shape = self.shape
-        if key.startswith("gradient"):
-            shape = StreamShape(shape.windows, shape.seq_len, shape.hidden, self.gradient_dtype)
-        return HiddenStates(self.folder / f"{key}.bin", shape)
+    def states(self, file: States) -> HiddenStates:
+        return HiddenStates(self.folder / f"{file.key}.bin", file.shape(self.shape))
 
     @contextmanager
-    def reading(self, key: str) -> Iterator[HiddenStates]:
-        states = self.states(key)
+    def reading(self, file: States) -> Iterator[HiddenStates]:
+        states = self.states(file)
         states.open()
         try:
             yield states
@@ -200,12 +181,12 @@ class Workspace:
             states.close()
 
     @contextmanager
-    def writing(self, key: str | None) -> Iterator[Callable[[int, Tensor], None]]:
-        """A function that puts states at a window; durable at the end. Without ``key``, nothing."""
-        if key is None:
+    def writing(self, file: States | None) -> Iterator[Callable[[int, Tensor], None]]:
+        """A function that puts states at a window; durable at the end. None: nothing is kept."""
+        if file is None:
             yield lambda start, states: None
             return
-        states = self.states(key)
+        states = self.states(file)
         states.create()
         done = False
         try:
@@ -217,42 +198,29 @@ class Workspace:
     def propagate(
         self,
         stage: Stage,
-        name: str,
+        phase: str,
         loaded: LoadedBlock,
-        number: int,
-        source: str,
-        target: str | None,
+        source: States,
+        target: States | None,
     ) -> None:
         """Run all windows through the block; ``target`` keeps what comes out."""
         with self.reading(source) as states, self.writing(target) as write:
-            for start, stop in self.batches(stage, name, self.plan.levers.batch):
+            for start, stop in self.batches(stage, phase, self.levers.batch):
                 hidden = states.read(start, stop).to(self.device)
-                hidden = loaded.run(hidden, self.call(number, stop - start))
+                hidden = loaded.run(hidden, self.inputs(loaded.number, stop - start))
                 check_finite(hidden, loaded.name)
                 write(start, hidden)
 
-    def drop(self, live: set[str]) -> None:
-        """Delete the files of the work folder that no step to come reads.
-
-        Kept work is the analysis, and the embeddings that a compressed stream begins with.
-        """
-        kinds = ("hidden-", "compressed-", "gradient-", "analysis-")
-        for path in work_files(self.folder):
-            key = path.name.partition(".")[0]
-            if not key.startswith(kinds) or key in live:
-                continue
-            if not (self.keeps_work and (key.startswith("analysis-") or key == hidden_key(0))):
-                path.unlink(missing_ok=True)
-
     @property
     def unreached(self) -> set[str]:
-        """Linears, by their names on disk, that no calibration token reached."""
-        return {name for step in self.journal.steps for name in step.get("unreached", [])}
+        """Sites, by their names on disk, that no calibration token reached."""
+        return {name for row in self.journal.steps for name in row.unreached}
 
-    def analysis_of(self, block: int) -> list[dict[str, Any]]:
-        """Figures of the decompositions of the linears of ``block``, as they were made last."""
-        steps = (step for step in reversed(self.journal.steps) if step.get("block") == block)
-        return next(step["analysis"] for step in steps if "analysis" in step)
+    def analysis_row(self, block: int, site: Site) -> AnalysisRow:
+        """What the journal holds of the decomposition of ``site`` that was made last."""
+        steps = (step for step in reversed(self.journal.steps) if step.block == block)
+        rows = (row for step in steps for row in step.analysis)
+        return next(row for row in rows if row.name == site.disk_name)
 
 
 def work_files(folder: Path) -> list[Path]:
@@ -262,7 +230,7 @@ def work_files(folder: Path) -> list[Path]:
         name = path.name
         if name.startswith(".") and name.endswith(".tmp"):
             name = name[1 : -len(".tmp")]
-        return _WORK_FILE.fullmatch(name) is not None and path.is_file()
+        return (name == JOURNAL or is_step_file(name)) and path.is_file()
 
     return [path for path in folder.iterdir() if is_ours(path)]
 

@@ -47,6 +47,7 @@ __all__ = [
     "kmeans",
     "share_channels",
     "shared_numbers",
+    "sharing_bytes",
 ]
 
 # Which channels share: outputs (rows of W) or inputs (columns of W).
@@ -132,6 +133,17 @@ def average_bits(
     if stored:
         label = 16 if clusters <= torch.iinfo(torch.int16).max else 32
     return (8 * itemsize * floats + label * channels) / (rows * columns)
+
+
+def sharing_bytes(rows: int, columns: int, *, metric: bool = True) -> int:
+    """Peak of :func:`share_channels`: eight copies of the weight in fp64.
+
+    And the decomposition of the error on its smaller side, and twice the moment of the inputs where
+    that is the ``metric``.
+    """
+    side = min(rows, columns)
+    moments = 2 * columns * columns if metric else 0
+    return (8 * rows * columns + moments + 6 * side * side) * 8
 
 
 # -- the clusters ------------------------------------------------------------------------

@@ -11,7 +11,8 @@ decomposition serves every rank. It is always the smaller side that is decompose
 
 - m <= n: the eigenvectors of K = Y Y^T (m x m) are the basis;
 - m > n: with H = L L^T, the eigenvectors V of L^T W^T W L (n x n) give the basis
-  W L V Lambda^-1/2, and W' = (W L V_r)(V_r^T L^-1): W as it is, between two mixes of its inputs.
+  W L V Lambda^-1/2, and W' = (W L V_r)(V_r^T L^-1): W as it is, with its inputs combined
+  before and after.
 
 **Two-sided** whitening looks at what an error does to the model's loss: with the gradients
 G = dL/dY (m x T) and Gamma = G G^T it minimises ||Gamma^1/2 (W - W') H^1/2||_F, whose cut
@@ -38,36 +39,31 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamcomp.linalg.symmetric import (
-    PANEL,
-    cholesky,
-    eigh,
-    exact_products,
-    gram,
-    mirror,
-    sandwich,
-    solve_dtype,
-)
+from streamcomp.linalg.dtypes import moment_dtype, solve_dtype
+from streamcomp.linalg.symmetric import PANEL, SMALL, cholesky, eigh, gram, sandwich
 
 __all__ = [
     "FIRST_DAMPING",
     "GRADIENT_DAMPING",
     "Decomposition",
+    "basis_bytes",
     "damped_outputs",
     "decompose_inputs",
     "decompose_outputs",
     "decompose_two_sided_inputs",
     "decompose_two_sided_outputs",
     "decompose_weight",
-    "fit_left",
+    "decomposition_bytes",
+    "decomposition_flops",
     "output_moment",
-    "refit_left",
     "times",
 ]
 
 # Damping starts here, relative to the mean of the moment's diagonal, and grows tenfold.
 FIRST_DAMPING = 1e-6
 MOST_DAMPING = 1.0
+
+_F64 = 8
 
 # Directions that are taken out of the metric at a time.
 _WIDTH = PANEL // 2
@@ -88,15 +84,15 @@ class Decomposition:
     spectrum : Tensor of shape (k,), fp64, descending, k = min(m, n)
         Energy of each direction: the squared singular values of the whitened weight.
     left : Tensor of shape (m, k) or (n, k); of fewer columns where only a rank was asked for
-        Columns of the left factor, or where ``mixes`` is set, the matrix A with columns W A.
+        Columns of the left factor; with ``decomposes_inputs`` the matrix A whose W A are those.
     right : Tensor of shape (k, m) or (k, n), or None; of as many rows as ``left`` has columns
-        The matrix B with rows B W of the right factor, or where ``mixes`` is set, those rows
-        themselves. None: the left columns are orthonormal, and the rows are left^T W.
-    mixes : bool
-        Which of the two sides was decomposed.
+        The matrix B whose B W are the rows of the right factor; with ``decomposes_inputs`` those
+        rows themselves. None: the left columns are orthonormal, and the rows are left^T W.
+    decomposes_inputs : bool
+        Whether the small matrix was on the side of the inputs (m > n), not on that of the outputs.
     damping : float
         What was added to a moment's diagonal, relative to its mean; 0 if nothing.
-    least : float
+    least_damping : float
         Damping that the moment of the inputs took to have a Cholesky factor, where it was factored.
     condition : float
         Largest over smallest eigenvalue of the moment that was decomposed, its damping included;
@@ -108,11 +104,11 @@ class Decomposition:
     spectrum: Tensor
     left: Tensor
     right: Tensor | None
-    mixes: bool
+    decomposes_inputs: bool
     damping: float
     condition: float = math.nan
     fallback: str = ""
-    least: float = 0.0
+    least_damping: float = 0.0
 
     def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Left (m, r) and right (r, n) factor of the best approximation of ``rank``.
@@ -121,12 +117,31 @@ class Decomposition:
         Holds them and ``PANEL`` rows of ``weight``.
         """
         left = self.left[:, :rank]
-        if self.mixes:
+        if self.decomposes_inputs:
             assert self.right is not None
             return times(weight, left), self.right[:rank].clone()
         across = left if self.right is None else self.right[:rank].T
         own = left.mT.clone(memory_format=torch.contiguous_format).mT
         return own, _transposed_times(across, weight)
+
+    def rounded(self, dtype: torch.dtype) -> Decomposition:
+        """As it is kept for a model of ``dtype``: bases in fp32, or in fp64 for a model that is.
+
+        Factors are fitted anew to what is rounded when they are written, so fp32 loses nothing.
+        """
+        kept = moment_dtype(dtype)
+        right = None if self.right is None else self.right.to(kept)
+        return replace(self, left=self.left.to(kept), right=right)
+
+    @property
+    def energy(self) -> float:
+        """Sum of the spectrum."""
+        return float(self.spectrum.sum())
+
+    @property
+    def finite_condition(self) -> float | None:
+        """The condition number, None where it is not finite."""
+        return self.condition if self.condition < math.inf else None
 
     def relative_loss(self, rank: int) -> float:
         """Share of the whole energy that is lost at ``rank``; 0 where there is no energy.
@@ -162,7 +177,7 @@ def decompose_outputs(
         if damping:
             outputs, spend = damped_outputs(outputs, weight, damping), True
         values, vectors = eigh(outputs.to(torch.float64, copy=not spend), dtype)
-    return _decomposition(values, vectors, None, mixes=False, damping=damping)
+    return _decomposition(values, vectors, None, decomposes_inputs=False, damping=damping)
 
 
 def decompose_weight(weight: Tensor) -> Decomposition:
@@ -173,7 +188,7 @@ def decompose_weight(weight: Tensor) -> Decomposition:
     if weight.shape[0] <= weight.shape[1]:
         return decompose_outputs(weight, gram(weight.T), spend=True)
     values, vectors = eigh(gram(weight), solve_dtype(weight.dtype))
-    return _decomposition(values, vectors, vectors.T, mixes=True, damping=0.0)
+    return _decomposition(values, vectors, vectors.T, decomposes_inputs=True, damping=0.0)
 
 
 def decompose_inputs(
@@ -181,19 +196,19 @@ def decompose_inputs(
     inputs: Tensor,
     damping: float = 0.0,
     *,
-    least: float = 0.0,
+    least_damping: float = 0.0,
     rank: int | None = None,
 ) -> Decomposition:
     """Decompose from the moment H (n, n) of the inputs, on the smaller side of W (m, n).
 
-    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes, of which
-    ``least`` is known. Without ``rank``, for every rank. Holds the fp64 factor of H beside what
-    :func:`eigh` does, for m > n.
+    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes, at least
+    ``least_damping``. Without ``rank``, for every rank. Holds the fp64 factor of H in addition to
+    what :func:`eigh` does, for m > n.
     """
     if weight.shape[0] <= weight.shape[1]:
         return decompose_outputs(weight, output_moment(weight, inputs), damping, spend=True)
-    lower, least = _cholesky(inputs, max(damping, least))  # (n, n)
-    return _mixing(weight, inputs, lower, gram(weight), least, least, rank)
+    lower, taken = _cholesky(inputs, max(damping, least_damping))  # (n, n)
+    return _mixing(weight, inputs, lower, gram(weight), taken, taken, rank)
 
 
 def decompose_two_sided_outputs(
@@ -223,7 +238,7 @@ def decompose_two_sided_outputs(
         values, vectors = eigh(sandwich(lower, damped, lower=True), dtype)
     right = _transposed_product(vectors, lower.T)
     _solve_transposed(lower, vectors)  # R^-1 V
-    return _decomposition(values, vectors, right, mixes=False, damping=damping)
+    return _decomposition(values, vectors, right, decomposes_inputs=False, damping=damping)
 
 
 def decompose_two_sided_inputs(
@@ -233,20 +248,22 @@ def decompose_two_sided_inputs(
     gradient_energy: float,
     damping: float = GRADIENT_DAMPING,
     *,
-    least: float = 0.0,
+    least_damping: float = 0.0,
     rank: int | None = None,
 ) -> Decomposition:
     """Two-sided, from the moments H of the inputs and K' of W^T g, (n, n) both.
 
     Meant for m > n. ``gradient_energy`` is tr(Gamma), the sum of ||g||^2, by which Gamma is
-    damped: K' + eps tr(Gamma)/m W^T W. ``least`` and ``rank`` as in :func:`decompose_inputs`.
-    Holds the fp64 factor of H beside what :func:`eigh` does.
+    damped: K' + eps tr(Gamma)/m W^T W. ``least_damping`` and ``rank`` are those of
+    :func:`decompose_inputs`. Holds the fp64 factor of H in addition to what :func:`eigh` does.
     """
     if not gradient_energy > 0:
-        return _without_gradients(decompose_inputs(weight, inputs, least=least, rank=rank))
-    lower, least = _cholesky(inputs, least)  # S
+        return _without_gradients(
+            decompose_inputs(weight, inputs, least_damping=least_damping, rank=rank)
+        )
+    lower, taken = _cholesky(inputs, least_damping)  # S
     outer = gram(weight).mul_(damping * gradient_energy / weight.shape[0]).add_(gradients)
-    return _mixing(weight, inputs, lower, outer, max(damping, least), least, rank)
+    return _mixing(weight, inputs, lower, outer, max(damping, taken), taken, rank)
 
 
 def _mixing(
@@ -255,7 +272,7 @@ def _mixing(
     lower: Tensor,
     outer: Tensor,
     damping: float,
-    least: float,
+    least_damping: float,
     rank: int | None,
 ) -> Decomposition:
     """From the eigenvectors V of S^T C S with S = ``lower`` and C = ``outer``: S V and V^T S^-1.
@@ -271,87 +288,12 @@ def _mixing(
         vectors = vectors[:, : -(-rank // _WIDTH) * _WIDTH]
     left = _transposed_product(vectors, lower.T).T
     _solve_transposed(lower, vectors)  # S^-T V
-    found = _decomposition(values, left, vectors.T, mixes=True, damping=damping)
-    return replace(found, least=least if least < MOST_DAMPING else 0.0)
-
-
-def refit_left(
-    outputs: Tensor, inner: Tensor, ridge: float = 1e-6, towards: Tensor | None = None
-) -> Tensor:
-    """The left factor U (m, r) that minimises ||Y - U Z||^2 + eps ||U - U0||^2 (SVD-LLM's update).
-
-    With the right factor V fixed, Z = V X^ is what it makes of the compressed stream's inputs and
-    Y = W X are the dense stream's outputs. ``outputs`` is Y Z^T (m, r), ``inner`` Z Z^T (r, r),
-    eps is ``ridge`` times the mean of its diagonal. ``towards`` is the factor U0 (m, r) as it was,
-    or zero: the directions that the data leaves open stay, and ||Y - U Z|| never grows.
-    """
-    wide = inner.double()
-    if towards is not None:
-        before = towards.double()
-        return before + refit_left(outputs.double() - before @ wide, wide, ridge)
-    mean = float(wide.diagonal().mean())
-    damped = wide.clone()
-    damped.diagonal().add_(ridge * mean if mean > 0 else 1.0)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        solved: Tensor = outputs.double() @ torch.linalg.pinv(damped, hermitian=True)
-        return solved
-    return torch.cholesky_solve(outputs.double().T, factor).T
-
-
-def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
-    """The left factor (k, r) that minimises ||left right - L rounded||_F over L.
-
-    ``left`` (k, r), ``right`` and ``rounded`` (r, n): ``rounded`` is ``right`` in the dtype it
-    is stored in; the left factor makes up for the rounding where it can. Solved for the
-    small correction to ``left`` alone, in its dtype, with as much of a ridge on it as that takes,
-    which never makes it worse than none. ``left`` is overwritten, and the product (k, n) never
-    formed. Holds three r x r matrices and ``PANEL`` columns of ``right``.
-    """
-    correction = _ridged(*_products_of_rounded(right, rounded))
-    with exact_products(rounded.dtype):  # a correction of the size of that rounding
-        for rows in left.split(PANEL):
-            rows += rows @ correction
-    return left
-
-
-def _products_of_rounded(right: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """V~ V~^T and (V - V~) V~^T, (r, r) both, of V (r, n) and V~ as it is rounded."""
-    rank = len(right)
-    inner = torch.zeros(rank, rank, dtype=right.dtype, device=right.device)
-    cross = torch.zeros_like(inner)
-    for start in range(0, right.shape[1], PANEL):
-        columns = slice(start, start + PANEL)
-        wide = rounded[:, columns].to(right.dtype)
-        missing = right[:, columns] - wide  # small: its own rounding does not count
-        with exact_products(rounded.dtype):
-            cross.addmm_(missing, wide.T)
-            for first in range(0, rank, PANEL):
-                last = min(first + PANEL, rank)
-                inner[first:last, :last].addmm_(wide[first:last], wide[:last].T)
-    return mirror(inner), cross
-
-
-def _ridged(inner: Tensor, cross: Tensor) -> Tensor:
-    """cross (inner + eps I)^-1 with the least eps that works, in place; 0 where none does."""
-    mean = float(inner.diagonal().mean()) if len(inner) else 0.0
-    info = torch.empty((), dtype=torch.int32, device=inner.device)
-    ridge = torch.finfo(inner.dtype).eps
-    while mean > 0 and ridge < 1:
-        factor = inner.clone()
-        factor.diagonal().add_(ridge * mean)
-        columns = factor.mT
-        torch.linalg.cholesky_ex(columns, out=(columns, info))
-        if not int(info):
-            for rows in cross.split(PANEL):
-                rows.copy_(torch.cholesky_solve(rows.mT, columns).mT)
-            return cross
-        ridge *= 10
-    return cross.zero_()
+    found = _decomposition(values, left, vectors.T, decomposes_inputs=True, damping=damping)
+    return replace(found, least_damping=least_damping if least_damping < MOST_DAMPING else 0.0)
 
 
 def _decomposition(
-    values: Tensor, left: Tensor, right: Tensor | None, *, mixes: bool, damping: float
+    values: Tensor, left: Tensor, right: Tensor | None, *, decomposes_inputs: bool, damping: float
 ) -> Decomposition:
     """Values in descending order; rounding below zero counts as zero."""
     most, least = float(values[0]), float(values[-1])
@@ -359,7 +301,7 @@ def _decomposition(
         values.clamp_min(0),
         left,
         right,
-        mixes,
+        decomposes_inputs,
         damping,
         most / least if least > 0 else math.inf,
         _NO_METRIC if damping >= MOST_DAMPING else "",
@@ -440,3 +382,69 @@ def _cholesky(moment: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
         damping = max(10 * damping, FIRST_DAMPING)
         if damping > MOST_DAMPING or mean <= 0:  # an input that is always zero
             return torch.eye(len(moment), dtype=torch.float64, device=moment.device), MOST_DAMPING
+
+
+# -- what they take ----------------------------------------------------------------------
+
+
+def decomposition_bytes(
+    rows: int,
+    columns: int,
+    side: str,
+    dtype: torch.dtype,
+    *,
+    gradients: bool = False,
+    damped: bool = False,
+) -> int:
+    """Peak of the functions above in addition to the weight, of ``dtype``, and its moments.
+
+    Bytes per entry of the small matrix: ``eigh`` 24 in fp64, 12 in fp32, and 8 for the Cholesky
+    factor with it where there is one; before that the factor, the result and what it is made of.
+    For a fp64 weight K is kept too where it was computed from H, or ``damped``, for others in its
+    dtype where the moment was that of the outputs and ``damped``. In addition ``PANEL`` rows of
+    the moment, and three times as many of the weight, or of the products.
+    """
+    small = min(rows, columns)
+    narrow = solve_dtype(dtype) == torch.float32 and small >= SMALL
+    solver = 12 if narrow else 24
+    if rows > columns:
+        entry = max(24, 8 + solver)
+    else:
+        made = 8 if damped or side == "inputs" else 0
+        factor = 8 if gradients else 0
+        copied = moment_dtype(dtype).itemsize if damped and side == "outputs" else 0
+        kept = made if solve_dtype(dtype) == torch.float64 else copied
+        entry = max(2 * made, made + factor + 8, kept + factor + solver)
+        if damped:
+            entry = max(entry, made + factor + 12)
+    wide = columns if side == "inputs" else small if gradients else 0
+    rows = min(PANEL, small)
+    panels = wide * (3 * rows + min(PANEL, wide)) + (2 * small * rows if narrow else 0)
+    return entry * small * small + _F64 * panels
+
+
+def basis_bytes(rows: int, columns: int, dtype: torch.dtype, *, gradients: bool = False) -> int:
+    """A :class:`Decomposition`: its spectrum in fp64 and one or two bases in ``dtype``."""
+    side = min(rows, columns)
+    bases = 2 if gradients or rows > columns else 1
+    return side * (_F64 + dtype.itemsize * side * bases)
+
+
+def decomposition_flops(
+    rows: int, columns: int, side: str, *, gradients: bool = False
+) -> dict[str, float]:
+    """Operations of the functions above without those of ``eigh``, by the rate that they run at.
+
+    Rates are fields of ``MachineRates``. Products of symmetric matrices count their lower half,
+    those of triangles what is not zero.
+    """
+    small = min(rows, columns)
+    flops = {"moment_flops": 0.0, "wide_flops": 0.0, "solve_flops": 0.0}
+    if rows > columns:
+        flops["moment_flops"] += rows * columns**2  # W^T W
+    elif side == "inputs":
+        flops["wide_flops"] += 2.0 * rows * columns**2 + rows**2 * columns  # W H W^T
+    if rows > columns or gradients:
+        flops["wide_flops"] += (1 / 3 + 1 + 1) * small**3  # Cholesky, L^T M L, one basis
+        flops["solve_flops"] += small**3  # the other one
+    return flops

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamcomp.linalg.symmetric import exact_products, mirror
 
-__all__ = ["ROWS_PER_UPDATE", "SecondMoment", "panel_of"]
+__all__ = ["ROWS_PER_UPDATE", "SecondMoment", "moment_flops", "panel_of"]
 
 # Rows cast and multiplied at a time, so that the cast copy stays small beside the moment.
 ROWS_PER_UPDATE = 2048
@@ -24,6 +24,11 @@ def panel_of(size: int) -> int:
     slower.
     """
     return min(512, -(-size // 4))
+
+
+def moment_flops(size: int, rows: int) -> float:
+    """Operations of a moment (size, size) over ``rows``: its lower half, in panels."""
+    return float(rows) * size * (size + panel_of(size))
 
 
 class SecondMoment:

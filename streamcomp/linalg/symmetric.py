@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from streamcomp.errors import NonFiniteError
+from streamcomp.linalg.dtypes import solve_dtype
 
 __all__ = [
     "PANEL",
@@ -32,7 +33,6 @@ __all__ = [
     "gram",
     "mirror",
     "sandwich",
-    "solve_dtype",
 ]
 
 # Rows or columns of a matrix that are worked on at a time.
@@ -47,11 +47,6 @@ SMALL = 1024
 # What the eigenvectors may miss of the matrix as a vector sees it, relative to the result or to
 # this share of the largest eigenvalue.
 _RESIDUAL, _ROUNDING = 1e-4, 1e-8
-
-
-def solve_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a model of ``dtype`` is decomposed in: fp32 where it is of half precision, else fp64."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
 @contextmanager

@@ -1,10 +1,9 @@
-"""Methods of decomposition: a file each, found by name."""
+"""Methods of compression: a file each, found by name. Importing this does not import torch."""
 
 from __future__ import annotations
 
 from streamcomp.errors import RecipeError
-from streamcomp.methods.base import GradientMoment, Method, Moment
-from streamcomp.methods.factors import factor_tensors, shared_tensors
+from streamcomp.methods.base import Factors, Figures, GradientMoment, Method, Moment, Settings, Site
 from streamcomp.methods.rom import Rom
 from streamcomp.methods.svd_llm import SvdLlm
 from streamcomp.methods.swsc import Swsc
@@ -12,21 +11,22 @@ from streamcomp.methods.two_sided import TwoSided
 
 __all__ = [
     "METHODS",
+    "Factors",
+    "Figures",
     "GradientMoment",
     "Method",
     "Moment",
-    "Swsc",
-    "factor_tensors",
+    "Settings",
+    "Site",
     "find_method",
-    "shared_tensors",
 ]
 
-METHODS: dict[str, Method | Swsc] = {
+METHODS: dict[str, Method] = {
     method.name: method for method in (TwoSided(), SvdLlm(), Rom(), Swsc())
 }
 
 
-def find_method(name: str) -> Method | Swsc:
+def find_method(name: str) -> Method:
     """The method called ``name``; RecipeError if there is none."""
     if name not in METHODS:
         raise RecipeError(f"method {name!r} unknown; one of: {', '.join(METHODS)}")

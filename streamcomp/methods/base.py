@@ -1,15 +1,32 @@
-"""What a method is: a weight and a moment in, a decomposition out."""
+"""What a method is: a weight, a moment and an allowance in, factors out.
+
+Nothing here or at the top of a method's file imports torch: a recipe reads the methods' defaults
+before any work is done.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-from streamcomp.linalg.low_rank import Decomposition
+    from streamcomp.forms import Allowance
+    from streamcomp.linalg.low_rank import Decomposition
 
-__all__ = ["GradientMoment", "Method", "Moment", "Side"]
+__all__ = [
+    "Factors",
+    "Figures",
+    "GradientMoment",
+    "Method",
+    "Moment",
+    "Settings",
+    "Side",
+    "Site",
+]
 
 Side = Literal["inputs", "outputs"]
 
@@ -30,16 +47,15 @@ class GradientMoment:
 class Moment:
     """Second moment of a linear's inputs, H (n, n), or of its outputs, K (m, m).
 
-    ``rows`` is the number of rows that it was taken over. ``least`` is the smallest damping with
-    which an earlier linear of its group could factor it
-    (:attr:`~streamcomp.linalg.low_rank.Decomposition.least`).
+    ``rows`` is the number of rows that were summed. ``least_damping`` is the smallest damping with
+    which an earlier linear of the group could factor this moment.
     """
 
     side: Side
     value: Tensor
     rows: int = 0
     gradient: GradientMoment | None = None
-    least: float = 0.0
+    least_damping: float = 0.0
 
     @property
     def is_empty(self) -> bool:
@@ -50,26 +66,178 @@ class Moment:
         """Whether it has fewer rows than there are ``directions``, and so says nothing of some."""
         return 0 < self.rows < directions
 
-    def knowing(self, found: Decomposition) -> Moment:
-        """The same moment, with what the decomposition ``found`` has shown of it."""
-        return replace(self, least=max(self.least, found.least))
+    def damped(self, least: float) -> Moment:
+        """For the next linear of the group, after one that took the damping ``least``."""
+        return replace(self, least_damping=max(self.least_damping, least))
 
 
-class Method(Protocol):
-    """Decomposes one linear at a time; knows no model and no file."""
-
-    @property
-    def name(self) -> str:
-        """As ``--method`` spells it."""
+class Site(Protocol):
+    """What a method reads of the place of a weight (m = ``rows`` outputs, n = ``columns``)."""
 
     @property
-    def source(self) -> str:
-        """Where it was published."""
+    def disk_name(self) -> str: ...
 
-    def decompose(
-        self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None
-    ) -> Decomposition:
-        """Directions and energies of ``weight`` (m, n), for every rank at once, or up to ``rank``.
+    @property
+    def rows(self) -> int: ...
 
-        ``damping`` is relative to the mean of a moment's diagonal; 0 is the method's own choice.
+    @property
+    def columns(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight on disk, and of the factors."""
+
+
+class Settings(Protocol):
+    """The settings of a recipe that methods read."""
+
+    @property
+    def form(self) -> str: ...
+
+    @property
+    def statistics(self) -> str: ...
+
+    @property
+    def damping(self) -> float:
+        """Relative to the mean of a moment's diagonal; 0 is the method's default."""
+
+    @property
+    def clusters(self) -> int: ...
+
+    @property
+    def axis(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """How the compression of one linear went; a row of the report."""
+
+    name: str  # on disk
+    rows: int  # outputs
+    columns: int  # inputs
+    energy: float | None = None  # sum of the spectrum; None where no moment was decomposed
+    damping: float  # added to a moment, as a share of the mean of its diagonal
+    condition: float | None  # largest over smallest eigenvalue of the moment; None: not finite
+    fallback: str  # what was done because the data did not allow the method itself; or ""
+    rank: int
+    relative_loss: float  # share of the energy of its outputs that the factors miss
+    loss: float | None = None  # in the method's own unit
+    numbers: int | None = None  # that are stored, where the method chose how many
+    bits_per_weight: float | None = None  # likewise
+
+    def values(self) -> dict[str, Any]:
+        """Plain values, without those that the method does not have."""
+        absent = {f.name for f in fields(self) if f.default is None and vars(self)[f.name] is None}
+        return {name: value for name, value in vars(self).items() if name not in absent}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The tensors that stand for one weight, by their names on disk."""
+
+    tensors: dict[str, Tensor]
+    spec: dict[str, Any]  # its entry in config.json, without the dtype
+    figures: Figures
+    least_damping: float = 0.0  # for :meth:`Moment.damped`
+
+    def spare(self, allowance: Allowance) -> int:
+        """Numbers of ``allowance`` that were not needed: the next linear may have them."""
+        stored = self.figures.numbers
+        return 0 if stored is None else allowance.numbers - stored
+
+
+class Method(ABC):
+    """Compresses one linear at a time; knows no model and no file."""
+
+    name: ClassVar[str]  # as ``--method`` spells it
+    source: ClassVar[str]  # where it was published
+    # What it may be combined with; "auto" is the first.
+    forms: ClassVar[tuple[str, ...]]
+    statistics: ClassVar[tuple[str, ...]]
+    # Settings of a recipe that no other method reads.
+    settings: ClassVar[tuple[str, ...]] = ()
+    # Moments: of the loss's gradients too; of the inputs alone.
+    needs_gradients: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
+    # Whether it makes spectra, and whether their energies compare across linears.
+    has_spectra: ClassVar[bool] = True
+    losses_compare: ClassVar[bool] = False
+    # Whether its factors may be changed afterwards, by update and refine.
+    can_follow: ClassVar[bool] = True
+
+    @abstractmethod
+    def compress(
+        self,
+        site: Site,
+        weight: Tensor,
+        moment: Moment | None,
+        allowance: Allowance,
+        settings: Settings,
+    ) -> Factors:
+        """Factors that stand for ``weight`` (m, n) within ``allowance``."""
+
+    def check(self, weight: Site, settings: Settings) -> None:  # noqa: B027
+        """RecipeError where ``settings`` are impossible for a weight of this shape."""
+
+    # -- analysis that is kept -------------------------------------------------------------
+
+    def can_be_analysed(self, settings: Settings) -> bool:
+        """Whether :meth:`analyse` depends on the dense model alone, so that one serves all ratios.
+
+        :meth:`analyse` and :meth:`factors` are there where ``has_spectra``.
         """
+        return self.has_spectra and settings.statistics == "dense"
+
+    def analyse(
+        self, weight: Tensor, moment: Moment | None, settings: Settings, rank: int | None = None
+    ) -> Decomposition:
+        """What factors of every rank are made of, or up to ``rank``."""
+        raise NotImplementedError(f"method {self.name} keeps no analysis")
+
+    def factors(
+        self,
+        site: Site,
+        weight: Tensor,
+        analysis: Decomposition,
+        allowance: Allowance,
+        settings: Settings,
+    ) -> Factors:
+        """Factors of ``weight`` from its :meth:`analyse`."""
+        raise NotImplementedError(f"method {self.name} keeps no analysis")
+
+    # -- what it takes ---------------------------------------------------------------------
+
+    @property
+    def default_damping(self) -> float:
+        """What ``damping`` 0 stands for."""
+        return 0.0
+
+    @abstractmethod
+    def working_bytes(
+        self,
+        site: Site,
+        side: Side,
+        tokens: int,
+        dtype: torch.dtype,
+        settings: Settings,
+    ) -> int:
+        """Peak of :meth:`analyse`, or of :meth:`compress` where it has none.
+
+        In addition to the weight, of ``dtype``, and its moments, which were taken on ``side`` over
+        ``tokens`` rows.
+        """
+
+    def analysis_bytes(self, site: Site, dtype: torch.dtype) -> int:
+        """What :meth:`analyse` returns, with bases in ``dtype``."""
+        from streamcomp.linalg.low_rank import basis_bytes
+
+        return basis_bytes(site.rows, site.columns, dtype, gradients=self.needs_gradients)
+
+    def flops(self, site: Site, side: Side) -> dict[str, float]:
+        """Operations of the same without ``eigh``, by the rate that they run at."""
+        from streamcomp.linalg.low_rank import decomposition_flops
+
+        return decomposition_flops(site.rows, site.columns, side, gradients=self.needs_gradients)

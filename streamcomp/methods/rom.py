@@ -17,3 +17,4 @@ class Rom(SvdLlm):
 
     name = "rom"
     source = "LLM-ROM (arXiv 2312.07046)"
+    statistics = ("compressed", "dense")

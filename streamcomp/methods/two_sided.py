@@ -7,48 +7,57 @@ side one of the two cancels (:mod:`streamcomp.linalg.low_rank`).
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from streamcomp.linalg.low_rank import (
-    FIRST_DAMPING,
-    GRADIENT_DAMPING,
-    Decomposition,
-    damped_outputs,
-    decompose_two_sided_inputs,
-    decompose_two_sided_outputs,
-    output_moment,
-)
 from streamcomp.methods.base import Moment
+from streamcomp.methods.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamcomp.linalg.low_rank import Decomposition
 
 __all__ = ["TwoSided"]
 
 
-class TwoSided:
+class TwoSided(LowRank):
     """Minimises ||Gamma^1/2 (W - W') H^1/2||_F; its cut energies compare across linears."""
 
     name = "two-sided"
     source = "OBD-LLM (arXiv 2604.00821), IO-SVD (arXiv 2605.15626)"
+    statistics = ("dense",)
+    settings = ("store_every",)
+    needs_gradients = True
+    losses_compare = True
+
+    @property
+    def default_damping(self) -> float:
+        from streamcomp.linalg.low_rank import GRADIENT_DAMPING
+
+        return GRADIENT_DAMPING
 
     def decompose(
         self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None
     ) -> Decomposition:
-        damping, gradient = damping or GRADIENT_DAMPING, moment.gradient
+        from streamcomp.linalg import low_rank
+
+        damping, gradient = damping or self.default_damping, moment.gradient
         assert gradient is not None
         if weight.shape[0] > weight.shape[1]:
-            return decompose_two_sided_inputs(
+            return low_rank.decompose_two_sided_inputs(
                 weight,
                 moment.value,
                 gradient.value,
                 gradient.energy,
                 damping,
-                least=moment.least,
+                least_damping=moment.least_damping,
                 rank=rank,
             )
         outputs = moment.value
         if moment.side == "inputs":
-            outputs = output_moment(weight, outputs)
+            outputs = low_rank.output_moment(weight, outputs)
         if moment.leaves_open(weight.shape[0]):
-            outputs = damped_outputs(outputs, weight, FIRST_DAMPING)
-        return decompose_two_sided_outputs(
+            outputs = low_rank.damped_outputs(outputs, weight, low_rank.FIRST_DAMPING)
+        return low_rank.decompose_two_sided_outputs(
             weight, outputs, gradient.value, damping, spend=outputs is not moment.value
         )

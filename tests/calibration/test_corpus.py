@@ -17,7 +17,7 @@ from streamcomp.calibration import corpus, formats
 from streamcomp.calibration.corpus import HELD_OUT, REFERENCE, load_windows, reference_text
 from streamcomp.calibration.formats import TextFile
 from streamcomp.errors import CalibrationError
-from tests.modeling.folders import edit_config
+from tests.model.folders import edit_config
 from tests.pico import BOS, EOS, make_tokenizer, pico_text, save_pico
 
 
@@ -382,7 +382,10 @@ def test_jsonl_may_hold_other_fields(model: Path, tmp_path: Path) -> None:
     assert all_bytes(tokens) == ("größe\n\n" + "x" * 30 + "\n\n").encode()[:40]
 
 
-PLAIN = [{"id": 1, "text": "größe"}, {"text": 'with "quotes", and\nlines', "url": None}] * 20
+PLAIN: list[dict[str, Any]] = [
+    {"id": 1, "text": "größe"},
+    {"text": 'with "quotes", and\nlines', "url": None},
+] * 20
 
 
 def texts_of(path: Path) -> str:

@@ -8,19 +8,20 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from streamcomp.calibration.observe import MomentGroup, Observer, group_moments, moment_dtype
+from streamcomp.calibration.observe import MomentGroup, Observer, group_moments
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.errors import NonFiniteError
-from streamcomp.modeling.linears import Linear, find_linears
-from streamcomp.modeling.streamer import BlockStreamer
-from streamcomp.modeling.tracing import trace_block
-from tests.modeling.folders import CPU, open_skeleton
+from streamcomp.linalg.dtypes import moment_dtype
+from streamcomp.model.sites import LinearSite, find_sites
+from streamcomp.model.streamer import BlockStreamer, LoadedBlock
+from streamcomp.model.tracing import trace_block
+from tests.model.folders import CPU, open_skeleton
 from tests.pico import ARCHITECTURES, pico_tokens
 
 
-def linear(name: str, rows: int, columns: int) -> Linear:
+def linear(name: str, rows: int, columns: int) -> LinearSite:
     source = TensorInfo(f"{name}.weight", "F32", (rows, columns), Path("x"), 0, 4 * rows * columns)
-    return Linear(name, f"block.{name}", source, rows, columns)
+    return LinearSite(name, f"block.{name}", source, rows, columns)
 
 
 def captured(
@@ -32,11 +33,10 @@ def captured(
     """
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)
-    linears = find_linears(skeleton, 1).eligible
+    linears = find_sites(skeleton, 1).eligible
     block = skeleton.block(1)
-    modules = {one.name: block.get_submodule(one.name) for one in linears}
     hidden, calls = skeleton.dry_record(1, 8)
-    shared = trace_block(block, modules, hidden, calls[1]).groups
+    shared = trace_block(block, linears, hidden, calls[1]).groups
     groups = group_moments(linears, shared)
     if side == "outputs":
         groups = tuple(MomentGroup("outputs", one.rows, (one,)) for one in linears)
@@ -53,7 +53,7 @@ def captured(
 
     for one in linears:
         watch(one.name)
-    with streamer.block(1) as loaded, Observer(loaded.module, loaded.name, groups, CPU) as observer:
+    with streamer.block(1) as loaded, Observer(loaded, groups, CPU) as observer:
         for seed in range(3):
             hidden, calls = streamer.record(pico_tokens(seed=seed))
             loaded.run(hidden, calls[1])
@@ -61,8 +61,8 @@ def captured(
             (
                 group,
                 observer.take(group).value,
-                torch.cat(seen[group.linears[0].name][0]),
-                torch.cat(seen[group.linears[0].name][1]),
+                torch.cat(seen[group.sites[0].name][0]),
+                torch.cat(seen[group.sites[0].name][1]),
             )
             for group in groups
         ]
@@ -93,7 +93,7 @@ def test_moments_are_those_of_what_flows_through_the_linears(
 def test_linears_that_share_a_moment_were_fed_the_same(pico: Callable[..., Path]) -> None:
     found = captured(pico("llama"))
 
-    sharing = [{one.name for one in group.linears} for group, *_ in found if group.side == "inputs"]
+    sharing = [{one.name for one in group.sites} for group, *_ in found if group.side == "inputs"]
     assert {"mlp.gate_proj", "mlp.up_proj"} in sharing
 
 
@@ -105,7 +105,7 @@ def test_a_moment_of_outputs_is_without_bias(architecture: str, pico: Callable[.
         weights = {n: p.detach().clone() for n, p in block.module.named_parameters()}
 
     for group, moment, inputs, outputs in captured(pico(architecture), "outputs"):
-        (one,) = group.linears
+        (one,) = group.sites
         assert close(moment, inputs @ weights[f"{one.name}.weight"].T)
         if f"{one.name}.bias" in weights:
             assert not close(moment, outputs)
@@ -127,7 +127,7 @@ def test_observing_ends_with_the_context(random: Generator) -> None:
     block = nn.Sequential(nn.Linear(4, 4))
     (group,) = group_moments([linear("0", 4, 4)], [])
 
-    with Observer(block, "block", [group], CPU) as observer:
+    with Observer(LoadedBlock(block, "block"), [group], CPU) as observer:
         block(torch.ones(1, 4))
     block(torch.full((1, 4), 7.0))
 
@@ -139,7 +139,7 @@ def test_a_moment_taken_is_forgotten() -> None:
     block = nn.Sequential(nn.Linear(4, 4))
     (group,) = group_moments([linear("0", 4, 4)], [])
 
-    with Observer(block, "block", [group], CPU) as observer:
+    with Observer(LoadedBlock(block, "block"), [group], CPU) as observer:
         observer.take(group)
         with pytest.raises(KeyError):
             observer.take(group)
@@ -155,7 +155,7 @@ def test_what_is_not_finite_is_named(side: str, value: float) -> None:
     hidden = torch.zeros(3, 4)
     hidden[1, 2] = value
 
-    with Observer(block, "model.layers.7", [group], CPU) as observer:
+    with Observer(LoadedBlock(block, "model.layers.7"), [group], CPU) as observer:
         block(hidden)
         with pytest.raises(NonFiniteError, match=rf"model\.layers\.7\.0: its {side} are NaN"):
             observer.take(group)
@@ -198,7 +198,7 @@ def test_outputs_larger_than_the_inputs_are_never_observed() -> None:
 def test_linears_not_said_to_share_have_a_moment_each() -> None:
     gate, up = linear("gate", 96, 32), linear("up", 96, 32)
 
-    assert {group.linears for group in group_moments([gate, up], [])} == {(gate,), (up,)}
+    assert {group.sites for group in group_moments([gate, up], [])} == {(gate,), (up,)}
 
 
 def test_names_that_are_not_eligible_are_passed_over() -> None:
@@ -220,8 +220,8 @@ def test_the_moments_take_the_fewest_bytes(rows: tuple[int, ...]) -> None:
     groups = group_moments(linears, ["qkv"])
 
     assert sum(group.nbytes(torch.bfloat16) for group in groups) == 4 * min(options)
-    assert sorted(one.name for group in groups for one in group.linears) == list("kqv")
+    assert sorted(one.name for group in groups for one in group.sites) == list("kqv")
     for group in groups:
-        for one in group.linears:
+        for one in group.sites:
             assert group.size == (one.columns if group.side == "inputs" else one.rows)
             assert group.side == "inputs" or one.rows <= one.columns

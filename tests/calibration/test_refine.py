@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamcomp.calibration.refine import TrainingData, refine_block
+from streamcomp.forms import Floats, find_form
+from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
-from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FactoredLinear, factored
-from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
+from streamcomp.model.sites import Site, find_sites
+from streamcomp.model.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import compress, factored_modules, stored_tensors, varied_text
-from tests.modeling.folders import CPU, open_skeleton
+from tests.model.folders import CPU, open_skeleton
 from tests.pico import HIDDEN, pico_tokens
 
 WINDOWS = 11  # held out: 0 and 8
@@ -31,11 +32,11 @@ class Problem:
     """A block whose linears are factored, and what it is to be refined on."""
 
     loaded: LoadedBlock
-    factored: dict[str, FactoredLinear]
+    factored: dict[Site, FactoredLinear]
     data: TrainingData
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The factors that run in the block, by linear and name, copied."""
+    def tensors(self) -> dict[Site, dict[str, Tensor]]:
+        """The factors that run in the block, by site and name, copied."""
         return {
             name: {
                 leaf: value.detach().clone()
@@ -45,7 +46,7 @@ class Problem:
             for name, module in self.factored.items()
         }
 
-    def install(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+    def install(self, tensors: dict[Site, dict[str, Tensor]]) -> None:
         for name, module in self.factored.items():
             held = module.tensors()
             for leaf, value in tensors[name].items():
@@ -99,10 +100,8 @@ def problem(
     rows = torch.randn(64, HIDDEN, generator=random) * torch.logspace(0, -2, HIDDEN)
     with streamer.block(1) as loaded:
         target = loaded.run(dense, calls[1])
-        modules = {
-            name: install(loaded, name, form)
-            for name in [n for n, m in loaded.module.named_modules() if type(m) is nn.Linear]
-        }
+        sites = find_sites(skeleton, 1).eligible
+        modules = {site: install(loaded, site, form) for site in sites}
         if reachable:
             target = loaded.run(compressed, calls[1])
         data = TrainingData(
@@ -115,26 +114,22 @@ def problem(
         yield Problem(loaded, modules, data)
 
 
-def install(loaded: LoadedBlock, name: str, form: str) -> FactoredLinear:
-    """The truncated SVD of half the rank in the place of the linear ``name``."""
-    dense = loaded.dense_linear(name)
-    rank = min(dense.weight.shape) // 2
-    left, values, right = torch.linalg.svd(dense.weight.double(), full_matrices=False)
-    tensors = factor_tensors(
-        form, left[:, :rank], values[:rank, None] * right[:rank], dense.weight.dtype
+def install(loaded: LoadedBlock, site: Site, form: str) -> FactoredLinear:
+    """The truncated SVD of half the rank instead of the weight."""
+    weight, rank = site.weight(loaded), min(site.rows, site.columns) // 2
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    tensors = find_form(form).encode(
+        left[:, :rank], values[:rank, None] * right[:rank], Floats(weight.dtype)
     )
-    module = factored(dense, {"form": form, "rank": rank})
-    bias = {} if dense.bias is None else {"bias": dense.bias.detach()}
-    module.load_state_dict({**tensors, **bias}, assign=True)
-    loaded.replace(name, module.requires_grad_(False))
-    return module
+    site.install(loaded, tensors, {"form": form, "rank": rank})
+    return site.factored(loaded)
 
 
 def refine(given: Problem, steps: int, **settings: Any) -> Any:
-    return refine_block(given.loaded, given.factored, given.data, steps, **settings)
+    return refine_block(given.loaded, list(given.factored), given.data, steps, **settings)
 
 
-def same(one: dict[str, dict[str, Tensor]], other: dict[str, dict[str, Tensor]]) -> bool:
+def same(one: dict[Site, dict[str, Tensor]], other: dict[Site, dict[str, Tensor]]) -> bool:
     assert one.keys() == other.keys()
     return all(
         one[name].keys() == other[name].keys()
@@ -311,7 +306,7 @@ def test_it_works_on_the_metric_that_it_is_given(form: str, pico: Callable[..., 
 
 
 def test_the_same_seed_gives_the_same_bits(pico: Callable[..., Path]) -> None:
-    found = []
+    found: list[Any] = []
     for seed in (3, 3, 4):
         with problem(pico("llama"), reachable=True) as given:
             given.disturb(0.1)
@@ -403,7 +398,8 @@ def test_a_job_stores_the_closed_form_or_what_was_measured_to_be_better(
     text: Path,
     tmp_path: Path,
 ) -> None:
-    dense, settings = pico("llama", dtype=dtype), {"method": method, "samples": 64, "ratio": 0.4}
+    dense = pico("llama", dtype=dtype)
+    settings: dict[str, Any] = {"method": method, "samples": 64, "ratio": 0.4}
 
     compress(dense, tmp_path / "plain", text, **settings)
     report = compress(dense, tmp_path / "refined", text, refine=40, rate=rate, **settings).report

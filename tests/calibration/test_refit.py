@@ -13,10 +13,11 @@ from torch import Generator, Tensor, nn
 
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.calibration.refit import Refit
-from streamcomp.linalg.low_rank import refit_left
-from streamcomp.methods import factor_tensors
-from streamcomp.modeling.modules import FactoredLinear, factored
-from streamcomp.modeling.streamer import BlockStreamer, LoadedBlock
+from streamcomp.forms import Floats, find_form
+from streamcomp.forms.runtime import FactoredLinear
+from streamcomp.linalg.fitting import refit_left
+from streamcomp.model.sites import Site, find_sites
+from streamcomp.model.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import (
     SMALL,
     compress,
@@ -27,7 +28,7 @@ from tests.jobs import (
     products,
     varied_text,
 )
-from tests.modeling.folders import CPU, open_skeleton
+from tests.model.folders import CPU, open_skeleton
 from tests.pico import pico_tokens
 
 F64 = torch.float64
@@ -114,7 +115,7 @@ def test_without_any_input_nothing_is_put_out() -> None:
 
     assert torch.equal(found, torch.zeros(9, 6, dtype=F64))
     for form in ("uv", "pivot"):
-        tensors = factor_tensors(form, found, torch.ones(6, 14, dtype=F64), torch.float32)
+        tensors = find_form(form).encode(found, torch.ones(6, 14, dtype=F64), Floats(torch.float32))
         assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
@@ -139,7 +140,7 @@ def lost(wanted: Tensor, low: Tensor, left: Tensor, ridge: float = 0.0) -> float
 @contextmanager
 def compressed_block(
     folder: Path, form: str
-) -> Iterator[tuple[LoadedBlock, dict[str, FactoredLinear], list[tuple[Tensor, Tensor, Any]]]]:
+) -> Iterator[tuple[LoadedBlock, dict[Site, FactoredLinear], list[tuple[Tensor, Tensor, Any]]]]:
     """Block 1 with half of its linears' ranks, and micro-batches of both streams."""
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)
@@ -150,23 +151,20 @@ def compressed_block(
         noise = torch.randn(hidden.shape, dtype=hidden.dtype, generator=random)
         batches.append((hidden, hidden + 0.3 * hidden.std() * noise, calls[1]))
     with streamer.block(1) as loaded:
-        linears = [n for n, m in loaded.module.named_modules() if type(m) is nn.Linear]
-        modules = {name: install(loaded, name, form) for name in linears}
+        sites = find_sites(skeleton, 1).eligible
+        modules = {site: install(loaded, site, form) for site in sites}
         yield loaded, modules, batches
 
 
-def install(loaded: LoadedBlock, name: str, form: str) -> FactoredLinear:
-    dense = loaded.dense_linear(name)
-    rank = min(dense.weight.shape) // 2
-    left, values, right = torch.linalg.svd(dense.weight.double(), full_matrices=False)
-    tensors = factor_tensors(
-        form, left[:, :rank], values[:rank, None] * right[:rank], dense.weight.dtype
+def install(loaded: LoadedBlock, site: Site, form: str) -> FactoredLinear:
+    """The truncated SVD of half the rank instead of the weight."""
+    weight, rank = site.weight(loaded), min(site.rows, site.columns) // 2
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    tensors = find_form(form).encode(
+        left[:, :rank], values[:rank, None] * right[:rank], Floats(weight.dtype)
     )
-    module = factored(dense, {"form": form, "rank": rank})
-    bias = {} if dense.bias is None else {"bias": dense.bias.detach()}
-    module.load_state_dict({**tensors, **bias}, assign=True)
-    loaded.replace(name, module.requires_grad_(False))
-    return module
+    site.install(loaded, tensors, {"form": form, "rank": rank})
+    return site.factored(loaded)
 
 
 @pytest.mark.parametrize("anchor", [1.0, 0.5, 0.25, 0.0])
@@ -176,30 +174,31 @@ def test_the_sums_are_those_of_both_streams_in_memory(
     architecture: str, form: str, anchor: float, pico: Callable[..., Path]
 ) -> None:
     with compressed_block(pico(architecture, dtype=F64), form) as (loaded, modules, batches):
-        refit = Refit(loaded, modules, anchor)
+        refit = Refit(loaded, list(modules), anchor)
         for dense, shifted, call in batches:
             with refit.dense():
                 loaded.run(dense, call)
             with refit.compressed():
                 loaded.run(shifted, call)
-        found = {name: refit.factors(name) for name in modules}
+        found = {site: refit.factors(site) for site in modules}
+        names = [site.name for site in modules]
 
-        with inputs_of(loaded.module, list(modules)) as seen:
+        with inputs_of(loaded.module, names) as seen:
             for _, shifted, call in batches:
                 loaded.run(shifted, call)
-        with loaded.dense(), inputs_of(loaded.module, list(modules)) as seen_dense:
+        with loaded.dense(), inputs_of(loaded.module, names) as seen_dense:
             for dense, _, call in batches:
                 loaded.run(dense, call)
-        for name, module in modules.items():
-            weight, right = loaded.weight(name), module.weight
-            inputs, anchored = torch.cat(seen[name]), torch.cat(seen_dense[name])
+        for site, module in modules.items():
+            weight, right = site.weight(loaded), module.weight
+            inputs, anchored = torch.cat(seen[site.name]), torch.cat(seen_dense[site.name])
             wanted = (anchor * anchored + (1 - anchor) * inputs) @ weight.T
             low = inputs @ right.T
-            left, kept = found[name]
+            left, kept = found[site]
             assert torch.equal(kept, right)
             before = module.left_factor()
             expected = refit_left(wanted.T @ low, low.T @ low, towards=before)
-            assert torch.allclose(left, expected, atol=1e-8), name
+            assert torch.allclose(left, expected, atol=1e-8), site.name
 
             best = torch.linalg.lstsq(low, wanted, driver="gelsd").solution.T
             assert lost(wanted, low, left) <= lost(wanted, low, before) * (1 + 1e-12)
@@ -208,22 +207,22 @@ def test_the_sums_are_those_of_both_streams_in_memory(
 
 def test_the_sums_leave_no_hook_and_the_factors_in_their_places(pico: Callable[..., Path]) -> None:
     with compressed_block(pico("llama", dtype=F64), "pivot") as (loaded, modules, batches):
-        refit = Refit(loaded, modules, 1.0)
+        refit = Refit(loaded, list(modules), 1.0)
         dense, shifted, call = batches[0]
         with refit.dense():
-            assert all(type(loaded.module.get_submodule(n)) is nn.Linear for n in modules)
+            assert all(type(loaded.running(site.name)) is nn.Linear for site in modules)
             loaded.run(dense, call)
         with refit.compressed():
-            assert all(loaded.module.get_submodule(n) is m for n, m in modules.items())
+            assert all(loaded.running(site.name) is m for site, m in modules.items())
             loaded.run(shifted, call)
 
-        for name, module in modules.items():
-            assert loaded.module.get_submodule(name) is module
-            for linear in (module, loaded.dense_linear(name)):
+        for site, module in modules.items():
+            assert loaded.running(site.name) is module
+            for linear in (module, loaded.original(site.name)):
                 assert not linear._forward_hooks and not linear._forward_pre_hooks
-            refit.factors(name)
+            refit.factors(site)
             with pytest.raises(KeyError):
-                refit.factors(name)
+                refit.factors(site)
 
 
 # -- a whole job
@@ -249,7 +248,7 @@ def test_updated_factors_lose_less_on_the_compressed_stream(
     tmp_path: Path,
 ) -> None:
     dense = pico(architecture, dtype=F64)
-    settings = {"method": method, "form": form, "ratio": 0.4, "batch": 3}
+    settings: dict[str, Any] = {"method": method, "form": form, "ratio": 0.4, "batch": 3}
     compress(dense, tmp_path / "plain", text, **settings)
     compress(dense, tmp_path / "updated", text, update=True, anchor=anchor, **settings)
 

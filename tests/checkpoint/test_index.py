@@ -10,7 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streamcomp.checkpoint.index import INDEX_FILE, SINGLE_FILE, TensorInfo, read_index
+from streamcomp.checkpoint.index import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorInfo,
+    read_header,
+    read_index,
+)
 from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
 from tests.checkpoint.safetensors_bytes import FOUR_FLOATS, write_parts
 from tests.pico import save_pico
@@ -82,13 +88,22 @@ def test_tensors_of_no_size_and_of_no_dimension_are_found(folder: Path) -> None:
 
 
 def test_a_dtype_torch_does_not_know_is_refused_when_it_is_needed(folder: Path) -> None:
-    entry = {"dtype": "F4_NEW", "shape": [2, 2], "data_offsets": [0, 16]}
-    write_parts(folder / SINGLE_FILE, {"a": entry})
+    entry = {"dtype": "F6_E2M3", "shape": [4, 4], "data_offsets": [0, 12]}
+    write_parts(folder / SINGLE_FILE, {"a": entry}, bytes(12))
 
     info = read_index(folder).tensors["a"]
 
-    with pytest.raises(SourceError, match="a: dtype F4_NEW"):
+    assert info.nbytes == 12
+    with pytest.raises(SourceError, match="a: dtype F6_E2M3"):
         _ = info.torch_dtype
+
+
+def test_a_dtype_safetensors_does_not_know_is_refused(folder: Path) -> None:
+    entry = {"dtype": "F4_NEW", "shape": [2, 2], "data_offsets": [0, 16]}
+    write_parts(folder / SINGLE_FILE, {"a": entry})
+
+    with pytest.raises(CorruptShardError, match="F4_NEW"):
+        read_index(folder)
 
 
 # -- folders that are no checkpoint
@@ -225,7 +240,7 @@ def test_a_header_of_garbage_is_refused(folder: Path, header: bytes) -> None:
 def test_a_header_longer_than_the_file_is_refused(folder: Path, length: int) -> None:
     write_parts(folder / SINGLE_FILE, {"a": FOUR_FLOATS}, length=length)
 
-    with pytest.raises(CorruptShardError, match=f"header of {length}"):
+    with pytest.raises(CorruptShardError, match="invalid header length|header too large"):
         read_index(folder)
 
 
@@ -234,7 +249,7 @@ def test_a_header_longer_than_the_format_allows_is_not_read(folder: Path) -> Non
     path.write_bytes((200_000_000).to_bytes(8, "little"))
     os.truncate(path, 300_000_000)  # a hole: takes no space
 
-    with pytest.raises(CorruptShardError, match="header of 200000000"):
+    with pytest.raises(CorruptShardError, match="header too large"):
         read_index(folder)
 
 
@@ -249,7 +264,7 @@ def test_a_header_longer_than_the_format_allows_is_not_read(folder: Path) -> Non
 def test_offsets_beyond_the_end_are_refused(folder: Path, entry: object) -> None:
     write_parts(folder / SINGLE_FILE, {"a": entry})
 
-    with pytest.raises(CorruptShardError, match="cut short: a ends at byte"):
+    with pytest.raises(CorruptShardError, match="cut short"):
         read_index(folder)
 
 
@@ -269,7 +284,7 @@ def test_offsets_beyond_the_end_are_refused(folder: Path, entry: object) -> None
 def test_a_shape_that_does_not_match_its_bytes_is_refused(folder: Path, entry: object) -> None:
     write_parts(folder / SINGLE_FILE, {"a": entry})
 
-    with pytest.raises(CorruptShardError, match="a F?U?.* does not match"):
+    with pytest.raises(CorruptShardError, match="is damaged"):
         read_index(folder)
 
 
@@ -296,8 +311,36 @@ def test_a_shape_that_does_not_match_its_bytes_is_refused(folder: Path, entry: o
 def test_a_damaged_header_entry_is_refused(folder: Path, entry: object) -> None:
     write_parts(folder / SINGLE_FILE, {"a": entry})
 
-    with pytest.raises(CorruptShardError, match="entry of a is damaged"):
+    with pytest.raises(CorruptShardError, match="is damaged"):
         read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": FOUR_FLOATS, "b": FOUR_FLOATS},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
+    ],
+    ids=["overlap", "hole", "bytes behind the last"],
+)
+def test_tensors_that_do_not_follow_each_other_are_refused(folder: Path, header: object) -> None:
+    write_parts(folder / SINGLE_FILE, header)
+
+    with pytest.raises(CorruptShardError, match="is damaged"):
+        read_index(folder)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / SINGLE_FILE)
+
+    with pytest.raises(SourceError, match="is no file"):
+        read_header(tmp_path / SINGLE_FILE)
+
+
+def test_a_shard_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=f"{SINGLE_FILE} cannot be read: No such file"):
+        read_header(tmp_path / SINGLE_FILE)
 
 
 def test_a_damaged_shard_of_several_is_named(tmp_path: Path) -> None:

@@ -101,6 +101,16 @@ def test_the_same_tensors_give_the_same_bytes_in_any_order(tmp_path: Path) -> No
     assert first == (tmp_path / "b.safetensors").read_bytes()
 
 
+def test_tensors_of_one_dtype_give_the_bytes_that_safetensors_writes(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(3, 5).bfloat16() for name in ("b", "a.weight", "a.bias", "c")}
+
+    write_shard(tmp_path / "a.safetensors", [Entry(*item) for item in tensors.items()])
+    save_file(tensors, tmp_path / "b.safetensors", metadata={"format": "pt"})
+
+    first = (tmp_path / "a.safetensors").read_bytes()
+    assert first == (tmp_path / "b.safetensors").read_bytes()
+
+
 def test_each_tensor_is_aligned_to_its_item(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     write_shard(tmp_path / SINGLE_FILE, [Entry(*item) for item in mixed().items()])

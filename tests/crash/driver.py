@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from streamcomp.checkpoint import writer
 from streamcomp.job.journal import JOURNAL, Journal
-from streamcomp.planning.meter import warm_up
+from streamcomp.job.rows import StepRow
+from streamcomp.machine.kernels import warm_up
 from tests.jobs import compress, tree
 
 # Of the first, every point is tried; of the others, those between the embeddings and the rest,
@@ -70,17 +71,17 @@ def watch(point: Points) -> None:
         replace(source, target)
         point(f"after {Path(target).name} got its name")
 
-    def points_at_commit(journal: Journal, step: str, results: Any) -> None:
-        line = json.dumps({"step": step, **results}) + "\n"
+    def points_at_commit(journal: Journal, row: StepRow) -> None:
+        line = json.dumps(row.to_dict()) + "\n"
 
         def tear() -> None:
             with journal.path.open("a") as file:
                 file.write(line[: len(line) // 2])
 
-        point(f"before {step} is committed")
-        point(f"within the journal line of {step}", tear)
-        commit(journal, step, results)
-        point(f"after {step} is committed")
+        point(f"before {row.step} is committed")
+        point(f"within the journal line of {row.step}", tear)
+        commit(journal, row)
+        point(f"after {row.step} is committed")
 
     def points_at_pwrite(descriptor: int, data: memoryview, offset: int) -> int:
         half = len(data) // 2
@@ -115,20 +116,22 @@ def watch(point: Points) -> None:
         mkdir(path, *args, **kwargs)
         point(f"after {path.name} is made")
 
-    os.replace, os.pwrite, os.posix_fallocate = (  # type: ignore[assignment]
+    system: Any = os
+    paths: Any = Path
+    system.replace, system.pwrite, system.posix_fallocate = (
         points_at_replace,
         points_at_pwrite,
         points_at_reserve,
     )
-    Path.unlink, Path.rmdir, Path.mkdir = (  # type: ignore[method-assign]
+    paths.unlink, paths.rmdir, paths.mkdir = (
         points_at_unlink,
         points_at_rmdir,
         points_at_mkdir,
     )
-    Journal.commit = points_at_commit  # type: ignore[method-assign]
+    Journal.commit = points_at_commit  # type: ignore[method-assign, assignment]
     writer._Write.__call__ = points_at_write  # type: ignore[method-assign]
     # A sync only matters to a power cut, which a test cannot make.
-    os.fsync = os.fdatasync = lambda descriptor: None  # type: ignore[assignment]
+    system.fsync = system.fdatasync = lambda descriptor: None
 
 
 class Driver:

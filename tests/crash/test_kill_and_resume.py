@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM
 import streamcomp
 from streamcomp import JobMismatchError, OutputError
 from streamcomp.api import plan
+from streamcomp.machine.session import probed
 from tests.crash.driver import KINDS
 from tests.jobs import (
     ENVIRONMENT,
     REPOSITORY,
     RESOURCES,
+    FakeProbe,
     Interrupt,
     Interrupted,
     Notes,
@@ -52,8 +54,15 @@ def driven(
     """What the driver tells, for each kind of job; they run side by side."""
     running = {
         kind: subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.driver", pico("llama"), text]
-            + [tmp_path_factory.mktemp("killed"), kind],
+            [
+                sys.executable,
+                "-m",
+                "tests.crash.driver",
+                pico("llama"),
+                text,
+                tmp_path_factory.mktemp("killed"),
+                kind,
+            ],  # fmt: skip
             cwd=REPOSITORY,
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
@@ -313,16 +322,18 @@ def test_a_smaller_budget_that_forces_another_batch_says_so_and_goes_on(
     statistics: str, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     dense, out = pico("llama", dtype=torch.float64), tmp_path / "out"
-    settings = {"method": "svd-llm", "statistics": statistics}
+    settings: dict[str, Any] = {"method": "svd-llm", "statistics": statistics}
     recipe = small_recipe(text, **settings)
     with (  # what does not depend on the batch is larger than all of a pico model
-        mock.patch("streamcomp.planning.plan.resident_bytes", return_value=300 * 2**20),
-        mock.patch("streamcomp.planning.cost._PIECE_BYTES", 0),
-        mock.patch("streamcomp.planning.cost._TOKENIZER_FACTOR", 0),
-        mock.patch("streamcomp.planning.levers.Budget.minimum", property(lambda own: own.least)),
-        mock.patch("streamcomp.planning.cost.PANEL", 1),
-        mock.patch("streamcomp.planning.cost.COPY_BYTES", 0),
-        mock.patch("streamcomp.planning.steps.COPY_BYTES", 0),
+        probed(FakeProbe(baseline=300 * 2**20)),
+        mock.patch("streamcomp.calibration.corpus._PIECE_BYTES", 0),
+        mock.patch("streamcomp.calibration.corpus._BYTES_PER_FILE_BYTE", 0),
+        mock.patch("streamcomp.machine.budget.Budget.minimum", property(lambda own: own.fewest)),
+        mock.patch("streamcomp.linalg.low_rank.PANEL", 1),
+        mock.patch("streamcomp.forms.base.PANEL", 1),
+        mock.patch("streamcomp.job.steps.embed.COPY_BYTES", 0),
+        mock.patch("streamcomp.job.steps.write_block.COPY_BYTES", 0),
+        mock.patch("streamcomp.job.steps.copy.COPY_BYTES", 0),
     ):
         ample = plan(dense, recipe, RESOURCES)
         small = str(ample.minimum_bytes)
@@ -348,7 +359,7 @@ def test_a_resumed_job_keeps_its_batch_also_with_a_larger_budget(
     pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     dense, out = pico("llama"), tmp_path / "out"
-    with mock.patch("streamcomp.planning.plan._largest_batch", return_value=2):
+    with mock.patch("streamcomp.job.plan._largest_batch", return_value=2):
         compress(dense, tmp_path / "whole", text)
         with pytest.raises(Interrupted):
             compress(dense, out, text, progress=Interrupt(2))

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,9 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import streamcomp
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.errors import StreamcompError
-from streamcomp.modeling.modules import FactoredLinear
-from streamcomp.modeling.streamer import BlockStreamer
-from streamcomp.planning.rates import MachineRates
+from streamcomp.forms.runtime import FactoredLinear
+from streamcomp.model.streamer import BlockStreamer
 from tests.families.tiny import NotBuiltError, default_model, save_tiny
 from tests.jobs import (
     RESOURCES,
@@ -33,10 +31,11 @@ from tests.jobs import (
     config_of,
     factored_modules,
     products,
+    quick_plan,
     small_recipe,
     stored_tensors,
 )
-from tests.modeling.folders import CPU, open_skeleton, streamed_logits
+from tests.model.folders import CPU, open_skeleton, streamed_logits
 
 __all__ = ["Family", "Step", "check_family", "streamed_gradient"]
 
@@ -207,8 +206,7 @@ class _Checks:
             family.default_share, family.dense = _shares(original, layers, left)
 
     def _plan(self) -> None:
-        rates = MachineRates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)  # measuring them takes seconds
-        with mock.patch("streamcomp.api.measure_rates", return_value=rates):
+        with quick_plan():
             streamcomp.plan(self.source, small_recipe(self.text), RESOURCES)
 
     def _evaluate_original(self) -> None:

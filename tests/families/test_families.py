@@ -29,7 +29,7 @@ from tests.families.checks import (
 )
 from tests.families.tiny import NotBuiltError, causal_types, save_tiny, tiny_config
 from tests.jobs import logits_of, products, stored_tensors
-from tests.modeling.folders import streamed_logits
+from tests.model.folders import streamed_logits
 
 # Type -> what is difficult about it.
 WORKS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_reported_losses_are_the_measured_ones(
     dense = pico(architecture, dtype=dtype)
     tokens = load_windows(dense, [str(text)], SMALL["samples"], SMALL["seq_len"], 0).tokens.long()
 
-    settings = {"method": method, "form": form, "statistics": statistics}
+    settings: dict[str, Any] = {"method": method, "form": form, "statistics": statistics}
     result = compress(dense, tmp_path / "out", text, ratio=0.4, batch=3, **settings)
 
     reported = {linear["name"]: linear["relative_loss"] for linear in result.report["linears"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,15 +16,13 @@ import streamcomp
 from streamcomp import CompressResult, Resources
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
-from streamcomp.job.analysis import read_moment, read_output_gradient
+from streamcomp.job.block_plan import BlockPlan, plan_blocks
 from streamcomp.job.folders import WORK_FOLDER
+from streamcomp.job.kept import read_moment, read_output_gradient
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.methods import Moment
-from streamcomp.modeling.linears import Linear
-from streamcomp.modeling.skeleton import Skeleton
-from streamcomp.planning import plan
-from streamcomp.planning.blocks import BlockPlan, plan_blocks
-from streamcomp.planning.levers import Levers
+from streamcomp.model.sites import Site
+from streamcomp.model.skeleton import Skeleton
 from tests.jobs import (
     BUDGET,
     SMALL,
@@ -34,10 +32,11 @@ from tests.jobs import (
     load_dense,
     products,
     quick_plan,
+    set_levers,
     small_recipe,
     varied_text,
 )
-from tests.modeling.folders import CPU, open_skeleton, save_edited
+from tests.model.folders import CPU, open_skeleton, save_edited
 from tests.pico import HIDDEN, UNUSUAL
 
 F64 = torch.float64
@@ -124,15 +123,9 @@ def run(
     **settings: Any,
 ) -> CompressResult:
     """A two-sided job that keeps its work, with other ``levers`` than would be chosen."""
-    choose = plan._choose_levers
-
-    def chosen(*given: Any) -> tuple[Levers, Levers]:
-        least, largest = choose(*given)
-        return least, replace(largest, **(levers or {}))
-
     resources = Resources(BUDGET, threads=1, keep_work=True)
     recipe = small_recipe(text, **{"ratio": 0.4, **settings})
-    with quick_plan(), mock.patch.object(plan, "_choose_levers", chosen):
+    with quick_plan(), set_levers(**(levers or {})):
         return streamcomp.compress(folder, out, recipe, resources, progress=progress)
 
 
@@ -141,7 +134,7 @@ def block_plans(folder: Path, text: Path, **settings: Any) -> list[BlockPlan]:
     return plan_blocks(open_skeleton(folder), small_recipe(text, **settings), shape)
 
 
-def kept_moments(folder: Path, out: Path, text: Path) -> dict[str, tuple[Linear, Moment]]:
+def kept_moments(folder: Path, out: Path, text: Path) -> dict[str, tuple[Site, Moment]]:
     return {
         linear.full_name: (
             linear,
@@ -149,7 +142,7 @@ def kept_moments(folder: Path, out: Path, text: Path) -> dict[str, tuple[Linear,
         )
         for block in block_plans(folder, text)
         for group in block.groups
-        for linear in group.linears
+        for linear in group.sites
     }
 
 
@@ -254,7 +247,7 @@ def test_they_do_not_depend_on_which_blocks_are_compressed(
     found = 0
     for block in block_plans(folder, text, blocks=blocks):
         for group in block.groups:
-            for linear in group.linears:
+            for linear in group.sites:
                 moment = read_moment(
                     tmp_path / "out" / WORK_FOLDER, block.number, group, linear, CPU
                 )
@@ -318,14 +311,15 @@ def read_stream(out: Path, key: str) -> Tensor:
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values**exponent) @ vectors.T
+    raised: Tensor = (vectors * values**exponent) @ vectors.T
+    return raised
 
 
 def textbook(weight: Tensor, inputs: Tensor, gradients: Tensor, rank: int) -> Tensor:
     """W' by the SVD of Gamma^1/2 W H^1/2 and both inverses."""
     whitened = power(gradients, 0.5) @ weight @ power(inputs, 0.5)
     left, values, right = torch.linalg.svd(whitened, full_matrices=False)
-    cut = (left[:, :rank] * values[:rank]) @ right[:rank]
+    cut: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
     return power(gradients, -0.5) @ cut @ power(inputs, -0.5)
 
 

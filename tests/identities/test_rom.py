@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Generator, Tensor
 
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.linalg.low_rank import Decomposition
-from streamcomp.methods import Moment, find_method
+from streamcomp.methods import Moment
+from streamcomp.methods.rom import Rom
+from streamcomp.methods.svd_llm import SvdLlm
 from tests.jobs import (
     SMALL,
     compress,
@@ -43,7 +46,7 @@ def moment_of(weight: Tensor, inputs: Tensor, side: str) -> Moment:
 
 
 def decomposed(weight: Tensor, moment: Moment) -> Decomposition:
-    return find_method("rom").decompose(weight, moment, 0.0)  # type: ignore[union-attr]
+    return Rom().decompose(weight, moment, 0.0)
 
 
 def principal(outputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +64,7 @@ def test_it_is_svd_llm_on_the_same_moments(
 
     found = decomposed(weight, moment)
 
-    expected = find_method("svd-llm").decompose(weight, moment, 0.0)  # type: ignore[union-attr]
+    expected = SvdLlm().decompose(weight, moment, 0.0)
     assert torch.equal(found.spectrum, expected.spectrum)
     for ours, theirs in zip(found.factors(weight, 5), expected.factors(weight, 5), strict=True):
         assert torch.equal(ours, theirs)
@@ -136,7 +139,7 @@ def test_a_job_stores_the_components_of_the_whole_model(
     tmp_path: Path,
 ) -> None:
     dense, out = pico(architecture, dtype=F64), tmp_path / "out"
-    settings = {"method": "rom", "statistics": statistics, "form": form}
+    settings: dict[str, Any] = {"method": "rom", "statistics": statistics, "form": form}
 
     compress(dense, out, text, ratio=0.3, **settings)
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.families.tiny import save_tiny
 from tests.jobs import compress, factored_modules
-from tests.modeling.folders import streamed_logits
+from tests.model.folders import streamed_logits
 from tests.pico import ARCHITECTURES, TUPLES, pico_text, pico_tokens, whole_logits
 
 

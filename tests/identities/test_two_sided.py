@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from streamcomp.forms import Floats, find_form
+from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import (
     GRADIENT_DAMPING,
     Decomposition,
@@ -14,8 +16,8 @@ from streamcomp.linalg.low_rank import (
     decompose_two_sided_outputs,
     output_moment,
 )
-from streamcomp.linalg.symmetric import solve_dtype
-from streamcomp.methods import GradientMoment, Moment, factor_tensors, find_method
+from streamcomp.methods import GradientMoment, Moment
+from streamcomp.methods.two_sided import TwoSided
 from tests.jobs import product
 
 F64 = torch.float64
@@ -53,7 +55,8 @@ def damped(gradients: Tensor, damping: float) -> Tensor:
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values**exponent) @ vectors.T
+    raised: Tensor = (vectors * values**exponent) @ vectors.T
+    return raised
 
 
 def textbook(weight: Tensor, inputs: Tensor, gradients: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -188,7 +191,7 @@ def test_no_other_matrix_of_the_rank_loses_less(shape: tuple[int, int], seed: in
 def alternated(weight: Tensor, inputs: Tensor, metric: Tensor, right: Tensor) -> Tensor:
     """W' after twenty alternating least squares, from the right factor ``right``."""
     for _ in range(20):
-        left = weight @ inputs @ right.T @ torch.linalg.inv(right @ inputs @ right.T)
+        left: Tensor = weight @ inputs @ right.T @ torch.linalg.inv(right @ inputs @ right.T)
         right = torch.linalg.inv(left.T @ metric @ left) @ left.T @ metric @ weight
     return left @ right
 
@@ -216,7 +219,7 @@ def test_full_rank_gives_the_weight_back(
     weight, inputs = normal(*shape, random=random), moment(shape[1], random)
     found = decompose(weight, inputs, moment(shape[0], random))
 
-    tensors = factor_tensors(form, *found.factors(weight, min(shape)), F64)
+    tensors = find_form(form).encode(*found.factors(weight, min(shape)), Floats(F64))
 
     assert close(low(found, weight, min(shape)), weight)
     assert close(stored(form, tensors), weight)
@@ -231,7 +234,7 @@ def test_every_form_stores_the_same_matrix(
     weight, inputs = normal(*shape, random=random), moment(shape[1], random)
     found = decompose(weight, inputs, moment(shape[0], random))
 
-    tensors = factor_tensors(form, *found.factors(weight, rank), F64)
+    tensors = find_form(form).encode(*found.factors(weight, rank), Floats(F64))
 
     assert close(stored(form, tensors), low(found, weight, rank))
 
@@ -283,7 +286,7 @@ def test_the_method_takes_either_moment(
     given = inputs if side == "inputs" else output_moment(weight, inputs)
     gradient = GradientMoment(own, float(gradients.trace()))
 
-    found = find_method("two-sided").decompose(
+    found = TwoSided().decompose(
         weight,
         Moment(side, given, gradient=gradient),  # type: ignore[arg-type]
         damping,
@@ -339,7 +342,7 @@ def test_inputs_of_few_tokens_are_reproduced(
     found = decompose(weight, tokens @ tokens.T, gradients)
 
     for rank in (4, 7, min(shape) - 1):
-        tensors = factor_tensors(form, *found.factors(weight, rank), F64)
+        tensors = find_form(form).encode(*found.factors(weight, rank), Floats(F64))
         wanted = weight @ tokens
         assert (stored(form, tensors) @ tokens - wanted).norm() < 1e-3 * wanted.norm()
         assert found.relative_loss(rank) < 1e-4
@@ -354,7 +357,7 @@ def test_one_token_alone_is_survived(form: str, shape: tuple[int, int], random: 
 
     found = decompose(weight, token @ token.T, moment(shape[0], random, rank=1))
 
-    tensors = factor_tensors(form, *found.factors(weight, 3), F64)
+    tensors = find_form(form).encode(*found.factors(weight, 3), Floats(F64))
     assert (stored(form, tensors) @ token - weight @ token).norm() < 1e-2 * (weight @ token).norm()
 
 
@@ -368,7 +371,7 @@ def test_inputs_that_are_always_zero_are_survived(
     found = decompose(weight, torch.zeros(shape[1], shape[1], dtype=F64), moment(shape[0], random))
 
     assert not found.spectrum.any()
-    tensors = factor_tensors(form, *found.factors(weight, 5), F64)
+    tensors = find_form(form).encode(*found.factors(weight, 5), Floats(F64))
     assert stored(form, tensors).isfinite().all()
 
 
@@ -384,7 +387,7 @@ def test_a_weight_of_low_rank_is_given_back_at_any_higher_one(
     found = decompose(weight, moment(columns, random), moment(rows, random))
 
     for kept in (max(rank, 1), 6, min(shape)):
-        tensors = factor_tensors(form, *found.factors(weight, kept), F64)
+        tensors = find_form(form).encode(*found.factors(weight, kept), Floats(F64))
         assert (stored(form, tensors) - weight).norm() <= 1e-7 * weight.norm()
         assert found.relative_loss(kept) < 1e-12
 
@@ -404,7 +407,7 @@ def test_channels_of_zeros_are_survived(
 
     metric = damped(gradients, GRADIENT_DAMPING)
     for rank in (2, 6, 10):
-        tensors = factor_tensors(form, *found.factors(weight, rank), F64)
+        tensors = find_form(form).encode(*found.factors(weight, rank), Floats(F64))
         lost = objective(weight - stored(form, tensors), inputs, metric)
         whole = objective(weight, inputs, metric)
         assert lost == pytest.approx(float(found.spectrum[rank:].sum()), abs=1e-4 * whole)
@@ -420,7 +423,7 @@ def test_a_linear_of_one_row_or_column_is_given_back(
 
     found = decompose(weight, inputs, gradients)
 
-    tensors = factor_tensors(form, *found.factors(weight, 1), F64)
+    tensors = find_form(form).encode(*found.factors(weight, 1), Floats(F64))
     assert close(stored(form, tensors), weight)
     whole = objective(weight, inputs, damped(gradients, GRADIENT_DAMPING))
     assert float(found.spectrum.sum()) == pytest.approx(whole, rel=1e-9)

@@ -13,7 +13,8 @@ from streamcomp.linalg.low_rank import (
     output_moment,
 )
 from streamcomp.linalg.moments import SecondMoment
-from streamcomp.methods import METHODS, Moment, find_method
+from streamcomp.methods import Moment
+from streamcomp.methods.svd_llm import SvdLlm
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 
@@ -153,10 +154,9 @@ def test_a_method_is_given_either_side_of_a_running_moment(random: Generator) ->
     outputs = SecondMoment(12, dtype=torch.float64, device="cpu")
     for tokens in inputs.T.split(7):
         outputs.update(tokens @ weight.T)
-    method = find_method("svd-llm")
+    method = SvdLlm()
 
     by_inputs = method.decompose(weight, Moment("inputs", moment), 0.0)
     by_outputs = method.decompose(weight, Moment("outputs", outputs.value), 0.0)
 
-    assert method is METHODS["svd-llm"]
     assert torch.allclose(cut(weight, by_inputs, 5), cut(weight, by_outputs, 5), atol=1e-8)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from streamcomp.forms.runtime import MODULES, FactoredLinear
 from streamcomp.integrations.transformers import PLUGIN, StreamCompConfig, plugin_source
-from streamcomp.modeling.modules import FORMS, FactoredLinear, SharedLinear
 from tests.jobs import (
     REPOSITORY,
     Finished,
@@ -31,7 +31,7 @@ from tests.jobs import (
     stored_tensors,
     varied_text,
 )
-from tests.modeling.folders import edit_config
+from tests.model.folders import edit_config
 from tests.pico import pico_tokens
 
 
@@ -45,7 +45,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "shared": {"method": "swsc", "clusters": 4},
     "shared by rows": {"method": "swsc", "clusters": 4, "axis": "rows"},
 }
-KINDS = [*FORMS, *OTHERS]
+KINDS = ["uv", "pivot", *OTHERS]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_factored_linears_are_in_their_places(form: str, compressed: Callable[..
     specs = factored_modules(out)
     assert found.keys() == specs.keys()
     for name, module in found.items():
-        assert type(module) is {**FORMS, "shared": SharedLinear}[form]
+        assert type(module) is MODULES[form]
         assert isinstance(module, nn.Linear)
         assert module.rank == specs[name]["rank"]
         torch.testing.assert_close(
@@ -285,6 +285,21 @@ def test_a_device_map_is_obeyed(place: str, compressed: Callable[..., Path]) -> 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_accelerate_runs_it_with_a_block_on_disk(
+    kind: str, compressed: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = compressed("llama", kind)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+
+    model = load(out, device_map=places, offload_folder=tmp_path)
+
+    weights = model.model.layers[1].mlp.down_proj.state_dict().values()
+    assert all(tensor.is_meta for tensor in weights)  # accelerate's hooks read them when they run
+    assert torch.equal(logits_of(model, pico_tokens()), logits_of(load(out), pico_tokens()))
+
+
 @pytest.mark.parametrize("form", ["pivot", "uv"])
 def test_another_dtype_is_obeyed(form: str, compressed: Callable[..., Path]) -> None:
     out = compressed("llama", form, dtype=torch.bfloat16)
@@ -345,7 +360,7 @@ def test_it_is_traced_whole(compressed: Callable[..., Path]) -> None:
     model = load(compressed("llama"))
     expected = logits_of(model, pico_tokens())
 
-    traced = torch.compile(model, backend="eager")
+    traced: Callable[..., Any] = torch.compile(model, backend="eager")
 
     with torch.no_grad():
         found: Tensor = traced(input_ids=pico_tokens(), use_cache=False).logits

@@ -75,7 +75,7 @@ import streamcomp
 told = load()
 """,
     "a part of streamcomp that imports transformers": """
-from streamcomp.modeling.modules import FORMS
+from streamcomp.forms.runtime import MODULES
 assert "streamcomp.api" not in sys.modules
 told = load()
 """,
@@ -110,7 +110,7 @@ def test_a_compressed_model_is_loaded(order: str, out: Path, tmp_path: Path) -> 
 
     assert done.code == 0, done.err[-2000:]
     told = json.loads(done.out)
-    assert told["modules"] == ["streamcomp.modeling.modules.PivotLinear"]
+    assert told["modules"] == ["streamcomp.forms.runtime.PivotLinear"]
     assert told["waiting"] is False  # it has had its use
     expected = logits_of(AutoModelForCausalLM.from_pretrained(out).eval(), TOKENS)
     torch.testing.assert_close(torch.tensor(told["logits"]), expected, rtol=1e-4, atol=1e-4)

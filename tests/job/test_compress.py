@@ -35,7 +35,7 @@ from tests.jobs import (
     tree,
     varied_text,
 )
-from tests.modeling.folders import save_edited
+from tests.model.folders import save_edited
 from tests.pico import ARCHITECTURES, make_tokenizer, pico_tokens, save_pico
 
 FORMS = ("pivot", "uv")
@@ -359,12 +359,13 @@ def whitened(weight: Tensor, inputs: Tensor, rank: int) -> Tensor:
     root = torch.linalg.cholesky(inputs.T @ inputs)  # (n, n)
     left, values, right = torch.linalg.svd(weight.double() @ root, full_matrices=False)
     kept = left[:, :rank] * values[:rank] @ right[:rank]
-    return torch.linalg.solve_triangular(root.T, kept.T, upper=True).T
+    product: Tensor = torch.linalg.solve_triangular(root.T, kept.T, upper=True).T
+    return product
 
 
 def truncated(weight: Tensor, inputs: Tensor, rank: int) -> Tensor:
     """The same by the principal components of the outputs (ROM)."""
-    left = torch.linalg.svd(weight.double() @ inputs.T, full_matrices=False).U[:, :rank]
+    left: Tensor = torch.linalg.svd(weight.double() @ inputs.T, full_matrices=False).U[:, :rank]
     return left @ (left.T @ weight.double())
 
 
@@ -590,7 +591,7 @@ def test_a_job_interrupted_after_any_step_goes_on_to_the_same_bytes(
     statistics: str, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     dense = pico("gemma2")
-    settings = {"method": "svd-llm", "statistics": statistics}
+    settings: dict[str, Any] = {"method": "svd-llm", "statistics": statistics}
     compress(dense, tmp_path / "whole", text, **settings)
     expected = stored_files(tmp_path / "whole")
     names = ["tokenize", "embed", "block 0", "block 1", "copy the rest"]
@@ -695,16 +696,15 @@ def test_the_report_tells_what_was_done(compressed: Callable[..., tuple[Path, Pa
 
 def test_a_model_of_one_block_is_compressed_too(text: Path, tmp_path: Path) -> None:
     dense = save_pico(tmp_path / "one", blocks=1)
-    for number, settings in enumerate(
-        (
-            {},
-            {"update": True, "refine": 4},
-            {"method": "svd-llm"},
-            {"method": "svd-llm", "statistics": "compressed"},
-            {"method": "svd-llm", "refine": 4, "ratio": (0.2,)},
-            {"method": "swsc"},
-        )
-    ):
+    several: tuple[dict[str, Any], ...] = (
+        {},
+        {"update": True, "refine": 4},
+        {"method": "svd-llm"},
+        {"method": "svd-llm", "statistics": "compressed"},
+        {"method": "svd-llm", "refine": 4, "ratio": (0.2,)},
+        {"method": "swsc"},
+    )
+    for number, settings in enumerate(several):
         out = tmp_path / str(number)
         compress(dense, out, text, **settings)
 

@@ -15,9 +15,9 @@ import pytest
 
 from streamcomp import JobMismatchError, OutputError, RecipeError, Resources, status
 from streamcomp.api import plan
-from streamcomp.job import run
 from streamcomp.job.journal import locked
-from streamcomp.modeling.skeleton import Skeleton
+from streamcomp.job.steps.tokenize import Tokenize
+from streamcomp.model.skeleton import Skeleton
 from tests.jobs import (
     BUDGET,
     Interrupt,
@@ -165,7 +165,7 @@ def test_a_job_does_not_go_on_in_a_folder_of_somebody_else(
     victim = save_pico(tmp_path / "victim", seed=5, shard_size="30KB")
     if after < 0:
         with (
-            mock.patch.object(run.Job, "_tokenize", side_effect=Interrupted),
+            mock.patch.object(Tokenize, "run", side_effect=Interrupted),
             pytest.raises(Interrupted),
         ):
             compress(dense, tmp_path / "out", text, work_dir=work, ratio=ratio)
@@ -226,7 +226,7 @@ def test_folders_of_other_ratios_with_nothing_in_them_are_no_job(
 ) -> None:
     dense, work, out = pico("llama"), tmp_path / "work", tmp_path / "out"
     with (
-        mock.patch.object(run.Job, "_tokenize", side_effect=Interrupted),
+        mock.patch.object(Tokenize, "run", side_effect=Interrupted),
         pytest.raises(Interrupted),
     ):
         compress(dense, out, text, work_dir=work, ratio=(0.2, 0.4))

@@ -17,9 +17,8 @@ from torch import Tensor
 
 import streamcomp
 from streamcomp import JobMismatchError, Recipe, RecipeError
+from streamcomp.job.levers import Levers
 from streamcomp.job.progress import SilentProgress
-from streamcomp.planning import plan
-from streamcomp.planning.levers import Levers
 from tests.jobs import (
     RESOURCES,
     Interrupt,
@@ -29,6 +28,7 @@ from tests.jobs import (
     config_of,
     factored_modules,
     products,
+    set_levers,
     small_recipe,
     stored_tensors,
     tree,
@@ -153,13 +153,8 @@ def test_feed_forwards_in_chunks_change_rounding_alone(
 ) -> None:
     dense = pico("llama", dtype=torch.float64)
     compress(dense, tmp_path / "whole", text, **CHUNKED[kind])
-    choose = plan._choose_levers
 
-    def fewer(*given: Any) -> tuple[Levers, Levers]:
-        least, most = choose(*given)
-        return least, replace(most, feed_forward_tokens=5)
-
-    with mock.patch.object(plan, "_choose_levers", fewer):
+    with set_levers(feed_forward_tokens=5):
         report = compress(dense, tmp_path / "chunked", text, **CHUNKED[kind]).report
 
     assert report["levers"]["feed_forward_tokens"] == 5
@@ -178,14 +173,8 @@ def test_passes_over_the_windows_change_no_byte(
     blocks, settings = JOBS.get(kind, (2, {"keep_work": True}))
     dense = pico("llama", blocks=blocks)
     compress(dense, tmp_path / "one", text, **settings)
-    choose = plan._choose_levers
 
-    def fewer(*given: Any) -> tuple[Levers, Levers]:
-        least, most = choose(*given)
-        assert most.groups > 1 or given[1] is not None  # chosen before
-        return least, replace(most, linears=1, groups=1)
-
-    with mock.patch.object(plan, "_choose_levers", fewer):
+    with set_levers(linears=1, groups=1):
         report = compress(dense, tmp_path / "several", text, **settings).report
 
     assert report["levers"]["groups"] == 1
@@ -432,7 +421,7 @@ def test_kept_moments_serve_one_job_after_the_other(
         ((0.1, 0.2, first), (0.1, 0.4, ["ranks"]), (0.3, 0.4, first), (0.0, 0.2, first)), 1
     ):
         out, steps = tmp_path / str(number), Names()
-        settings = {"damping": damping, "ratio": ratio}
+        settings: Settings = {"damping": damping, "ratio": ratio}
         compress(dense, out, text, work_dir=work, progress=steps, **settings)
 
         assert steps.names == [*begins, "block 0", "block 1", "copy the rest"]
@@ -461,7 +450,8 @@ def test_moments_are_kept_where_they_alone_decide(
     pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     dense = pico("llama")
-    for number, settings in enumerate(({"method": "rom"}, {"method": "swsc"})):
+    both: tuple[Settings, ...] = ({"method": "rom"}, {"method": "swsc"})
+    for number, settings in enumerate(both):
         work = tmp_path / f"work {number}"
         compress(dense, tmp_path / str(number), text, work_dir=work, keep_work=True, **settings)
         assert not list(work.glob("moments-*"))
@@ -625,9 +615,12 @@ def test_the_ratio_of_each_linear_of_the_chosen_blocks(
 CONTRADICTIONS: list[tuple[Settings, str]] = [
     ({"form": "shared"}, "form shared is not for method two-sided"),
     ({"method": "swsc", "form": "pivot"}, "form pivot is not for method swsc"),
-    ({"statistics": "compressed"}, "method two-sided takes its statistics from the dense model"),
-    ({"statistics": "none"}, "method two-sided takes its statistics from the dense model"),
-    ({"method": "rom", "statistics": "none"}, "method rom needs statistics"),
+    ({"statistics": "compressed"}, "statistics compressed are not for method two-sided: use dense"),
+    ({"statistics": "none"}, "statistics none are not for method two-sided: use dense"),
+    (
+        {"method": "rom", "statistics": "none"},
+        "statistics none are not for method rom: use compressed or dense",
+    ),
     ({"method": "rom", "allocation": "loss"}, "use --statistics dense"),
     (
         {"method": "svd-llm", "statistics": "compressed", "allocation": "loss"},

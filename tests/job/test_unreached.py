@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama import modeling_llama as llama
 
-from streamcomp.modeling.linears import find_linears
+from streamcomp.model.sites import find_sites
 from tests.jobs import Interrupt, Interrupted, compress, factored_modules, stored_tensors, tree
-from tests.modeling.folders import open_skeleton, streamed_logits
+from tests.model.folders import open_skeleton, streamed_logits
 from tests.pico import pico_text, pico_tokens, whole_logits
 
 UNREACHED = {f"model.layers.{block}.mlp.up_proj" for block in range(2)}
@@ -37,7 +37,7 @@ def test_the_code_alone_does_not_tell(pico: Callable[..., Path]) -> None:
     skeleton = open_skeleton(pico("llama"))
 
     assert skeleton.rehearsal.called == (None, None)
-    assert "mlp.up_proj" in {linear.name for linear in find_linears(skeleton, 0).eligible}
+    assert "mlp.up_proj" in {linear.name for linear in find_sites(skeleton, 0).eligible}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from streamcomp.job import workspace
-from streamcomp.job.workspace import Workspace
+from streamcomp.job import runner, workspace
 from tests.jobs import compress, varied_text
 
 MiB = 2**20
@@ -21,7 +20,9 @@ def test_each_step_reads_the_block_of_the_next_ahead(
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr(
-        workspace, "read_ahead", lambda infos: asked.append(infos[0].name.split(".")[2])
+        workspace,
+        "read_ahead",
+        lambda infos: asked.extend(info.name.split(".")[2] for info in infos[:1]),
     )
     text = varied_text(tmp_path / "text", 2000)
 
@@ -32,21 +33,17 @@ def test_each_step_reads_the_block_of_the_next_ahead(
 
 
 @pytest.mark.parametrize(("room", "asks"), [(10 * MiB, True), (10 * MiB - 1, False)])
-def test_nothing_is_read_ahead_for_which_the_budget_has_no_room(
-    room: int, asks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(workspace, "read_ahead", asked.append)
-    steps = [
-        SimpleNamespace(peak_bytes=100 * MiB, step=SimpleNamespace(block=block)) for block in (4, 5)
-    ]
+def test_nothing_is_read_ahead_for_which_the_budget_has_no_room(room: int, asks: bool) -> None:
     infos = [SimpleNamespace(nbytes=4 * MiB), SimpleNamespace(nbytes=6 * MiB)]
-    space: Any = SimpleNamespace(
-        plan=SimpleNamespace(steps=steps, budget_bytes=100 * MiB + room),
-        journal=SimpleNamespace(steps=[]),
-        skeleton=SimpleNamespace(block_tensors=lambda _: infos),
+    plan: Any = SimpleNamespace(
+        steps=[
+            SimpleNamespace(peak_bytes=100 * MiB, step=SimpleNamespace(block=k)) for k in (0, 1)
+        ],
+        budget_bytes=100 * MiB + room,
+        outline=SimpleNamespace(
+            blocks=[SimpleNamespace(read_bytes=10 * MiB)] * 2,
+            skeleton=SimpleNamespace(block_tensors=lambda _: infos),
+        ),
     )
 
-    Workspace._read_ahead(space, 4)
-
-    assert asked == ([infos] if asks else [])
+    assert runner._next_block(plan, 0) == (infos if asks else [])

@@ -8,19 +8,42 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamcomp.errors import NonFiniteError, RecipeError
-from streamcomp.linalg.allocation import (
-    largest_rank,
-    loss_ranks,
-    stored_numbers,
-    uniform_ranks,
-)
+from streamcomp.errors import RecipeError
+from streamcomp.forms import find_form
+from streamcomp.linalg.allocation import Curve, even_choices, least_loss_choices
 
 FORMS = ("uv", "pivot")
 SIDES = (1, 2, 3, 8, 16, 32, 48, 64, 200)
 BLOCK = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 Shape = tuple[int, int]
 Ranks = list[int | None]
+
+
+def stored_numbers(form: str, rows: int, columns: int, rank: int) -> int:
+    return int(find_form(form).numbers(rows, columns, rank))
+
+
+def largest_rank(form: str, rows: int, columns: int, numbers: float) -> int:
+    return find_form(form).largest_rank(rows, columns, numbers)
+
+
+def ranks_at(costs: list[Tensor], places: list[int]) -> Ranks:
+    """The ranks at ``places``: from 1 on, and None for the last, which is dense."""
+    pairs = zip(costs, places, strict=True)
+    return [None if place == len(each) - 1 else place + 1 for each, place in pairs]
+
+
+def uniform_ranks(shapes: list[Shape], ratio: float, form: str) -> Ranks:
+    costs = [find_form(form).costs(*shape) for shape in shapes]
+    return ranks_at(costs, even_choices(costs, ratio))
+
+
+def loss_ranks(
+    spectra: list[Tensor], shapes: list[Shape], ratio: float, form: str, floor: float = 0.05
+) -> Ranks:
+    costs = [find_form(form).costs(*shape) for shape in shapes]
+    curves = [Curve.of_spectrum(*pair) for pair in zip(costs, spectra, strict=True)]
+    return ranks_at(costs, least_loss_choices(curves, ratio, floor=floor))
 
 
 def stored(form: str, shapes: list[Shape], ranks: list[int | None]) -> int:
@@ -48,40 +71,6 @@ def possible(shapes: list[Shape], ratio: float) -> bool:
     allowed = math.floor((1 - ratio) * sum(m * n for m, n in shapes))
     least = [1 if largest_rank("uv", *shape, math.inf) else None for shape in shapes]
     return stored("uv", shapes, least) <= allowed
-
-
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(7, 5, 3), (5, 7, 1), (6, 6, 5), (1, 4, 1)])
-def test_stored_numbers_counts_the_factors(rows: int, columns: int, rank: int) -> None:
-    uv = rows * rank + rank * columns
-    pivot = rank * columns + (rows - rank) * rank
-
-    assert stored_numbers("uv", rows, columns, rank) == uv
-    assert stored_numbers("pivot", rows, columns, rank) == pivot
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("columns", [1, 2, 3, 7, 24])
-@pytest.mark.parametrize("rows", [1, 2, 5, 24, 31])
-def test_the_largest_rank_is_that_of_trying_all(form: str, rows: int, columns: int) -> None:
-    for numbers in [*range(rows * columns + 3), math.inf]:
-        fitting = [
-            rank
-            for rank in range(1, min(rows, columns) + 1)
-            if stored_numbers(form, rows, columns, rank) <= numbers
-            and stored_numbers(form, rows, columns, rank) < rows * columns
-        ]
-
-        assert largest_rank(form, rows, columns, numbers) == max(fitting, default=0)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(28672, 8192), (8192, 28672), (131072, 16384), (16384, 16384)])
-def test_the_largest_rank_is_exact_for_large_linears(form: str, shape: Shape) -> None:
-    for rank in (1, 1000, 4095):
-        exactly = stored_numbers(form, *shape, rank)
-
-        assert largest_rank(form, *shape, exactly) == rank
-        assert largest_rank(form, *shape, exactly - 1) == rank - 1
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -421,12 +410,3 @@ def test_a_linear_that_cannot_shrink_stays_dense_whatever_its_loss(form: str) ->
 def test_loss_ranks_refuse_a_ratio_that_rank_one_everywhere_does_not_reach() -> None:
     with pytest.raises(RecipeError, match=r"rank 1 everywhere removes 0\.7500"):
         loss_ranks([torch.ones(8, dtype=torch.float64)], [(8, 8)], 0.8, "uv")
-
-
-@pytest.mark.parametrize("energy", [math.nan, math.inf])
-def test_energies_that_are_not_finite_are_refused(energy: float) -> None:
-    spectra = spectra_of([(8, 9), (9, 8)], 0)
-    spectra[1][0] = energy
-
-    with pytest.raises(NonFiniteError, match=r"linear 2 of 2 \(9 x 8\) are NaN or infinite"):
-        loss_ranks(spectra, [(8, 9), (9, 8)], 0.2, "uv")

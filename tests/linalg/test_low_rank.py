@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from streamcomp.linalg import low_rank, symmetric
+from streamcomp.linalg import fitting, low_rank, symmetric
+from streamcomp.linalg.fitting import fit_left
 from streamcomp.linalg.low_rank import (
     Decomposition,
     damped_outputs,
     decompose_inputs,
     decompose_outputs,
     decompose_two_sided_inputs,
-    fit_left,
     output_moment,
 )
 
@@ -199,8 +199,8 @@ def test_a_damping_that_is_known_is_not_looked_for(
     two_sided: bool, random: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, rows = normal(*TALL, random=random), normal(4, TALL[1], random=random)
-    moment, tried = rows.T @ rows, []
-    factor = low_rank.cholesky
+    moment, tried = rows.T @ rows, list[float]()
+    factor = low_rank.cholesky  # type: ignore[attr-defined]
 
     def counted(moment: Tensor, added: float) -> Tensor | None:
         tried.append(added)
@@ -210,14 +210,14 @@ def test_a_damping_that_is_known_is_not_looked_for(
         tried.clear()
         if two_sided:
             whole = torch.eye(TALL[1], dtype=torch.float64)
-            return decompose_two_sided_inputs(weight, moment, whole, 1.0, least=least)
-        return decompose_inputs(weight, moment, least=least)
+            return decompose_two_sided_inputs(weight, moment, whole, 1.0, least_damping=least)
+        return decompose_inputs(weight, moment, least_damping=least)
 
     monkeypatch.setattr(low_rank, "cholesky", counted)
     first = decompose(0.0)
     assert len(tried) > 1
-    assert first.least > 0
-    again = decompose(first.least)
+    assert first.least_damping > 0
+    again = decompose(first.least_damping)
 
     assert len(tried) == 1
     assert again.damping == first.damping
@@ -358,7 +358,7 @@ def test_the_left_factor_is_corrected_in_its_place(
 ) -> None:
     left, right = normal(9, 5, random=random), normal(5, 14, random=random)
     expected = fit_left(left.clone(), right, right.bfloat16())
-    for module in (low_rank, symmetric):
+    for module in (fitting, symmetric):
         monkeypatch.setattr(module, "PANEL", panel)
 
     fitted = fit_left(left, right, right.bfloat16())

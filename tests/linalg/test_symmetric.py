@@ -8,14 +8,8 @@ from torch import Generator, Tensor
 
 from streamcomp.errors import NonFiniteError
 from streamcomp.linalg import symmetric
-from streamcomp.linalg.symmetric import (
-    cholesky,
-    eigh,
-    exact_products,
-    gram,
-    sandwich,
-    solve_dtype,
-)
+from streamcomp.linalg.dtypes import solve_dtype
+from streamcomp.linalg.symmetric import cholesky, eigh, exact_products, gram, sandwich
 
 F64, F32 = torch.float64, torch.float32
 PANELS = [1, 7, 64, 1024]

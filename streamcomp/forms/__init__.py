@@ -1,0 +1,30 @@
+"""Stored forms of a weight: a file each, found by name."""
+
+from __future__ import annotations
+
+from streamcomp.errors import RecipeError
+from streamcomp.forms.base import Allowance, Form, Matrix
+from streamcomp.forms.pivot import Pivot
+from streamcomp.forms.shared import Shared
+from streamcomp.forms.storage import Floats, Storage, storage_of
+from streamcomp.forms.uv import Uv
+
+__all__ = [
+    "FORMS",
+    "Allowance",
+    "Floats",
+    "Form",
+    "Matrix",
+    "Storage",
+    "find_form",
+    "storage_of",
+]
+
+FORMS: dict[str, Form] = {form.name: form for form in (Pivot(), Uv(), Shared())}
+
+
+def find_form(name: str) -> Form:
+    """The form called ``name``; RecipeError if there is none."""
+    if name not in FORMS:
+        raise RecipeError(f"form {name!r} unknown; one of: {', '.join(FORMS)}")
+    return FORMS[name]

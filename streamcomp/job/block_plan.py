@@ -1,0 +1,199 @@
+"""The blocks of a model before they are read: their sites, moments, and bytes by their traces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from streamcomp.calibration.hidden_states import StreamShape
+from streamcomp.calibration.observe import MomentGroup, group_moments
+from streamcomp.forms import find_form
+from streamcomp.job.levers import Levers
+from streamcomp.linalg.dtypes import gradient_dtype, moment_dtype, solve_dtype
+from streamcomp.methods import find_method
+from streamcomp.model.sites import BlockSites, Site, find_sites
+from streamcomp.model.skeleton import Skeleton
+from streamcomp.model.tracing import BlockTrace, RecordTrace, trace_block, trace_calls
+from streamcomp.recipe import Recipe, chosen_blocks
+
+__all__ = ["BlockPlan", "Pass", "plan_blocks"]
+
+# Copies of its scores that attention holds where it keeps them: forward, and forward and back.
+_SCORES = 3, 6
+
+Pass = tuple[MomentGroup, ...]  # the groups that a step works on each time that it reads a block
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: its sites, the moments that serve those to be factored, and its sizes."""
+
+    number: int
+    name: str
+    sites: BlockSites
+    groups: tuple[MomentGroup, ...]
+    stream: StreamShape
+    weight_bytes: int  # all its parameters, in the dtype it runs in
+    merge_bytes: int  # the most that one of them takes on disk as several tensors (experts)
+    read_bytes: int  # all its tensors on disk
+    inputs: RecordTrace  # masks and positions of one window, of all blocks
+    trace: BlockTrace  # one window through the block
+    retrace: Callable[[int], BlockTrace]  # with so many tokens per call of the feed-forward
+
+    def chunked(self, levers: Levers) -> BlockPlan:
+        """This block with its feed-forward run on as many tokens at a time as ``levers`` say."""
+        if levers.feed_forward_tokens >= self.stream.seq_len:
+            return self
+        trace = self.retrace(levers.feed_forward_tokens)
+        return replace(self, trace=trace) if trace.exact else self  # an estimate knows no chunks
+
+    @property
+    def targets(self) -> list[Site]:
+        """The sites to factor, in the order in which they are decomposed."""
+        return [site for group in self.groups for site in group.sites]
+
+    def passes(self, levers: Levers, *, observed: bool = True) -> list[Pass]:
+        """What a step works on each time that it reads the block: some groups, one time at least.
+
+        ``levers.groups`` at a time where they are ``observed``; else ``levers.linears`` sites, each
+        in a group of its own.
+        """
+        if observed:
+            groups, size = self.groups, levers.groups
+        else:
+            groups = tuple(replace(g, sites=(site,)) for g in self.groups for site in g.sites)
+            size = levers.linears
+        return [groups[start : start + size] for start in range(0, max(1, len(groups)), size)]
+
+    def others(self, groups: Sequence[MomentGroup]) -> list[Site]:
+        """The sites that are in none of ``groups``, whose weights are not needed with them."""
+        needed = {site.name for group in groups for site in group.sites}
+        return [site for site in self.sites.eligible if site.name not in needed]
+
+    # -- bytes ---------------------------------------------------------------------------
+
+    def activations(self, batch: int) -> int:
+        """Most bytes alive in a forward of ``batch`` windows, their output among them."""
+        return batch * (self.trace.activation_bytes + self.stream.window_bytes)
+
+    def moment_bytes(self, groups: Sequence[MomentGroup]) -> int:
+        return sum(group.nbytes(self.stream.dtype) for group in groups)
+
+    def site_bytes(self, sites: Sequence[Site]) -> int:
+        """The dense weights of ``sites``, in the dtype that the block runs in."""
+        return sum(site.numel for site in sites) * self.stream.dtype.itemsize
+
+    def captured_again_bytes(self, tokens: int) -> int:
+        """Masks and positions that the model makes for ``tokens`` tokens on its way to the head."""
+        return math.ceil(self.inputs.peak_bytes * (tokens / self.stream.seq_len) ** 2)
+
+    @property
+    def output_gradient_bytes(self) -> int:
+        """The moment (hidden, hidden) of the gradient of the block's output."""
+        return self.stream.hidden**2 * moment_dtype(self.stream.dtype).itemsize
+
+    def cast_weight_bytes(self, run_dtype: torch.dtype) -> int:
+        """The block's weights, and once more where they are cast to a wider ``run_dtype``."""
+        return self.weight_bytes + self._cast(self.weight_bytes, run_dtype)
+
+    def cast_input_bytes(self, run_dtype: torch.dtype) -> int:
+        """Masks and positions of one block cast to a wider ``run_dtype``; at most all."""
+        return self._cast(self.inputs.nbytes, run_dtype)
+
+    def _cast(self, nbytes: int, run_dtype: torch.dtype) -> int:
+        wider = run_dtype.itemsize / self.stream.dtype.itemsize
+        return int(wider * nbytes) if wider > 1 else 0
+
+
+def plan_blocks(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    stream: StreamShape,
+    *,
+    on_device: bool = False,
+    runs_only: bool = False,
+) -> list[BlockPlan]:
+    """Sites and groups of every block; one trace per kind of block.
+
+    With ``runs_only`` no block is to be factored, as in an evaluation.
+    """
+    inputs = trace_calls(lambda: skeleton.dry_record(1, stream.seq_len)[1])
+    hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
+    traces: dict[tuple[Any, ...], Callable[[int], BlockTrace]] = {}
+    chosen = range(0) if runs_only else chosen_blocks(recipe.blocks, len(skeleton))
+    scores = _score_bytes(skeleton, stream) if on_device else (0, 0)
+    blocks = []
+    for number in range(len(skeleton)):
+        module = skeleton.block(number)
+        sites = find_sites(skeleton, number, recipe.include, recipe.exclude)
+        kind = (*skeleton.block_kind(number), tuple(site.name for site in sites.eligible))
+        if kind not in traces:
+            trace_it = partial(trace_block, module, sites.eligible, hidden, inputs.calls[number])
+            traces[kind] = cache(partial(_with_scores, trace_it, scores))
+        trace = traces[kind](0)
+        blocks.append(
+            BlockPlan(
+                number,
+                skeleton.block_name(number),
+                sites,
+                _groups(recipe, sites, trace, stream) if number in chosen else (),
+                stream,
+                sum(value.nbytes for value in module.state_dict().values()),
+                _merge_bytes(skeleton, number),
+                sum(info.nbytes for info in skeleton.block_tensors(number)),
+                inputs,
+                trace,
+                traces[kind],
+            )
+        )
+    return blocks
+
+
+def _score_bytes(skeleton: Skeleton, stream: StreamShape) -> tuple[int, int]:
+    """Bytes that attention holds for the scores of one window on a GPU: forward, and back.
+
+    The kernels that keep no scores are for half precision; a backward of fp16 runs in fp32.
+    """
+    heads = getattr(skeleton.text_config, "num_attention_heads", 0)
+    copy = heads * stream.seq_len**2 * stream.dtype.itemsize
+    forward, back = _SCORES
+    return (
+        0 if solve_dtype(stream.dtype) == torch.float32 else forward * copy,
+        0 if gradient_dtype(stream.dtype) == torch.bfloat16 else back * copy,
+    )
+
+
+def _with_scores(
+    trace_it: Callable[[int], BlockTrace], scores: tuple[int, int], tokens: int
+) -> BlockTrace:
+    trace = trace_it(tokens)
+    return replace(
+        trace,
+        activation_bytes=trace.activation_bytes + scores[0],
+        autograd_bytes=trace.autograd_bytes + scores[1],
+    )
+
+
+def _groups(
+    recipe: Recipe, sites: BlockSites, trace: BlockTrace, stream: StreamShape
+) -> tuple[MomentGroup, ...]:
+    narrow = solve_dtype(stream.dtype) != torch.float64
+    method, form = find_method(recipe.method), find_form(recipe.form)
+    return group_moments(
+        [site for site in sites.eligible if form.can_hold(site.rows, site.columns)],
+        trace.groups,
+        gradients=method.needs_gradients,
+        inputs_only=method.needs_inputs or recipe.statistics == "none",
+        tokens=stream.windows * stream.seq_len if narrow else 0,
+    )
+
+
+def _merge_bytes(skeleton: Skeleton, number: int) -> int:
+    """Bytes of the tensors that are held next to the one parameter that they become."""
+    sources = skeleton.block_parameters(number).values()
+    return max((sum(i.nbytes for i in infos) for infos in sources if len(infos) > 1), default=0)

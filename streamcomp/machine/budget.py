@@ -1,0 +1,37 @@
+"""A budget of bytes, and the error that says what would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamcomp.errors import BudgetError
+from streamcomp.units import format_bytes
+
+__all__ = ["Budget"]
+
+# By which the baseline differs from one process to the next.
+_DRIFT_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes allowed, the option that says so, and the fewest that some plan needs."""
+
+    option: str
+    nbytes: int
+    fewest: int
+
+    @property
+    def minimum(self) -> int:
+        """Whole MiB, enough also for a process that begins a little larger."""
+        return -(-(self.fewest + _DRIFT_BYTES) // 2**20) * 2**20
+
+    def check(self, needed: int, what: str, purpose: str = "") -> None:
+        """BudgetError where the ``needed`` bytes of ``what`` do not fit."""
+        if needed > self.nbytes:
+            raise BudgetError(
+                f"{what} needs {format_bytes(needed)}{purpose}, the budget is "
+                f"{format_bytes(self.nbytes)}: {self.option} {self.minimum // 2**20}M fits",
+                budget_bytes=self.nbytes,
+                minimum_bytes=self.minimum,
+            )

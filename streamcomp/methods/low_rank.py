@@ -1,0 +1,98 @@
+"""Methods that decompose a weight: one decomposition serves every rank."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from streamcomp.methods.base import Factors, Figures, Method, Moment, Settings, Side, Site
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from streamcomp.forms import Allowance
+    from streamcomp.linalg.low_rank import Decomposition
+
+__all__ = ["LowRank"]
+
+
+class LowRank(Method):
+    """Directions and energies of a weight, cut off at the rank that is allowed."""
+
+    forms = ("pivot", "uv")
+
+    @abstractmethod
+    def decompose(
+        self, weight: Tensor, moment: Moment, damping: float, rank: int | None = None
+    ) -> Decomposition:
+        """Directions and energies of ``weight`` (m, n), for every rank at once, or up to ``rank``.
+
+        ``damping`` is relative to the mean of a moment's diagonal; 0 is the method's default.
+        """
+
+    def analyse(
+        self, weight: Tensor, moment: Moment | None, settings: Settings, rank: int | None = None
+    ) -> Decomposition:
+        from streamcomp.linalg.low_rank import decompose_weight
+
+        if moment is None:
+            return decompose_weight(weight)
+        return self.decompose(weight, moment, settings.damping, rank)
+
+    def compress(
+        self,
+        site: Site,
+        weight: Tensor,
+        moment: Moment | None,
+        allowance: Allowance,
+        settings: Settings,
+    ) -> Factors:
+        analysis = self.analyse(weight, moment, settings, allowance.rank)
+        if self.can_be_analysed(settings):  # the same bytes as where one analysis is kept for many
+            analysis = analysis.rounded(site.dtype)
+        return self.factors(site, weight, analysis, allowance, settings)
+
+    def factors(
+        self,
+        site: Site,
+        weight: Tensor,
+        analysis: Decomposition,
+        allowance: Allowance,
+        settings: Settings,
+    ) -> Factors:
+        from streamcomp.forms import find_form, storage_of
+
+        rank = allowance.rank
+        left, right = analysis.factors(weight, rank)
+        tensors = find_form(settings.form).encode(left, right, storage_of(site.dtype))
+        figures = Figures(
+            name=site.disk_name,
+            rows=site.rows,
+            columns=site.columns,
+            energy=analysis.energy,
+            damping=analysis.damping,
+            condition=analysis.finite_condition,
+            fallback=analysis.fallback,
+            rank=rank,
+            relative_loss=analysis.relative_loss(rank),
+            loss=float(analysis.spectrum[rank:].sum()),
+        )
+        spec = {"form": settings.form, "rank": rank}
+        return Factors(tensors, spec, figures, analysis.least_damping)
+
+    def working_bytes(
+        self, site: Site, side: Side, tokens: int, dtype: torch.dtype, settings: Settings
+    ) -> int:
+        from streamcomp.linalg.low_rank import decomposition_bytes
+
+        # gradients are damped instead of the moment, which is damped where it has too few rows
+        damped = settings.damping > 0 and not self.needs_gradients
+        return decomposition_bytes(
+            site.rows,
+            site.columns,
+            side,
+            dtype,
+            gradients=self.needs_gradients,
+            damped=damped or tokens < site.rows,
+        )

@@ -1,0 +1,299 @@
+"""A model without weights, and where on disk each of its parameters lies.
+
+Nothing here knows an architecture. The model is built on the ``meta`` device by
+transformers, its blocks are found by their number, and transformers' own renamings map
+tensors on disk to parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import dot_natural_key
+
+from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
+from streamcomp.errors import CorruptShardError, MissingShardError, UnsupportedModelError
+from streamcomp.forms.runtime import NameMap
+from streamcomp.model.meta import FLOATS, build_model, find_layers
+from streamcomp.model.rehearsal import Rehearsal, code_of, rehearse
+from streamcomp.model.sites import is_linear
+from streamcomp.model.taps import Call, Conductor, Recorder, Replayer, Stop, TapPanel
+
+__all__ = ["Skeleton"]
+
+
+class Skeleton:
+    """The model of ``index`` on ``meta``; blocks are replaced by taps while it runs.
+
+    Holds module objects and the small non-persistent buffers (rotary frequencies), no weight.
+    """
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+        built = build_model(index)
+        self.model, self.dtype, self.compressed = built.model, built.dtype, built.compressed
+        self.notes = built.notes  # of settings of its config that are not followed
+        self.config = self.model.config
+        self.text_config = self.config.get_text_config(decoder=True)
+        self.layers_name, self._layers = find_layers(self.model)
+        self.sources, self.unclaimed = self._map_tensors()
+        self.ties = self._find_ties()
+        self._parent = self.model.get_submodule(self.layers_name.rpartition(".")[0])
+        self._leaf = self.layers_name.rpartition(".")[2]
+        self._panel = TapPanel(self._layers)
+        self.rehearsal = self._rehearse()
+
+    # -- what is there -------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self._layers)
+
+    def block(self, number: int) -> nn.Module:
+        return self._layers[number]
+
+    def block_name(self, number: int) -> str:
+        return f"{self.layers_name}.{number}"
+
+    def place_of(self, name: str) -> tuple[int, str]:
+        """Number of the block that the module ``name`` of the model is in, and its name there."""
+        number, _, inner = name.removeprefix(f"{self.layers_name}.").partition(".")
+        return int(number), inner
+
+    def block_parameters(self, number: int) -> dict[str, list[TensorInfo]]:
+        """Tensors on disk behind each parameter of a block, by the parameter's full name."""
+        prefix = self.block_name(number) + "."
+        return {name: infos for name, infos in self.sources.items() if name.startswith(prefix)}
+
+    def outer_parameters(self) -> dict[str, list[TensorInfo]]:
+        """The same for all that is not in a block: embeddings, norms, head."""
+        prefix = self.layers_name + "."
+        return {name: infos for name, infos in self.sources.items() if not name.startswith(prefix)}
+
+    def block_tensors(self, number: int) -> list[TensorInfo]:
+        return [info for infos in self.block_parameters(number).values() for info in infos]
+
+    def other_tensors(self) -> list[TensorInfo]:
+        """Every tensor on disk that is in no block, also those that the model does not use."""
+        infos = [info for infos in self.outer_parameters().values() for info in infos]
+        return infos + self.unclaimed
+
+    def block_kind(self, number: int) -> tuple[Any, ...]:
+        """Blocks of equal kind have equal shapes and run the same code."""
+        block = self.block(number)
+        shapes = tuple((name, tuple(value.shape)) for name, value in block.state_dict().items())
+        return code_of(block), shapes
+
+    @property
+    def hidden_size(self) -> int:
+        return self.rehearsal.hidden_size
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        module = self.model.get_input_embeddings()
+        if not isinstance(module, nn.Embedding):
+            raise UnsupportedModelError(
+                f"{self.config.model_type}: input embeddings of type {type(module).__name__}"
+            )
+        return module
+
+    @property
+    def embedding_name(self) -> str:
+        return _name_of(self.model, self.embedding)
+
+    @property
+    def embedding_source(self) -> TensorInfo:
+        """The token embedding's matrix on disk, (vocabulary, hidden)."""
+        return self.source_of(f"{self.embedding_name}.weight")
+
+    def source_of(self, parameter: str) -> TensorInfo:
+        """The one tensor on disk behind ``parameter``, or behind the one that it is tied to."""
+        infos = self.sources.get(self.ties.get(parameter, parameter), [])
+        if not infos:
+            raise MissingShardError(f"{parameter} is in no shard: the checkpoint is incomplete")
+        if len(infos) != 1:
+            raise UnsupportedModelError(f"{parameter} does not come from one tensor on disk")
+        return infos[0]
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output embedding."""
+        head = self.model.get_output_embeddings()
+        if not is_linear(head):
+            raise UnsupportedModelError(
+                f"{self.config.model_type}: output embeddings of type {type(head).__name__}"
+            )
+        return head
+
+    @property
+    def outer_modules(self) -> set[str]:
+        """Names of the modules that hold parameters and lie in no block."""
+        prefix = self.layers_name + "."
+        return {
+            name
+            for name, module in self.model.named_modules()
+            if not name.startswith(prefix)
+            and any(value is not None for value in module._parameters.values())
+        }
+
+    # -- running it ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """Run the real forward up to the blocks.
+
+        ``tokens`` (batch, seq). Returns the hidden states entering the first block (batch,
+        seq, hidden) and each block's call. The outer parameters must be in place.
+        """
+        recorder = Recorder(self.rehearsal.returns)
+        with self._conducted_by(recorder), suppress(Stop):
+            self._forward(tokens)
+        assert recorder.hidden is not None
+        return recorder.hidden, recorder.calls
+
+    def dry_record(self, batch: int, seq_len: int) -> tuple[Tensor, list[Call]]:
+        """:meth:`record` on the CPU with all outer parameters zero, before any is loaded.
+
+        Calls do not depend on weights.
+        """
+        with self._zero_parameters():
+            return self.record(torch.zeros(batch, seq_len, dtype=torch.int64))
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Logits (batch, seq, vocabulary) of the last block's output (batch, seq, hidden).
+
+        Can be differentiated; wants ``torch.no_grad`` around it where that is not needed.
+        """
+        tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        with self._conducted_by(Replayer(self.rehearsal.returns, hidden)):
+            return self._forward(tokens)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    def _rehearse(self) -> Rehearsal:
+        """How the model runs; UnsupportedModelError where it cannot be streamed."""
+        outer = {name: self.model.get_submodule(name) for name in self.outer_modules}
+        try:
+            with self._zero_parameters(), self._tapped():
+                return rehearse(self._forward, self._panel, list(self._layers), outer, self.head)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self.config.model_type}: {error}") from error.__cause__
+
+    @contextmanager
+    def _zero_parameters(self) -> Iterator[None]:
+        """Zeros on the CPU for all outer parameters that are not loaded, each of one number."""
+        held: list[tuple[dict[str, Any], str, Any]] = []
+        for name in self.outer_modules:
+            module = self.model.get_submodule(name)
+            for store in (module._parameters, module._buffers):
+                for leaf, value in store.items():
+                    if value is not None and value.is_meta:
+                        held.append((store, leaf, value))
+                        zero = torch.zeros((), dtype=value.dtype, device="cpu")
+                        store[leaf] = nn.Parameter(zero.expand(value.shape), requires_grad=False)
+        try:
+            yield
+        finally:
+            for store, leaf, value in held:
+                store[leaf] = value
+
+    @contextmanager
+    def _tapped(self) -> Iterator[None]:
+        """Taps in the place of the blocks."""
+        self._parent._modules[self._leaf] = self._panel.taps
+        try:
+            yield
+        finally:
+            self._parent._modules[self._leaf] = self._layers
+            self._panel.conductor = None
+
+    @contextmanager
+    def _conducted_by(self, conductor: Conductor) -> Iterator[None]:
+        """Taps in the place of the blocks, which ``conductor`` answers for."""
+        self._panel.conductor = conductor
+        with self._tapped():
+            yield
+
+    @property
+    def blocks_unused(self) -> list[str]:
+        """Names on disk of tensors in blocks beyond those that the config counts."""
+        place = re.compile(rf"(^|\.){re.escape(self._leaf)}\.(\d+)\.")
+        numbers = {info.name: place.search(info.name) for info in self.unclaimed}
+        return [name for name, at in numbers.items() if at and int(at[2]) >= len(self)]
+
+    def check_tensors(self, *, head: bool) -> None:
+        """Refuse, by the headers alone, what a later step could not load.
+
+        Tensors that are missing, of another shape than the config says, or no floats. Modules
+        that no token runs through (a tower for images) may lack theirs, and without ``head`` also
+        what lies behind the blocks.
+        """
+        outer = self.rehearsal.before
+        if head:
+            outer = outer | self.rehearsal.behind
+        blocks = self.layers_name + "."
+        for name, value in self.model.state_dict().items():
+            if name.startswith(blocks) or name.rpartition(".")[0] in outer:
+                _check_sources(name, value, self.sources.get(self.ties.get(name, name), []))
+
+    def _map_tensors(self) -> tuple[dict[str, list[TensorInfo]], list[TensorInfo]]:
+        """Parameter name -> tensors on disk, and the tensors that no parameter wants."""
+        names = NameMap(self.model)
+        sources: dict[str, list[TensorInfo]] = {}
+        unclaimed = []
+        for key in sorted(self.index.tensors, key=dot_natural_key):
+            name = names.parameter(key)
+            if name is None:
+                unclaimed.append(self.index.tensors[key])
+            else:
+                sources.setdefault(name, []).append(self.index.tensors[key])
+        return sources, unclaimed
+
+    def _find_ties(self) -> dict[str, str]:
+        """Parameters that are in no shard -> the one that they are tied to, which is.
+
+        As transformers ties them: a parameter that has a tensor of its own keeps it, whatever the
+        config says. Blocks that share weights are refused.
+        """
+        groups: dict[str, list[str]] = {}
+        for target, source in self.model.all_tied_weights_keys.items():
+            groups.setdefault(source, [source]).append(target)
+        ties: dict[str, str] = {}
+        for group in groups.values():
+            stored = [name for name in group if name in self.sources]
+            ties |= {name: stored[0] for name in group if stored and name not in stored}
+        blocks = self.layers_name + "."
+        for name, source in ties.items():
+            if name.startswith(blocks) or source.startswith(blocks):
+                raise UnsupportedModelError(
+                    f"{self.config.model_type}: {name} is the same weight as {source}; blocks that "
+                    "share weights are not supported yet"
+                )
+        return ties
+
+
+def _check_sources(name: str, value: Tensor, infos: list[TensorInfo]) -> None:
+    """That the tensors on disk ``infos`` can become the parameter or buffer ``name``."""
+    if not infos:
+        raise MissingShardError(f"{name} is in no shard: the checkpoint is incomplete")
+    for info in infos:
+        if value.is_floating_point() and not info.torch_dtype.is_floating_point:
+            raise CorruptShardError(
+                f"{name} is {info.dtype} on disk, a weight has to be {', '.join(FLOATS)}"
+            )
+    if sum(info.numel for info in infos) != value.numel():
+        shapes = " and ".join(str(list(info.shape)) for info in infos[:2])
+        raise CorruptShardError(
+            f"{name} is {shapes} on disk, config.json makes it {list(value.shape)}"
+        )
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return str(next(name for name, other in model.named_modules() if other is module))

@@ -1,0 +1,357 @@
+"""Runs a model with the weights of one block in memory.
+
+What lies before the blocks stays (position embeddings, if any), but of the token embedding
+only the rows in use are read. A block's weights live inside a ``with``, and so does the head.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from streamcomp.checkpoint.index import TensorInfo
+from streamcomp.checkpoint.reader import TensorReader
+from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.model.feed_forward import in_chunks, whole
+from streamcomp.model.skeleton import Skeleton
+from streamcomp.model.taps import Call, check_same_calls, hidden_of, views_of_one
+
+__all__ = ["BlockStreamer", "LoadedBlock"]
+
+# The loader of the first transformers 5 releases wants one argument more.
+_OLDER_ARGUMENTS = (
+    {"tp_plan": None}
+    if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
+    else {}
+)
+
+
+class LoadedBlock:
+    """Block ``number`` with its weights: ``module`` to run, ``digest`` of the bytes read."""
+
+    def __init__(self, module: nn.Module, name: str, number: int = 0) -> None:
+        self.module, self.name, self.number, self.digest = module, name, number, ""
+        self._replaced: dict[str, nn.Module] = {}
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, call: Call) -> Tensor:
+        """Hidden states (batch, seq, hidden) through the block."""
+        return hidden_of(self.module(hidden, *call.args, **call.kwargs))
+
+    @torch.enable_grad()
+    def differentiate(self, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
+        """The loss's gradient at the block's input, from that at its output (``gradient``).
+
+        Both of the shape of ``hidden``. Weights take no gradient; hooks on what flows through
+        the linears see theirs.
+        """
+        start = hidden.detach().requires_grad_()
+        output = hidden_of(self.module(start, *call.args, **call.kwargs))
+        found: Tensor = torch.autograd.grad(output, start, gradient)[0]
+        return found
+
+    def run_with(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+        """As :meth:`run`, with other values for some parameters, and with autograd where it is on.
+
+        ``parameters`` by their names in the block, rounded to the dtype of those they stand for.
+        """
+        rounded = {
+            name: value.to(hidden.dtype) if value.is_floating_point() else value
+            for name, value in parameters.items()
+        }
+        output = torch.func.functional_call(
+            self.module, rounded, (hidden, *call.args), dict(call.kwargs)
+        )
+        return hidden_of(output)
+
+    @contextmanager
+    def cast(self, dtype: torch.dtype) -> Iterator[None]:
+        """Parameters in ``dtype`` for as long as the ``with`` lasts; buffers stay as they are.
+
+        They must go back: the next load follows the dtype that a parameter was left in.
+        """
+        own = {parameter: parameter.dtype for parameter in self.module.parameters()}
+        for parameter in own:
+            parameter.data = parameter.data.to(dtype)
+        try:
+            yield
+        finally:
+            for parameter, before in own.items():
+                parameter.data = parameter.data.to(before)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Its feed-forward on all positions at once, for as long as the ``with`` lasts."""
+        with whole(self.module):
+            yield
+
+    def original(self, name: str) -> nn.Module:
+        """The module ``name`` as it was loaded, whether it is replaced or not."""
+        return self._replaced[name] if name in self._replaced else self.running(name)
+
+    def running(self, name: str) -> nn.Module:
+        """The module ``name`` that runs now."""
+        return self.module.get_submodule(name)
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Run ``module`` instead of the one called ``name`` until the block is dropped."""
+        held = self._swap(name, module)
+        self._replaced.setdefault(name, held)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """The original modules in their places, for as long as the ``with`` lasts."""
+        now = {name: self._swap(name, module) for name, module in self._replaced.items()}
+        try:
+            yield
+        finally:
+            for name, module in now.items():
+                self._swap(name, module)
+
+    def restore(self) -> None:
+        """Put the original modules back."""
+        for name, module in self._replaced.items():
+            self._swap(name, module)
+        self._replaced.clear()
+
+    def _swap(self, name: str, module: nn.Module) -> nn.Module:
+        parent, _, leaf = name.rpartition(".")
+        owner = self.module.get_submodule(parent)
+        held: nn.Module = getattr(owner, leaf)
+        setattr(owner, leaf, module)
+        return held
+
+
+class BlockStreamer:
+    """Loads parts of ``skeleton``'s model onto ``device`` and runs them.
+
+    ``feed_forward_tokens`` is how many positions a block's feed-forward runs at a time; 0: all.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, device: torch.device, feed_forward_tokens: int = 0
+    ) -> None:
+        self.skeleton, self.device = skeleton, device
+        self._feed_forward_tokens = feed_forward_tokens
+        self._calls: dict[torch.Size, list[Call]] = {}
+        wanted = skeleton.rehearsal.before - {skeleton.embedding_name}
+        _move_buffers(skeleton.model, device)
+        self._load_outer(wanted)
+
+    def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """Embed ``tokens`` (batch, seq) and record each block's call.
+
+        Holds one row of the embedding per distinct token.
+        """
+        with self._embedding_rows(tokens):
+            return self.skeleton.record(tokens.to(self.device))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states (batch, seq, hidden) of ``tokens`` as they enter the first block.
+
+        UnsupportedModelError where these tokens call a block otherwise than others of their shape.
+        """
+        known = self.calls(tokens)
+        hidden, calls = self.record(tokens)
+        check_same_calls(known, calls)
+        return hidden
+
+    def calls(self, tokens: Tensor) -> list[Call]:
+        """Each block's call for ``tokens`` (batch, seq), which depends on their shape alone.
+
+        Kept for each shape; what a window is given alike in a larger batch is kept once.
+        """
+        if tokens.shape not in self._calls:
+            calls = self.record(tokens)[1]
+            if len(tokens) > 1:
+                calls = views_of_one(calls, self.calls(tokens[:1]))
+            self._calls[tokens.shape] = calls
+        return self._calls[tokens.shape]
+
+    @contextmanager
+    def block(self, number: int) -> Iterator[LoadedBlock]:
+        """A block with its weights; they are dropped at the end of the ``with``."""
+        name = self.skeleton.block_name(number)
+        module = self.skeleton.block(number)
+        loaded = LoadedBlock(module, name, number)
+        try:
+            loaded.digest = self._load(lambda parameter: parameter.startswith(name + "."))
+            _check_loaded(name, module)
+            module.requires_grad_(False)
+            with in_chunks(module, self._feed_forward_tokens):
+                yield loaded
+        finally:
+            loaded.restore()
+            _free(module)
+
+    @contextmanager
+    def head(self, dtype: torch.dtype | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from hidden states (batch, seq, hidden) to logits; holds the whole head.
+
+        It runs in ``dtype``, by default the model's own, and can be differentiated.
+        """
+        outer = self.skeleton.rehearsal.behind - {self.skeleton.embedding_name}
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        try:
+            self._load_outer(outer)
+            if dtype not in (None, self.skeleton.dtype):
+                for name in outer:
+                    self.skeleton.model.get_submodule(name).to(dtype)
+            self.skeleton.model.requires_grad_(False)
+            with self._embedding_rows(token, any_tokens=True):
+                yield self.skeleton.finish
+        finally:
+            for name in outer:
+                _free(self.skeleton.model.get_submodule(name))
+
+    def _load_outer(self, names: Set[str]) -> None:
+        """Load modules that lie in no block; all their tensors must be there."""
+        self._load(lambda parameter: parameter.rpartition(".")[0] in names)
+        for parameter in self.skeleton.ties:
+            if parameter.rpartition(".")[0] in names:
+                self._load_tied(parameter)
+        for name in sorted(names):
+            _check_loaded(name, self.skeleton.model.get_submodule(name))
+
+    def _load_tied(self, parameter: str) -> None:
+        """Load a parameter from the tensor of the one that it is tied to."""
+        name, _, leaf = parameter.rpartition(".")
+        with TensorReader() as reader:
+            value = reader.read(self.skeleton.source_of(parameter))
+        module = self.skeleton.model.get_submodule(name)
+        value = value.to(self.device, self.skeleton.dtype)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    @contextmanager
+    def _embedding_rows(self, tokens: Tensor, any_tokens: bool = False) -> Iterator[None]:
+        """The embedding with the rows of ``tokens`` alone, numbered anew.
+
+        With ``any_tokens`` its values do not matter and every token takes the first row.
+        """
+        source, embedding = self.skeleton.embedding_source, self.skeleton.embedding
+        distinct, places = tokens.cpu().unique(return_inverse=True)
+        if int(distinct[0]) < 0 or int(distinct[-1]) >= source.shape[0]:
+            raise CorruptShardError(
+                f"tokens {int(distinct[0])} to {int(distinct[-1])} do not fit the "
+                f"{source.shape[0]} rows of {source.name}: the tokenizer belongs to another model"
+            )
+        with TensorReader() as reader:
+            rows = reader.read_rows(source, distinct).to(self.device, self.skeleton.dtype)
+        places = places.to(self.device)
+        empty, padding = embedding.weight, embedding.padding_idx
+
+        def renumber(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (torch.zeros_like(args[0]) if any_tokens else places.view(args[0].shape),)
+
+        hook = embedding.register_forward_pre_hook(renumber)
+        embedding.padding_idx = None
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        try:
+            yield
+        finally:
+            hook.remove()
+            embedding.weight, embedding.padding_idx = empty, padding
+
+    def _load(self, wanted: Callable[[str], bool]) -> str:
+        """Load the parameters whose name is ``wanted``; returns the digest of their bytes."""
+        model, dtype = self.skeleton.model, self.skeleton.dtype
+        with TensorReader() as reader, _quiet_loading():
+            state = {
+                info.name: _LazyTensor(reader, info)
+                for name, infos in self.skeleton.sources.items()
+                if wanted(name)
+                for info in infos
+            }
+            info, _ = convert_and_load_state_dict_in_model(
+                model=model,
+                state_dict=state,
+                load_config=LoadStateDictConfig(
+                    dtype=dtype,
+                    dtype_plan=model._get_dtype_plan(dtype),
+                    device_map={"": self.device},
+                    weight_mapping=get_model_conversion_mapping(model),
+                ),
+                disk_offload_index=None,
+                **_OLDER_ARGUMENTS,
+            )
+            if info.mismatched_keys:
+                name, found, expected = sorted(info.mismatched_keys)[0]
+                raise CorruptShardError(
+                    f"{name} is {list(found)} on disk, config.json makes it {list(expected)}"
+                )
+            if info.conversion_errors:
+                raise CorruptShardError(
+                    f"cannot be converted: {next(iter(info.conversion_errors))}"
+                )
+            return reader.digest()
+
+
+class _LazyTensor:
+    """What transformers' loader takes for a slice of a file: read when it is indexed."""
+
+    def __init__(self, reader: TensorReader, info: TensorInfo) -> None:
+        self._reader, self._info = reader, info
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._reader.read(self._info)[index]
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar of transformers', and tensors read one after the other."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers that have values; those on ``meta`` come from disk."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _free(block: nn.Module) -> None:
+    """Drop what came from disk; non-persistent buffers stay, nothing would bring them back."""
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to("meta")
+
+
+def _check_loaded(name: str, module: nn.Module) -> None:
+    """Refuse missing weights, and NaN and infinite ones, which would spread behind."""
+    for leaf, value in module.state_dict().items():
+        if value.is_meta:
+            raise MissingShardError(f"{name}.{leaf} is in no shard: the checkpoint is incomplete")
+        if value.is_floating_point() and not bool(value.sum().isfinite()):
+            bad = int((~value.isfinite()).sum())
+            if bad:
+                raise NonFiniteError(
+                    f"{name}.{leaf}: {bad} of {value.numel()} weights are NaN or infinite; "
+                    "the checkpoint is damaged"
+                )

@@ -1,0 +1,267 @@
+"""What a block's forward would do, found without weights and without computing.
+
+The block runs on fake tensors: shapes, dtypes and the choice of kernels are real, the data
+is not there. One such forward tells which linears are called, which sites are fed the same tensor,
+how many bytes are alive at the peak, and how many floating-point operations it takes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
+
+from streamcomp.errors import UnsupportedModelError
+from streamcomp.model.feed_forward import in_chunks
+from streamcomp.model.sites import Site, linear_modules
+from streamcomp.model.taps import Call, Returned, call_bytes, hidden_of, is_state
+
+__all__ = ["BlockTrace", "BlockUse", "RecordTrace", "trace_block", "trace_calls", "use_of_block"]
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# The CPU's attention kernel, which torch's own counter does not know.
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """One forward of a block on ``batch`` windows."""
+
+    groups: tuple[tuple[str, ...], ...]  # sites that share an input, in running order
+    activation_bytes: int  # most bytes alive at a time, the input among them, weights not
+    autograd_bytes: int  # the same of a forward and the backward to the input behind it
+    flops: int
+    exact: bool  # False: the block could not be traced, and all of it is an estimate
+
+
+@dataclass(frozen=True)
+class BlockUse:
+    """How a block's forward goes."""
+
+    called: frozenset[str]  # its linears that it calls: of others it reads the weight, or nothing
+    returned: Returned
+
+
+@dataclass(frozen=True)
+class RecordTrace:
+    """What the blocks are given besides the hidden states of one window: masks, positions."""
+
+    calls: list[Call]  # of each block; tensors without data
+    nbytes: int  # of all their tensors together
+    peak_bytes: int  # most alive while they are made, themselves among them
+
+
+def trace_calls(make: Callable[[], list[Call]]) -> RecordTrace:
+    """Have ``make`` record the calls of all blocks for one window."""
+    with _LiveBytes([]) as live:
+        calls = make()
+    empty = [
+        Call(*tree_map_only(Tensor, lambda t: t.to("meta"), (call.args, call.kwargs)))
+        for call in calls
+    ]
+    return RecordTrace(empty, call_bytes(calls), live.peak)
+
+
+def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | None:
+    """Which linears ``block`` calls, and what it returns; None where it cannot run without data.
+
+    UnsupportedModelError where the block makes use of a state that is not streamed.
+    """
+    called: set[str] = set()
+    linears = linear_modules(block)
+    error: Exception | None = None
+    for choice in (None, "batched_mm"):  # the kernel of grouped experts knows no fake fp32 tensors
+        called.clear()
+        with ExitStack() as stack:
+            for name, linear in linears.items():
+                hook = linear.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+                stack.callback(hook.remove)
+            stack.enter_context(_experts_run_by(block, choice))
+            stack.enter_context(_quiet())
+            try:
+                with torch.no_grad(), FakeTensorMode():
+                    state, start, args, kwargs = _faked(block, hidden, call)
+                    output = torch.func.functional_call(block, state, (start, *args), kwargs)
+                return BlockUse(frozenset(called), Returned.of(output))
+            except UnsupportedModelError:
+                raise
+            except Exception as fault:  # whatever the model's own code raises on fake tensors
+                error = fault
+    if any(map(is_state, call.leaves)):
+        raise UnsupportedModelError(
+            "a block is given a state besides the hidden states, and cannot be run without data to "
+            "see whether it uses it: not supported yet"
+        ) from error
+    return None
+
+
+@contextmanager
+def _experts_run_by(block: nn.Module, implementation: str | None) -> Iterator[None]:
+    """Experts by one of transformers' implementations; None: as the config says."""
+    configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}
+    name = "_experts_implementation_internal"
+    before = [(c, getattr(c, name)) for c in configs.values() if hasattr(c, name)]
+    try:
+        for config, _ in before:
+            if implementation is not None:
+                setattr(config, name, implementation)
+        yield
+    finally:
+        for config, value in before:
+            setattr(config, name, value)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is logged of every kernel that knows no fake tensors."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _faked(
+    block: nn.Module, hidden: Tensor, call: Call
+) -> tuple[dict[str, Tensor], Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Weights, hidden states and the rest of the call without data; in a FakeTensorMode."""
+    state = {
+        name: torch.empty(value.shape, dtype=value.dtype)
+        for name, value in (*block.named_parameters(), *block.named_buffers())
+    }
+    args, kwargs = tree_map_only(Tensor, _without_data, (call.args, call.kwargs))
+    return state, torch.empty(hidden.shape, dtype=hidden.dtype), args, kwargs
+
+
+def trace_block(
+    block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call, tokens: int = 0
+) -> BlockTrace:
+    """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
+
+    With ``tokens`` its feed-forward runs as many positions at a time.
+
+    A block whose code depends on the data (a mixture's routing) cannot be traced: then no
+    sharing is assumed, and bytes and operations are estimated from its weights.
+    """
+    try:
+        with _quiet(), in_chunks(block, tokens):
+            return _trace(block, sites, hidden, call)
+    except Exception:  # whatever the model's own code raises on fake tensors
+        return _estimate(block, sites, hidden)
+
+
+def _trace(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call) -> BlockTrace:
+    groups: list[list[str]] = []
+    by_input = WeakIdKeyDictionary()  # weak, so that watching keeps no tensor alive
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0] not in by_input:
+                by_input[args[0]] = []
+                groups.append(by_input[args[0]])
+            by_input[args[0]].append(name)
+
+        return hook
+
+    fed = [(site.name, module) for site in sites if (module := site.traced(block)) is not None]
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in fed]
+    try:
+        with torch.no_grad(), FakeTensorMode():
+            state, start, args, kwargs = _faked(block, hidden, call)
+            counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+            with counter, _LiveBytes([start]) as live:
+                torch.func.functional_call(block, state, (start, *args), kwargs)
+            for hook in hooks:
+                hook.remove()
+            with torch.enable_grad(), _LiveBytes([start]) as both:
+                named = {f"block.{name}": value for name, value in state.items()}
+                start.requires_grad_()
+                torch.func.functional_call(_Backward(block), named, (start, *args), kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return BlockTrace(
+        tuple(tuple(names) for names in groups),
+        live.peak,
+        both.peak,
+        counter.get_total_flops(),
+        exact=True,
+    )
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+class _Backward(nn.Module):
+    """A forward, and a backward to its input from a gradient of ones."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, start: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = hidden_of(self.block(start, *args, **kwargs))
+        gradient: Tensor = torch.autograd.grad(output, start, torch.ones_like(output))[0]
+        return gradient
+
+
+def _estimate(block: nn.Module, sites: Sequence[Site], hidden: Tensor) -> BlockTrace:
+    """No sharing. Alive at once: four copies of the input in fp32, and every linear's output in
+    fp32 or what goes into and out of all the experts that a token chooses."""
+    tokens = hidden.shape[0] * hidden.shape[1]
+    outputs = sum(linear.out_features for linear in linear_modules(block).values())
+    chosen = max((getattr(module, "top_k", 0) for module in block.modules()), default=0)
+    expert = sum(sum(value.shape[1:]) for value in block.parameters() if value.dim() == 3)
+    numbers = sum(value.numel() for value in block.parameters())
+    alive = max(4 * outputs, hidden.element_size() * chosen * expert)
+    return BlockTrace(
+        tuple((site.name,) for site in sites),
+        tokens * (alive + 16 * hidden.shape[-1]),
+        2 * tokens * (alive + 32 * hidden.shape[-1]),
+        2 * tokens * numbers,
+        exact=False,
+    )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all storages made while it is on; ``peak`` is their maximum."""
+
+    def __init__(self, held: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._alive = WeakIdKeyDictionary()
+        self.peak = 0
+        for tensor in held:
+            self._alive[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
+        for tensor in tree_leaves(result):
+            if _is_tensor(tensor) and id(tensor.untyped_storage()) not in known:
+                storage = tensor.untyped_storage()
+                self._alive[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)

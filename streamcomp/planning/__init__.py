@@ -1,1 +1,0 @@
-"""Bytes and seconds of each step, before it runs and after."""

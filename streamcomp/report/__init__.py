@@ -1,0 +1,1 @@
+"""The report of a finished job: figures, warnings, a page and a model card."""

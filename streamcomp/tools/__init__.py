@@ -1,0 +1,1 @@
+"""Tools for a checkpoint, dense or compressed: evaluate, export and inspect it."""

@@ -1,0 +1,168 @@
+"""A compressed model for tools that know no factors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamcomp.checkpoint.atomic import make_folder, write_json, write_text
+from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo, read_json
+from streamcomp.checkpoint.reader import TensorReader
+from streamcomp.checkpoint.writer import Computed, Entry, write_shard
+from streamcomp.errors import OutputError, RecipeError, UnsupportedModelError
+from streamcomp.forms import find_form
+from streamcomp.forms.runtime import FactoredLinear
+from streamcomp.forms.uv import Uv
+from streamcomp.job.progress import JobProgress
+from streamcomp.job.publish import copy_companions, quantization_config, write_index
+from streamcomp.model.sites import empty_factored
+from streamcomp.model.skeleton import Skeleton
+
+__all__ = ["export_checkpoint"]
+
+# What linears may be exported as; None: one dense matrix.
+_FORMS: dict[str, Uv | None] = {"dense": None, Uv.name: Uv()}
+_MARKER = ".streamcomp-export.json"
+
+
+def export_checkpoint(
+    index: CheckpointIndex,
+    destination: Path,
+    form: str,
+    extra: dict[str, str],
+    auto_map: dict[str, str],
+    progress: JobProgress,
+) -> Path:
+    """Write ``index``, a compressed model, to ``destination`` with every linear in ``form``.
+
+    ``dense`` multiplies the factors out; ``uv`` turns pivots into a plain left factor, and refuses
+    channels that share weights. One linear is in memory at a time. ``extra`` are
+    small files that only ``uv`` needs, and ``auto_map`` the config's way to them. A run that was
+    interrupted goes on after its last whole shard.
+    """
+    if form not in _FORMS:
+        raise RecipeError(f"form {form!r} unknown; one of: {', '.join(_FORMS)}")
+    if not Skeleton(index).compressed:
+        raise UnsupportedModelError(f"{index.folder} is not compressed: there is nothing to export")
+    if destination.resolve() == index.folder.resolve():
+        raise OutputError(f"{destination} is the model's own folder: give another DEST")
+    modules: dict[str, dict[str, Any]] = index.config["quantization_config"]["modules"]
+    factors = _FORMS[form]
+    if factors is not None:
+        _check_products(modules)
+    _check_names(index, modules)
+    _claim(index, destination, form)
+    shards = []
+    progress.begin("export", [1.0] * len(index.shards), 0, 0)
+    try:
+        for number, shard in enumerate(index.shards):
+            started = time.perf_counter()
+            target = destination / shard.name
+            if not target.exists():
+                progress.stage(number, shard.name, "writing", 0.0)
+                write_shard(target, _entries(index, shard, modules, factors))
+            shards.append(target)
+            progress.finish_step(number, shard.name, time.perf_counter() - started, "")
+    finally:
+        progress.end()
+    copy_companions(index.folder, destination)
+    config = {k: v for k, v in index.config.items() if k != "quantization_config"}
+    config.pop("auto_map", None)
+    if factors is not None:
+        for name, text in extra.items():
+            write_text(destination / name, text)
+        specs = {name: spec | {"form": form} for name, spec in modules.items()}
+        dtypes = {name: info.dtype for name, info in index.tensors.items()}
+        config["quantization_config"] = quantization_config(specs, dtypes)
+        config["auto_map"] = auto_map
+    write_index(destination, shards)
+    write_json(destination / "config.json", config)
+    (destination / _MARKER).unlink(missing_ok=True)
+    return destination
+
+
+def _check_names(index: CheckpointIndex, modules: Mapping[str, Any]) -> None:
+    """UnsupportedModelError where a factored linear has no tensor of its name on disk."""
+    missing = [name for name in modules if f"{name}.weight" not in index.tensors]
+    if missing:
+        raise UnsupportedModelError(
+            f"{index.folder} stores {missing[0]} by another name (it was saved by another class "
+            "than it was compressed as): export the folder that streamcomp wrote"
+        )
+
+
+def _check_products(modules: dict[str, dict[str, Any]]) -> None:
+    """Refuse what two factors cannot hold, by the first linear of its kind."""
+    for name, spec in modules.items():
+        if not find_form(spec["form"]).is_product:
+            raise RecipeError(
+                f"{name} has channels that share weights, no two factors hold them: "
+                "export it with --form dense"
+            )
+
+
+def _claim(index: CheckpointIndex, destination: Path, form: str) -> None:
+    """Mark an empty ``destination`` as ours, or recognise our own unfinished one."""
+    marks = [[s.name, s.stat().st_size, s.stat().st_mtime_ns] for s in index.shards]
+    marker = {"source": str(index.folder.resolve()), "form": form, "shards": marks}
+    path = destination / _MARKER
+    if path.is_file():
+        if read_json(path) == marker:
+            return
+        raise OutputError(f"{destination} holds another unfinished export: give another DEST")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise OutputError(f"{destination} is not an empty folder: give another DEST")
+    make_folder(destination)
+    write_json(path, marker)
+
+
+def _entries(
+    index: CheckpointIndex, shard: Path, modules: dict[str, dict[str, Any]], factors: Uv | None
+) -> Iterator[Entry]:
+    """The tensors that take the place of those in ``shard``."""
+    for name, info in index.tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if info.shard != shard:
+            continue
+        if owner not in modules or leaf == "bias":
+            yield Entry(name, info)
+        elif leaf == "weight":
+            yield from _factored_entries(index, owner, modules[owner], info, factors)
+
+
+def _factored_entries(
+    index: CheckpointIndex,
+    owner: str,
+    spec: dict[str, Any],
+    weight: TensorInfo,
+    factors: Uv | None,
+) -> Iterator[Entry]:
+    """One linear's tensors, computed when their turn comes."""
+    rank, columns = weight.shape
+    rows = index.tensors[f"{owner}.{find_form(spec['form']).rows_tensor}"].shape[0]
+    dtype = weight.torch_dtype
+
+    def load() -> FactoredLinear:
+        return _load(index, owner, spec, rows, columns)
+
+    if factors is None:
+        shape = (rows, columns)
+        product = Computed(dtype, shape, lambda: load().dense_weight().to(dtype))
+        yield Entry(f"{owner}.weight", product)
+    else:
+        yield Entry(f"{owner}.weight", weight)
+        factor = Computed(dtype, (rows, rank), lambda: load().left_factor().to(dtype))
+        yield Entry(f"{owner}.{factors.rows_tensor}", factor)
+
+
+def _load(
+    index: CheckpointIndex, owner: str, spec: dict[str, Any], rows: int, columns: int
+) -> FactoredLinear:
+    """The linear ``owner`` with its factors; holds them and nothing else."""
+    module = empty_factored(rows, columns, spec)
+    with TensorReader() as reader:
+        state = {leaf: reader.read(index.tensors[f"{owner}.{leaf}"]) for leaf in module.tensors()}
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False)

@@ -1,0 +1,572 @@
+"""The command line: its help, what goes to which stream, and the way of a job through it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import pytest
+import torch
+
+import streamcomp
+from streamcomp import cli
+from streamcomp.settings import SECTIONS
+from tests.jobs import (
+    ENVIRONMENT,
+    REPOSITORY,
+    SMALL,
+    Finished,
+    Interrupt,
+    Interrupted,
+    compress,
+    config_of,
+    products,
+    quick_plan,
+    run_cli,
+    run_python,
+    stored_tensors,
+    tree,
+    varied_text,
+)
+
+GROUP = cli.cli
+COMMANDS = {"": GROUP, **GROUP.commands}
+LITTLE = ("--samples", SMALL["samples"], "--seq-len", SMALL["seq_len"], "--threads", 1)
+STEPS = ["tokenize", "embed", "forward 0", "forward 1", "gradient of the loss", "reverse 1"]
+STEPS += ["reverse 0", "ranks", "block 0", "block 1", "copy the rest"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return varied_text(tmp_path_factory.mktemp("text") / "text.txt", 2000)
+
+
+@pytest.fixture(scope="module")
+def model(pico: Callable[..., Path]) -> Path:
+    return pico("llama")
+
+
+@pytest.fixture(scope="module")
+def done(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished job; not to be changed."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    compress(model, out, text)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """The speed of this machine, only shown, is not measured for ``plan`` either."""
+    with quick_plan():
+        yield
+
+
+def job(model: Path, out: Path, text: Path, *more: object) -> Finished:
+    return run_cli("compress", model, out, "--calibration", text, *LITTLE, *more)
+
+
+def stop_after(step: int) -> Any:
+    """A patch: jobs of the command line are interrupted when ``step`` is durable."""
+    return mock.patch(
+        "streamcomp.job.progress.console_progress", side_effect=lambda quiet: Interrupt(step)
+    )
+
+
+# -- help -----------------------------------------------------------------------------------
+
+OPTIONS = [
+    pytest.param(name, option, id=f"{name or 'streamcomp'} {option.opts[0]}")
+    for name, command in COMMANDS.items()
+    for option in command.params
+    if isinstance(option, click.Option) and option.name not in ("help", "version")
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_names_each_of_its_options(name: str) -> None:
+    help_page = run_cli(*name.split(), "--help")
+
+    assert help_page.code == 0 and not help_page.err
+    words = help_page.out.replace(",", " ").split()
+    for parameter in COMMANDS[name].params:
+        if isinstance(parameter, click.Option):
+            assert set(parameter.opts) <= set(words)
+    for command in COMMANDS if not name else ():
+        assert command in help_page.out
+    assert run_cli(*name.split(), "-h").out == help_page.out
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_each_option_tells_its_default_and_an_example(name: str, option: click.Option) -> None:
+    assert option.help
+    if option.is_flag:
+        return  # off unless given
+    assert "[default: " in option.help or option.name == "config"
+    told = isinstance(option.type, click.Choice) or option.type in (click.INT, click.FLOAT)
+    assert told or f"Example: --{(option.name or '').replace('_', '-')} " in option.help
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name])
+def test_each_command_has_an_example(name: str) -> None:
+    assert re.search(rf"Examples?:\n +streamcomp {name} ", COMMANDS[name].help or "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_help_page_fits_80_columns_and_has_its_sections_in_order(name: str) -> None:
+    lines = run_cli(*name.split(), "--help").out.splitlines()
+
+    assert max(map(len, lines)) <= 80
+    sections = [line.removesuffix(" options:").lower() for line in lines if "options:" in line]
+    assert sections == [section for section in SECTIONS if section in sections]
+
+
+def test_the_defaults_in_the_help_are_those_of_a_recipe() -> None:
+    recipe = streamcomp.Recipe()
+    for option in GROUP.commands["compress"].params:
+        value = getattr(recipe, option.name or "", None)
+        own = isinstance(value, float) and value == 0  # the method's
+        if value in (None, (), "") or isinstance(value, bool) or own:
+            continue
+        assert isinstance(option, click.Option)
+        told = f"{value:g}" if isinstance(value, float) else value
+        assert re.search(rf"\[default: {told}\b", option.help or ""), option.name
+
+
+def test_each_setting_of_a_recipe_has_an_option() -> None:
+    options = {parameter.name for parameter in GROUP.commands["compress"].params}
+
+    assert set(vars(streamcomp.Recipe())) | set(vars(streamcomp.Resources())) <= options
+    of_plan = {parameter.name for parameter in GROUP.commands["plan"].params}
+    assert of_plan == options - {"out"}
+
+
+def test_the_module_runs_and_tells_its_version() -> None:
+    told = run_python("-m", "streamcomp", "--version", cwd=REPOSITORY)
+
+    assert (told.code, told.err) == (0, "")
+    assert told.out.endswith(f"version {streamcomp.__version__}\n")
+    project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
+    assert f'\nversion = "{streamcomp.__version__}"\n' in project
+
+
+def test_what_follows_no_command_is_refused_in_one_line() -> None:
+    refused = run_cli("compres")
+
+    assert refused.code == 2 and not refused.out
+    assert "No such command 'compres'" in refused.err
+
+
+# -- before torch is imported ---------------------------------------------------------------
+
+# Runs the command line, then tells its exit code, what it imported, and its environment.
+WATCHED = """
+import json, os, sys
+from streamcomp.cli import main
+
+code = 0
+try:
+    main()
+except SystemExit as stop:
+    code = stop.code or 0
+imported = sorted({"torch", "transformers"} & sys.modules.keys())
+names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+settings = {name: os.environ[name] for name in names if name in os.environ}
+print(json.dumps([code, imported, settings]), file=sys.stderr)
+"""
+SPINNING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine's user has told OpenMP is not handed on."""
+    for name in (*SPINNING, "OMP_WAIT_POLICY"):
+        monkeypatch.delitem(ENVIRONMENT, name, raising=False)
+
+
+def watched(*arguments: object, **environment: str) -> list[Any]:
+    done = run_python("-c", WATCHED, *arguments, environment=environment)
+    told: list[Any] = json.loads(done.err.splitlines()[-1])
+    return told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--help",), 0),
+        (("compress", "--help"), 0),
+        (("--version",), 0),
+        (("compres",), 2),
+        (("plan",), 2),
+        (("plan", "model", "--samples", "many"), 2),
+        (("plan", "model", "--ratio", 2), 2),
+        (("compress", "model", "out", "--size", "5 apples"), 2),
+        (("compress", "model", "out", "--device", "tpu"), 2),
+        (("eval", "model", "--threads", 100_000), 2),
+    ],
+)
+def test_help_and_refused_settings_wait_for_no_large_import(
+    arguments: tuple[object, ...], code: int
+) -> None:
+    assert watched(*arguments)[:2] == [code, []]
+
+
+def test_the_completion_of_a_shell_waits_for_no_large_import() -> None:
+    script = f"import sys; sys.argv[0] = 'streamcomp'\n{WATCHED}"
+    typed = {"_STREAMCOMP_COMPLETE": "bash_complete", "COMP_WORDS": "streamcomp comp"}
+
+    done = run_python("-c", script, environment={**typed, "COMP_CWORD": "1"})
+
+    assert done.out == "plain,compress\n"
+    assert json.loads(done.err)[:2] == [0, []]
+
+
+def test_the_threads_of_openmp_are_told_not_to_spin_for_long(tmp_path: Path) -> None:
+    """By the time its library is loaded: it says itself what it has been told."""
+    done = run_python("-c", WATCHED, "status", tmp_path, environment={"OMP_DISPLAY_ENV": "VERBOSE"})
+
+    code, imported, settings = json.loads(done.err.splitlines()[-1])
+    assert code == 6 and "torch" in imported and settings == SPINNING
+    assert re.search(r"GOMP_SPINCOUNT = '1000'|KMP_BLOCKTIME=1\b", done.err)
+
+
+@pytest.mark.parametrize("name", [*SPINNING, "OMP_WAIT_POLICY"])
+def test_what_the_user_has_told_openmp_is_left_alone(name: str) -> None:
+    value = "active" if name == "OMP_WAIT_POLICY" else "7"
+
+    assert watched("--version", **{name: value})[2] == {name: value}
+
+
+def test_the_interface_of_python_leaves_the_waiting_of_openmp_alone(tmp_path: Path) -> None:
+    script = "import os, sys\nimport streamcomp\ntry:\n    streamcomp.status(sys.argv[1])\n"
+    script += "except streamcomp.OutputError:\n    print('torch' in sys.modules, *os.environ)\n"
+
+    told = run_python("-c", script, tmp_path).out.split()
+
+    assert told[0] == "True" and not {*SPINNING, "OMP_WAIT_POLICY"} & {*told}
+
+
+# -- where options stand --------------------------------------------------------------------
+
+
+def test_options_before_the_command_hold_for_it(model: Path) -> None:
+    before = run_cli("--max-ram", "3G", "plan", model, *LITTLE, "--json")
+    after = run_cli("plan", model, *LITTLE, "--max-ram", "3G", "--json")
+
+    assert before.json["budget_bytes"] == after.json["budget_bytes"] == 3 * 2**30
+
+
+def test_an_option_behind_the_command_goes_before_one_ahead_of_it(model: Path) -> None:
+    both = run_cli("--max-ram", "1G", "plan", model, *LITTLE, "--max-ram", "2G", "--json")
+
+    assert both.json["budget_bytes"] == 2 * 2**30
+
+
+def test_an_option_ahead_of_a_command_without_it_does_no_harm(model: Path) -> None:
+    assert run_cli("--max-ram", "1G", "--threads", 1, "inspect", model).code == 0
+
+
+# -- which stream ---------------------------------------------------------------------------
+
+
+def test_progress_is_plain_lines_where_no_terminal_is(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    finished = job(model, tmp_path / "out", text)
+
+    assert finished.code == 0
+    lines = finished.err.splitlines()
+    assert lines[0] == f"{tmp_path / 'out'}: {len(STEPS)} steps"
+    told = [line for line in lines if line.startswith("[")]
+    for number, (line, step) in enumerate(zip(told, STEPS, strict=True), 1):
+        assert line.startswith(f"[{number}/{len(STEPS)}] {step} ")
+        assert "RSS" in line and line.endswith("left")
+    assert "\x1b" not in finished.err + finished.out and "\r" not in finished.err
+    assert "linear parameters" in finished.out
+    assert not any(step in finished.out for step in STEPS[:3])
+
+
+@pytest.mark.parametrize("flag", ["--quiet", "-q"])
+def test_a_quiet_job_tells_its_result_alone(
+    model: Path, text: Path, tmp_path: Path, flag: str
+) -> None:
+    finished = job(model, tmp_path / "behind", text, flag)
+    assert (finished.code, finished.err) == (0, "")
+    assert "linear parameters" in finished.out
+
+    ahead = run_cli(flag, "compress", model, tmp_path / "ahead", "--calibration", text, *LITTLE)
+    assert (ahead.code, ahead.err) == (0, "")
+
+
+def test_a_job_in_json_prints_one_document_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    short = varied_text(tmp_path / "short.txt", 100)  # six windows of the eight, hence a note
+
+    finished = job(model, tmp_path / "out", short, "--json")
+
+    assert (finished.code, finished.err) == (0, "")
+    assert finished.json["notes"]
+    assert finished.json["out"] == str(tmp_path / "out")
+    assert finished.json["already_done"] is False
+    report = json.loads((tmp_path / "out" / "streamcomp_report.json").read_text("utf-8"))
+    assert {k: v for k, v in finished.json.items() if k not in ("out", "already_done")} == report
+
+
+def test_several_ratios_give_a_folder_each(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    finished = job(model, out, text, "--ratio", "0.2,0.4", "--json")
+
+    assert (finished.code, finished.err) == (0, "")
+    found = finished.json
+    assert found["out"] == str(out / "ratio-0.2") and found["asked"] == 0.2
+    (other,) = found["others"]
+    assert other["out"] == str(out / "ratio-0.4") and other["asked"] == 0.4
+    for made in (found, other):
+        report = json.loads((Path(made["out"]) / "streamcomp_report.json").read_text("utf-8"))
+        assert made["model"] == report["model"]
+        assert report["model"]["ratio"] >= made["asked"]
+    again = job(model, out, text, "--ratio", "0.2,0.4")
+    assert again.code == 0 and "already done" in again.out
+    assert again.out.count("linear parameters") == 2
+    status = run_cli("status", out)
+    assert status.code == 0 and "finished" in status.out
+    refused = job(model, out, text, "--ratio", "0.2,0.5")
+    assert refused.code == 6 and "is not empty" in refused.err
+    assert "Traceback" not in refused.err
+
+
+def test_plan_shows_the_sweeps(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    made = run_cli("plan", model, *LITTLE, "--ratio", "0.2,0.4", "--json").json
+    shown = run_cli("plan", model, *LITTLE, "--ratio", "0.2,0.4")
+
+    assert [step["name"] for step in made["steps"]] == [
+        *STEPS[:8],
+        *(f"ratio {ratio}: {step}" for ratio in (0.2, 0.4) for step in STEPS[8:]),
+    ]
+    assert [output["asked"] for output in made["outputs"]] == [0.2, 0.4]
+    for row in ("forward 0 to 1", "gradient of the loss", "reverse 1 to 0", "ranks"):
+        assert row in shown.out
+    for ratio in (0.2, 0.4):
+        assert f"ratio {ratio}: block 0 to 1" in shown.out
+
+
+def test_every_other_command_prints_one_json_document_and_nothing_else(
+    model: Path, done: Path, text: Path, tmp_path: Path
+) -> None:
+    commands: list[tuple[tuple[object, ...], str]] = [
+        (("plan", model, *LITTLE), "minimum_bytes"),
+        (("status", done), "finished"),
+        (("eval", done, "--text", text, "--seq-len", 16, "--windows", 4), "perplexity"),
+        (("export", done, tmp_path / "dense"), "form"),
+        (("inspect", done), "families"),
+    ]
+    assert {arguments[0] for arguments, _ in commands} == {*GROUP.commands} - {"compress"}
+    for arguments, key in commands:
+        finished = run_cli(*arguments, "--json")
+        assert (finished.code, finished.err) == (0, ""), arguments
+        assert key in finished.json, arguments
+
+
+def test_an_error_in_json_leaves_stdout_empty(model: Path, tmp_path: Path) -> None:
+    refused = run_cli("plan", model, *LITTLE, "--max-ram", "1M", "--json")
+
+    assert refused.code == 5 and refused.out == ""
+    assert refused.err.startswith("error: ") and len(refused.err.splitlines()) == 1
+
+
+# -- settings from a file -------------------------------------------------------------------
+
+
+def write_toml(path: Path, **settings: object) -> Path:
+    path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in settings.items()), "utf-8")
+    return path
+
+
+def test_settings_are_read_from_a_file_and_those_of_the_command_line_go_first(
+    model: Path, tmp_path: Path
+) -> None:
+    recipe = write_toml(
+        tmp_path / "recipe.toml", ratio=0.5, form="uv", **{"seq-len": 32}, samples=4, batch=2
+    )
+
+    made = run_cli("plan", model, "--config", recipe, "--json").json
+    assert made["ratio"] == pytest.approx(0.5, abs=0.02)
+    assert (made["windows"], made["seq_len"], made["batch"]) == (4, 32, 2)
+
+    made = run_cli("plan", model, "--config", recipe, "--samples", 6, "--ratio", 0.3, "--json").json
+    assert made["ratio"] == pytest.approx(0.3, abs=0.02)
+    assert (made["windows"], made["seq_len"], made["batch"]) == (6, 32, 2)
+
+
+def test_a_job_follows_its_file(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe = write_toml(tmp_path / "recipe.toml", calibration=[str(text)], form="uv", **SMALL)
+
+    finished = run_cli(
+        "compress", model, tmp_path / "out", "--config", recipe, "--json", "--threads", 1
+    )
+
+    settings = finished.json["recipe"]
+    assert settings["form"] == "uv" and settings["samples"] == SMALL["samples"]
+    assert settings["calibration"] == [str(text)]
+
+
+def test_a_setting_of_a_file_that_nobody_knows_is_refused(model: Path, tmp_path: Path) -> None:
+    recipe = write_toml(tmp_path / "recipe.toml", ratios=0.5)
+
+    refused = run_cli("plan", model, "--config", recipe)
+
+    assert refused.code == 2 and refused.out == ""
+    assert f"{recipe}: unknown setting 'ratios'; known: ratio, " in refused.err
+
+
+# -- the way of a job -----------------------------------------------------------------------
+
+
+def test_status_follows_a_job(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    nothing = run_cli("status", out)
+    assert nothing.code == 6 and "holds no job" in nothing.err
+
+    with stop_after(8), pytest.raises(Interrupted):
+        job(model, out, text)
+    found = run_cli("status", out, "--json").json
+    assert found["finished"] is False
+    assert (found["steps_done"], found["steps_total"], found["last_step"]) == (9, 11, "block 0")
+    assert found["recipe"]["samples"] == SMALL["samples"]
+    assert found["peak_bytes"] > 0 and found["seconds"] > 0 and found["seconds_left"] > 0
+    table = run_cli("status", out)
+    assert table.code == 0
+    assert "unfinished" in table.out and "9 of 11, last block 0" in table.out
+
+    goes_on = job(model, out, text)
+    assert goes_on.code == 0
+    assert goes_on.err.startswith(f"{out}: 11 steps, continued after step 9\n[10/11] block 1")
+    found = run_cli("status", out, "--json").json
+    assert found["finished"] is True
+    assert (found["steps_done"], found["steps_total"], found["seconds_left"]) == (11, 11, 0)
+    table = run_cli("status", out)
+    assert "finished" in table.out and "unfinished" not in table.out
+
+
+def test_status_finds_the_work_in_another_folder(model: Path, text: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    with stop_after(1), pytest.raises(Interrupted):
+        job(model, out, text, "--work-dir", work)
+
+    lost = run_cli("status", out)
+    assert lost.code == 6 and "--work-dir" in lost.err
+    assert run_cli("status", out, "--work-dir", work, "--json").json["steps_done"] == 2
+
+
+def test_a_finished_job_is_not_done_again(model: Path, text: Path, done: Path) -> None:
+    before = tree(done)
+
+    again = job(model, done, text)
+    assert (again.code, again.err) == (0, "")
+    assert again.out.startswith(f"{done} is already done; to compress anew, remove it or give")
+    assert "linear parameters" in again.out
+    assert job(model, done, text, "--json").json["already_done"] is True
+    assert tree(done) == before
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, click.Abort])
+def test_an_interrupted_job_says_that_it_goes_on(
+    model: Path, text: Path, tmp_path: Path, interruption: type[BaseException]
+) -> None:
+    with (
+        stop_after(2),
+        mock.patch("tests.jobs.Interrupted", side_effect=interruption),
+    ):
+        stopped = job(model, tmp_path, text)
+
+    assert stopped.code == 130
+    told = "interrupted: the finished steps are kept, the same command goes on"
+    assert stopped.err.strip() == told  # click ends the line of ^C
+    assert stopped.out == ""
+    assert run_cli("status", tmp_path, "--json").json["steps_done"] == 3
+
+
+# -- tables ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_tables_fit_into_a_narrow_terminal(
+    model: Path, done: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for arguments, known in [
+        (("inspect", model), "q_proj"),
+        (("inspect", done), "down_proj"),
+        (("plan", model, *LITTLE), "block"),
+        (("status", done), "finished"),
+    ]:
+        shown = run_cli(*arguments)
+        assert shown.code == 0 and known in shown.out
+        rows = [line for line in shown.out.splitlines() if line[:1] in "┏┃┡│└┌├"]
+        assert rows and max(map(len, rows)) <= int(columns)
+
+
+def test_plan_shows_what_its_json_holds(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    settings = ("--batch", 2, "--ratio", 0.5, "--form", "uv", "--include", "q_proj")
+    shown = run_cli("plan", model, *LITTLE, *settings)
+
+    assert "block 0 to 1" in shown.out  # alike, hence one row
+    assert "2 windows of 16 tokens at a time" in shown.out
+    assert "2 eligible, ratio 0.5000" in shown.out  # rank 8 of 32 x 32
+    assert "(--max-ram " in shown.out
+
+
+def test_inspect_lists_the_families_of_a_model(
+    model: Path, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    dense, factored = run_cli("inspect", model), run_cli("inspect", done)
+
+    for leaf, shape in [("q_proj", "32 x 32"), ("k_proj", "16 x 32"), ("down_proj", "32 x 48")]:
+        for shown, form in ((dense, "dense"), (factored, "pivot")):
+            row = next(line for line in shown.out.splitlines() if f"{leaf} " in line)
+            assert shape in row and form in row
+
+
+# -- export ---------------------------------------------------------------------------------
+
+
+def test_an_exported_model_is_the_product_of_the_factors(done: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+
+    exported = run_cli("export", done, dense, "--quiet")
+
+    assert (exported.code, exported.err) == (0, "")
+    assert exported.out == f"{dense} holds {done} in form dense\n"
+    assert "quantization_config" not in config_of(dense)
+    tensors = stored_tensors(dense)
+    for name, wanted in products(done).items():
+        torch.testing.assert_close(tensors[f"{name}.weight"].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_exported_pair_of_factors_has_the_same_product(done: Path, tmp_path: Path) -> None:
+    pair = tmp_path / "uv"
+
+    assert run_cli("export", done, pair, "--form", "uv").code == 0
+
+    found, wanted = products(pair), products(done)
+    assert found.keys() == wanted.keys()
+    for name, product in found.items():
+        torch.testing.assert_close(product, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_touches_no_folder_in_use(done: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+
+    refused = run_cli("export", done, tmp_path)
+
+    assert refused.code == 6 and "is not an empty folder" in refused.err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
