@@ -27,7 +27,6 @@ Section = Literal["common", "method", "calibration", "memory", "output"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 
 _METADATA = "setting"  # key in a field's metadata
-_LARGE = 2**53  # an upper end beyond this is no news to anybody
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +56,10 @@ class Setting:
     @property
     def range(self) -> str:
         """Its range in words: "0 to 1", "at least 0 and below 1"; "" where there is none."""
-        most = None if self.most is None or self.most > _LARGE else self.most
-        if self.least is not None and most is not None:
-            return f"{self.least} to {most}"
+        if self.least is not None and self.most is not None:
+            return f"{self.least} to {self.most}"
         ends = {"at least": self.least, "above": self.above}
-        ends |= {"at most": most, "below": self.below}
+        ends |= {"at most": self.most, "below": self.below}
         return " and ".join(f"{word} {end}" for word, end in ends.items() if end is not None)
 
     def allows(self, number: float) -> bool:

@@ -24,7 +24,7 @@ from streamcomp.recipe import OUTPUT_FIELDS, Recipe, Resources
         ({"samples": 0}, "samples 0: must be at least 1"),
         ({"seq_len": 1}, "seq_len 1: must be at least 2"),
         ({"batch": -1}, "batch -1: must be at least 0"),
-        ({"seed": -1}, "seed -1: must be at least 0"),
+        ({"seed": -1}, "seed -1: must be 0 to"),
         ({"include": "("}, "include '\\(' is no regular expression"),
         ({"exclude": "*"}, "exclude '\\*' is no regular expression"),
     ],

@@ -15,6 +15,9 @@ from streamcomp.settings import SECTIONS, Section, Setting, about, kinds_of
 __all__ = ["Command", "Group", "Option", "make_option", "options_of"]
 
 
+_LARGE = 2**53  # a range with a larger end is nothing that anybody has to be told
+
+
 class Option(click.Option):
     """An option that has a section of the help page."""
 
@@ -79,7 +82,8 @@ def options_of(
 def make_option(name: str, kind: type, default: Any, setting: Setting) -> Option:
     """The option ``--name`` of a setting whose single values are of this ``kind``."""
     option = f"--{name.replace('_', '-')}"
-    remarks = "; ".join(filter(None, (_default(default, setting), setting.range)))
+    told = "" if (setting.most or 0) > _LARGE else setting.range
+    remarks = "; ".join(filter(None, (_default(default, setting), told)))
     parts = [setting.help]
     if remarks:
         parts.append(f"[{remarks}]")

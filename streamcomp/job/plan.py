@@ -225,7 +225,7 @@ def _fitting(planner: StepPlanner, levers: Levers | None) -> Plan:
         planner.baseline,
         planner.disk_bytes,
         planner.work_bytes,
-        sum(step.seconds for step in steps) - planner.seconds(at_once),
+        planner.seconds(levers) - planner.seconds(at_once),
     )
 
 

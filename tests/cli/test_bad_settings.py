@@ -57,7 +57,7 @@ from tests.refusals import (
         (["--seq-len", 1], 2, "seq_len 1: must be at least 2"),
         (["--samples", 0], 2, "samples 0: must be at least 1"),
         (["--batch", -1], 2, "batch -1: must be at least 0"),
-        (["--seed", -1], 2, "seed -1: must be at least 0"),
+        (["--seed", -1], 2, "seed -1: must be 0 to"),
         (["--device", "gpu"], 2, "device 'gpu' unknown: auto, cpu, cuda or cuda:N"),
         (["--device", "cpu", "--max-vram", "8G"], 2, "--max-vram 8G: the job runs on the CPU"),
     ],

@@ -297,7 +297,7 @@ def test_each_disk_needs_room_for_what_lies_on_it(
 
 
 def test_ratios_that_would_share_a_folder_are_refused() -> None:
-    with pytest.raises(RecipeError, match="stands there once"):
+    with pytest.raises(RecipeError, match="must differ in their first six digits"):
         small_recipe("text", ratio=(0.2, 0.2000001))
 
 
