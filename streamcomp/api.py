@@ -14,7 +14,7 @@ from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_index
 from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
 from streamcomp.integrations.transformers import AUTO_MAP, PLUGIN, plugin_source
 from streamcomp.job.folders import WORK_FOLDER, output_folders
-from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked
+from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked, same_job
 from streamcomp.job.plan import Plan, make_plan
 from streamcomp.job.planner import Conditions
 from streamcomp.job.progress import JobProgress, SilentProgress
@@ -315,7 +315,7 @@ def _clean(work: Path, report: Report) -> None:
         if journal is None:
             over = not any(work.iterdir())  # killed just before the folder itself was removed
         else:
-            ours = journal.header.fingerprint == report.fingerprint
+            ours = same_job(journal.header.fingerprint, report.fingerprint)
             over = ours and journal.finished and not journal.header.levers.keep_work
         if over:
             remove_work(work)
