@@ -1,9 +1,9 @@
-"""Runs a model once without weights, before anything is read.
+"""One forward of a model without weights, before anything is read.
 
 It tells how blocks return their hidden states, which of their linears they call, and which
-modules run before and after them. It also refuses models that streaming would compute wrongly:
-those that hand anything but hidden states from block to block, or from a block to the head. The
-autograd graph shows this, because the output of each tap is a leaf of it.
+modules run before and behind them. And it refuses a model that streaming would get wrong: one
+that hands anything but hidden states from block to block, or from a block to the head. That shows
+in the autograd graph: what each tap returns is a leaf of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from streamcomp.errors import StreamcompError, UnsupportedModelError
 from streamcomp.model.sites import is_linear
@@ -32,7 +31,7 @@ from streamcomp.model.tracing import BlockUse, use_of_block
 
 __all__ = ["Rehearsal", "code_of", "rehearse"]
 
-# Two batches that differ in their tokens alone. No row is 0, 1, 2, ..., which positions are.
+# Two batches that differ in their tokens, and in nothing else. No row counts up, as positions do.
 _TOKENS = ([[1, 0, 1, 1], [0, 0, 1, 0]], [[0, 1, 1, 0], [1, 1, 0, 1]])
 # How a block may return its hidden states where it cannot be run without weights.
 _GUESSES = tuple(Returned(length, frozenset(range(1, length))) for length in range(4))
@@ -43,9 +42,9 @@ class Rehearsal:
     """Results of one forward without weights."""
 
     returns: tuple[Returned, ...]  # of each block
-    called: tuple[frozenset[str] | None, ...]  # linears each block calls; None: unknown
+    called: tuple[frozenset[str] | None, ...]  # linears each block calls; None: not to be told
     before: frozenset[str]  # outer modules that run before the last block
-    behind: frozenset[str]  # outer modules that run only after it, the head among them
+    behind: frozenset[str]  # and those that run from there on, the head among them
     hidden_size: int
 
 
@@ -69,11 +68,11 @@ def rehearse(
         actors = _Actors(blocks, guess)
         try:
             before, behind = _perform(forward, panel, actors, outer, head)
-        except Exception as fault:  # models may raise anything
+        except Exception as fault:  # models fail in as many ways as there are of them
             error = error or fault
             if actors.certain:
                 break
-            continue  # perhaps because the guess is wrong
+            continue  # the guess may be what was wrong
         panel.conductor = recorder = Recorder(actors.returns)
         with torch.no_grad(), suppress(Stop):
             forward(torch.tensor(_TOKENS[1]))
@@ -101,7 +100,7 @@ def _perform(
     outer: dict[str, nn.Module],
     head: nn.Module,
 ) -> tuple[set[str], set[str]]:
-    """Run once with ``actors``; return outer modules that run before the last block, and after."""
+    """One forward with ``actors``; the outer modules that run before the last block, and after."""
     tokens = torch.tensor(_TOKENS[0])
     arrived: list[Tensor] = []
     used: tuple[set[str], set[str]] = (set(), set())
@@ -132,9 +131,9 @@ def _perform(
 
 
 class _Actors:
-    """Answers for blocks: traces each without weights, and returns a leaf of the autograd graph.
+    """Answers for blocks: each is looked at without weights, and returns a leaf of the graph.
 
-    A block that cannot run without weights is assumed to return its states as ``guess`` says.
+    Where a block cannot be run without weights, it is taken to return its states as ``guess``.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], guess: Returned) -> None:
@@ -176,7 +175,7 @@ class _Actors:
                 f"block {number} is given something else than what block {number - 1} returned: "
                 "not supported yet"
             )
-        for name, value in _named(inputs):
+        for name, value in _named(call):
             if value.requires_grad:
                 raise UnsupportedModelError(
                     f"block {number} is given a state that depends on the tokens, besides the "
@@ -197,7 +196,7 @@ class _Actors:
             )
 
     def check_head(self, arrived: list[Tensor]) -> None:
-        """Check that the head depends on the output of the last block, and of no other block."""
+        """The head depends on what the last block returned, and on no other block."""
         if not arrived or arrived[0].shape[:-1] != self.leaves[0].shape[:-1]:
             raise UnsupportedModelError("the code behind its last block cannot be run by itself")
         if not arrived[0].requires_grad:
@@ -215,9 +214,9 @@ class _Actors:
             raise UnsupportedModelError("its head does not depend on its last block")
 
     def _use(self, number: int, hidden: Tensor, call: Call) -> BlockUse | None:
-        """How the block uses its linears; blocks that run the same code are traced once."""
+        """How the block uses its linears; blocks that run the same code are looked at once."""
         block = self._blocks[number]
-        key = code_of(block), tuple(map(_code_key, call.leaves))
+        key = code_of(block), tuple(map(_looks, call.leaves))
         if key not in self._seen:
             self._seen[key] = use_of_block(block, hidden, call)
         return self._seen[key]
@@ -230,7 +229,7 @@ def _named(call: Call) -> list[tuple[str, Tensor]]:
 
 
 def code_of(block: nn.Module) -> Hashable:
-    """A key that blocks share if they run the same code: modules and plain settings, not sizes."""
+    """Equal for blocks that run the same code: its modules and their plain settings, not sizes."""
     return tuple((name, type(module), _settings(module)) for name, module in block.named_modules())
 
 
@@ -245,11 +244,11 @@ def _settings(module: nn.Module) -> Hashable:
     )
 
 
-def _code_key(leaf: Any) -> Hashable:
+def _looks(leaf: Any) -> Hashable:
     """Properties of an argument that may decide which code a block runs."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype
     if is_state(leaf):
-        return object()  # trace every block: its number may decide whether it uses this
+        return object()  # every block is looked at: which use it, may be by its number
     plain = isinstance(leaf, str | bool | int | float | None)
     return leaf if plain else type(leaf).__name__

@@ -84,7 +84,7 @@ class Skeleton:
         return infos + self.unclaimed
 
     def block_kind(self, number: int) -> tuple[Any, ...]:
-        """A key that blocks share if they have equal shapes and run the same code."""
+        """Blocks of equal kind have equal shapes and run the same code."""
         block = self.block(number)
         shapes = tuple((name, tuple(value.shape)) for name, value in block.state_dict().items())
         return code_of(block), shapes
@@ -145,16 +145,16 @@ class Skeleton:
 
     @torch.no_grad()
     def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Run the model's forward on ``tokens`` (batch, seq) with taps instead of blocks.
+        """Run the real forward up to the blocks.
 
-        Returns the hidden states that enter the first block (batch, seq, hidden) and the inputs
-        of each block. The outer parameters must be loaded.
+        ``tokens`` (batch, seq). Returns the hidden states entering the first block (batch,
+        seq, hidden) and each block's call. The outer parameters must be in place.
         """
-        capture = Recorder(self.rehearsal.returns)
-        with self._conducted_by(capture), suppress(Stop):
+        recorder = Recorder(self.rehearsal.returns)
+        with self._conducted_by(recorder), suppress(Stop):
             self._forward(tokens)
-        assert capture.hidden is not None
-        return capture.hidden, capture.calls
+        assert recorder.hidden is not None
+        return recorder.hidden, recorder.calls
 
     def dry_record(self, batch: int, seq_len: int) -> tuple[Tensor, list[Call]]:
         """:meth:`record` on the CPU with all outer parameters zero, before any is loaded.
@@ -167,7 +167,7 @@ class Skeleton:
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits (batch, seq, vocabulary) of the last block's output (batch, seq, hidden).
 
-        Can be differentiated; call it under ``torch.no_grad`` where that is not needed.
+        Can be differentiated; wants ``torch.no_grad`` around it where that is not needed.
         """
         tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
         with self._conducted_by(Replayer(self.rehearsal.returns, hidden)):
@@ -178,7 +178,7 @@ class Skeleton:
         return logits
 
     def _rehearse(self) -> Rehearsal:
-        """Learn how the model runs; UnsupportedModelError where it cannot be streamed."""
+        """How the model runs; UnsupportedModelError where it cannot be streamed."""
         outer = {name: self.model.get_submodule(name) for name in self.outer_modules}
         try:
             with self._zero_parameters(), self._tapped():
@@ -188,7 +188,7 @@ class Skeleton:
 
     @contextmanager
     def _zero_parameters(self) -> Iterator[None]:
-        """Set outer parameters that are not loaded to zeros on the CPU, one stored number each."""
+        """Zeros on the CPU for all outer parameters that are not loaded, each of one number."""
         held: list[tuple[dict[str, Any], str, Any]] = []
         for name in self.outer_modules:
             module = self.model.get_submodule(name)
@@ -244,7 +244,7 @@ class Skeleton:
                 _check_sources(name, value, self.sources.get(self.ties.get(name, name), []))
 
     def _map_tensors(self) -> tuple[dict[str, list[TensorInfo]], list[TensorInfo]]:
-        """Parameter name -> tensors on disk, and the tensors that belong to no parameter."""
+        """Parameter name -> tensors on disk, and the tensors that no parameter wants."""
         names = NameMap(self.model)
         sources: dict[str, list[TensorInfo]] = {}
         unclaimed = []
@@ -257,10 +257,10 @@ class Skeleton:
         return sources, unclaimed
 
     def _find_ties(self) -> dict[str, str]:
-        """Parameter that is in no shard -> the parameter on disk that it is tied to.
+        """Parameters that are in no shard -> the one that they are tied to, which is.
 
-        A parameter that is on disk keeps its tensor whatever the config says, as in transformers.
-        Blocks that share weights are refused.
+        As transformers ties them: a parameter that has a tensor of its own keeps it, whatever the
+        config says. Blocks that share weights are refused.
         """
         groups: dict[str, list[str]] = {}
         for target, source in self.model.all_tied_weights_keys.items():

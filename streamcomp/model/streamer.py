@@ -28,7 +28,7 @@ from streamcomp.model.taps import Call, check_same_calls, hidden_of, views_of_on
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
 
-# The loader of the first transformers 5 releases takes one argument more.
+# The loader of the first transformers 5 releases wants one argument more.
 _OLDER_ARGUMENTS = (
     {"tp_plan": None}
     if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
@@ -45,15 +45,15 @@ class LoadedBlock:
 
     @torch.no_grad()
     def run(self, hidden: Tensor, call: Call) -> Tensor:
-        """Output hidden states (batch, seq, hidden) of the block."""
+        """Hidden states (batch, seq, hidden) through the block."""
         return hidden_of(self.module(hidden, *call.args, **call.kwargs))
 
     @torch.enable_grad()
     def differentiate(self, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
-        """Gradient of the loss at the block's input, from the one at its output (``gradient``).
+        """The loss's gradient at the block's input, from that at its output (``gradient``).
 
-        Both have the shape of ``hidden``. Weights get no gradient, but hooks see the gradients at
-        the outputs of linears.
+        Both of the shape of ``hidden``. Weights take no gradient; hooks on what flows through
+        the linears see theirs.
         """
         start = hidden.detach().requires_grad_()
         output = hidden_of(self.module(start, *call.args, **call.kwargs))
@@ -76,9 +76,9 @@ class LoadedBlock:
 
     @contextmanager
     def cast(self, dtype: torch.dtype) -> Iterator[None]:
-        """Hold parameters in ``dtype`` within the ``with``; buffers stay as they are.
+        """Parameters in ``dtype`` for as long as the ``with`` lasts; buffers stay as they are.
 
-        The dtypes must be restored, because the next load follows them.
+        They must go back: the next load follows the dtype that a parameter was left in.
         """
         dtypes = {parameter: parameter.dtype for parameter in self.module.parameters()}
         for parameter in dtypes:
@@ -91,12 +91,12 @@ class LoadedBlock:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Run the feed-forward on all positions at once within the ``with``."""
+        """Its feed-forward on all positions at once, for as long as the ``with`` lasts."""
         with whole(self.module):
             yield
 
     def original(self, name: str) -> nn.Module:
-        """The module ``name`` that was loaded, whether it is replaced now or not."""
+        """The module ``name`` as it was loaded, whether it is replaced or not."""
         return self._replaced[name] if name in self._replaced else self.running(name)
 
     def running(self, name: str) -> nn.Module:
@@ -110,7 +110,7 @@ class LoadedBlock:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Run the original modules again within the ``with``."""
+        """The original modules in their places, for as long as the ``with`` lasts."""
         now = {name: self._swap(name, module) for name, module in self._replaced.items()}
         try:
             yield
@@ -149,7 +149,7 @@ class BlockStreamer:
         self._load_outer(wanted)
 
     def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Embed ``tokens`` (batch, seq) and capture the inputs of each block.
+        """Embed ``tokens`` (batch, seq) and record each block's call.
 
         Holds one row of the embedding per distinct token.
         """
@@ -167,14 +167,14 @@ class BlockStreamer:
         return hidden
 
     def calls(self, tokens: Tensor) -> list[Call]:
-        """Inputs of each block for ``tokens`` (batch, seq), which depend on their shape alone.
+        """Each block's call for ``tokens`` (batch, seq), which depends on their shape alone.
 
-        Cached for each shape. Tensors that all windows of a batch share are kept for one window.
+        Kept for each shape; what a window is given alike in a larger batch is kept once.
         """
         if tokens.shape not in self._calls:
             calls = self.record(tokens)[1]
             if len(tokens) > 1:
-                layer_inputs = views_of_one(layer_inputs, self.calls(tokens[:1]))
+                calls = views_of_one(calls, self.calls(tokens[:1]))
             self._calls[tokens.shape] = calls
         return self._calls[tokens.shape]
 
@@ -198,7 +198,7 @@ class BlockStreamer:
     def head(self, dtype: torch.dtype | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from hidden states (batch, seq, hidden) to logits; holds the whole head.
 
-        It runs in ``dtype``, by default the model's, and can be differentiated.
+        It runs in ``dtype``, by default the model's own, and can be differentiated.
         """
         outer = self.skeleton.rehearsal.behind - {self.skeleton.embedding_name}
         token = torch.zeros(1, 1, dtype=torch.int64)
@@ -234,7 +234,7 @@ class BlockStreamer:
 
     @contextmanager
     def _embedding_rows(self, tokens: Tensor, any_tokens: bool = False) -> Iterator[None]:
-        """Load only the rows of ``tokens`` into the embedding, numbered anew.
+        """The embedding with the rows of ``tokens`` alone, numbered anew.
 
         With ``any_tokens`` its values do not matter and every token takes the first row.
         """
@@ -263,7 +263,7 @@ class BlockStreamer:
             embedding.weight, embedding.padding_idx = empty, padding
 
     def _load(self, wanted: Callable[[str], bool]) -> str:
-        """Load the parameters whose names ``wanted`` accepts; returns the digest of their bytes."""
+        """Load the parameters whose name is ``wanted``; returns the digest of their bytes."""
         model, dtype = self.skeleton.model, self.skeleton.dtype
         with TensorReader() as reader, _quiet_loading():
             state = {
@@ -308,7 +308,7 @@ class _LazyTensor:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Load without transformers' progress bar, and one tensor after the other."""
+    """No progress bar of transformers', and tensors read one after the other."""
     bars = transformers_logging.is_progress_bar_enabled()
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -333,7 +333,7 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _free(block: nn.Module) -> None:
-    """Drop all that came from disk; other buffers stay, since they could not be loaded again."""
+    """Drop what came from disk; non-persistent buffers stay, nothing would bring them back."""
     for module in block.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -344,7 +344,7 @@ def _free(block: nn.Module) -> None:
 
 
 def _check_loaded(name: str, module: nn.Module) -> None:
-    """Refuse missing weights, and NaN and infinite ones, which would spread."""
+    """Refuse missing weights, and NaN and infinite ones, which would spread behind."""
     for leaf, value in module.state_dict().items():
         if value.is_meta:
             raise MissingShardError(f"{name}.{leaf} is in no shard: the checkpoint is incomplete")

@@ -36,14 +36,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one block's forward besides the hidden states: masks, positions."""
+    """Arguments of one block's forward besides the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @property
     def leaves(self) -> list[Any]:
-        """All values in the arguments, with tuples flattened."""
+        """Every value in it, those in tuples one by one."""
         return tree_leaves((self.args, self.kwargs))
 
     @property
@@ -52,40 +52,39 @@ class Call:
 
 
 def call_bytes(calls: Sequence[Call]) -> int:
-    """Bytes of all tensors in ``layer_inputs``, each storage counted once."""
+    """Bytes of all tensors that ``calls`` hold, each storage counted once."""
     storages = [tensor.untyped_storage() for call in calls for tensor in call.tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def views_of_one(calls: list[Call], one: list[Call]) -> list[Call]:
-    """Layer inputs of a ``batch``, as views of those of ``one`` window wherever they are equal.
+    """``calls`` of a batch as views of those of ``one`` window, as far as they are alike.
 
-    This saves memory: the mask of eager attention takes 4 MiB for each window of 1024 tokens, and
-    64 MiB for one of 4096.
+    The masks of eager attention take 4 MiB for each window of 1024 tokens, and 64 for one of 4096.
     """
     views: dict[tuple[int, int], Any] = {}
 
-    def view(many: Any, single: Any) -> Any:
-        if not isinstance(many, Tensor) or not isinstance(single, Tensor):
-            return many
-        key = id(many), id(single)
+    def view(mine: Any, single: Any) -> Any:
+        if not isinstance(mine, Tensor) or not isinstance(single, Tensor):
+            return mine
+        key = id(mine), id(single)
         if key not in views:
-            same = many.dim() == single.dim() > 0 and single.shape[0] in (1, many.shape[0])
-            same = same and single.shape[1:] == many.shape[1:]
-            same = same and torch.equal(many, single.expand_as(mine))
-            views[key] = single.expand_as(mine) if same else many
+            same = mine.dim() == single.dim() > 0 and single.shape[0] in (1, mine.shape[0])
+            same = same and single.shape[1:] == mine.shape[1:]
+            same = same and torch.equal(mine, single.expand_as(mine))
+            views[key] = single.expand_as(mine) if same else mine
         return views[key]
 
     return [
         Call(*tree_map(view, (call.args, call.kwargs), (other.args, other.kwargs)))
-        for inputs, other in zip(batch, one, strict=True)
+        for call, other in zip(calls, one, strict=True)
     ]
 
 
 def check_same_calls(first: list[Call], second: list[Call]) -> None:
-    """UnsupportedModelError unless two batches of equal shape led to equal layer inputs.
+    """UnsupportedModelError unless two batches of one shape were called alike.
 
-    Layer inputs then depend on the shape of a batch alone, and are kept once per shape.
+    Then a call depends on the shape of a batch alone, and need not be kept for each.
     """
     for one, other in zip(first, second, strict=True):
         for a, b in zip(one.leaves, other.leaves, strict=True):
@@ -97,7 +96,7 @@ def check_same_calls(first: list[Call], second: list[Call]) -> None:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Hidden states from the output of a block: the output itself, or the first of a tuple."""
+    """The hidden states in what a block returns: alone, or first in a tuple."""
     return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]
 
 
@@ -105,7 +104,7 @@ def hidden_of(output: Any) -> Tensor:
 class Returned:
     """How a block returns its hidden states: alone (``length`` 0), or first of a tuple.
 
-    ``states`` are the indices of the tuple's other items that are not None.
+    ``states`` are the places of the tuple's other items that are not None.
     """
 
     length: int = 0
@@ -120,7 +119,7 @@ class Returned:
         )
 
     def around(self, hidden: Tensor) -> Any:
-        """``hidden`` in the structure in which the block returns it."""
+        """``hidden`` as the block returns it."""
         if not self.length:
             return hidden
         items = (Unstreamed() if k in self.states else None for k in range(1, self.length))
@@ -128,10 +127,10 @@ class Returned:
 
 
 class Unstreamed:
-    """Stands for anything that a block returns besides its hidden states.
+    """Takes the place of what a block returns besides its hidden states.
 
     Only hidden states are streamed. The model may pass this on to the next block; a block that
-    uses it raises UnsupportedModelError.
+    makes use of it raises UnsupportedModelError.
     """
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
@@ -151,13 +150,13 @@ class Unstreamed:
 
 
 class _WriteOnly(MutableMapping[Any, Any]):
-    """Stands for an empty mapping that all blocks share: they may fill it, not read it."""
+    """Takes the place of an empty mapping that all blocks share: they may fill it, not read it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Discard the value."""
+        """Forgets it."""
 
     def __delitem__(self, key: Any) -> None:
         self._refuse()
@@ -185,7 +184,7 @@ def is_state(leaf: Any) -> bool:
 
 
 def _sealed(name: str, value: Any) -> Any:
-    """``value`` of an argument; a mapping or list, which could pass state on, is sealed or refused."""
+    """``value`` of an argument; what would let state pass between blocks is refused or sealed."""
     if not isinstance(value, MutableMapping | list):
         return value
     if value or isinstance(value, list):
@@ -196,18 +195,18 @@ def _sealed(name: str, value: Any) -> Any:
 
 
 class Stop(Exception):  # noqa: N818 - not an error: ends a forward early
-    """Raised where the rest of a forward is not needed."""
+    """Raised where the rest of a forward is of no interest."""
 
 
 class Conductor(Protocol):
-    """Decides what taps return."""
+    """Decides what taps answer."""
 
     def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
         """Return value of block ``number`` for ``hidden`` (batch, seq, hidden)."""
 
 
 class Recorder:
-    """Captures the inputs of each block, and stops the forward at the last one."""
+    """Records each block's call, and stops the forward at the last block."""
 
     def __init__(self, returns: Sequence[Returned]) -> None:
         self._returns = returns
@@ -234,16 +233,16 @@ class Replayer:
 
 
 class TapPanel:
-    """Taps for all ``layers``, and the conductor that decides what they return."""
+    """Taps for all ``layers``, and the conductor that they ask."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.conductor: Conductor | None = None
-        # a plain ModuleList: models slice it, which builds another list of its class
+        # a plain list of modules: models cut it, which makes a new one of its class
         self.taps = nn.ModuleList(Tap(layer, place, self) for place, layer in enumerate(layers))
 
 
 class Tap(nn.Module):
-    """Stands in for one block; its other attributes are the block's (``attention_type``)."""
+    """One block's place; other attributes are the block's own (``attention_type``)."""
 
     def __init__(self, layer: nn.Module, number: int, panel: TapPanel) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Trace of a block's forward, without weights and without computing.
 
-The block runs on fake tensors: shapes, dtypes and the choice of kernels are real, but there
-is no data. One such forward tells which linears are called, which sites are fed the same tensor,
+The block runs on fake tensors: shapes, dtypes and the choice of kernels are real, the data
+is not there. One such forward tells which linears are called, which sites are fed the same tensor,
 how many bytes are alive at the peak, and how many floating-point operations it takes.
 """
 
@@ -33,7 +33,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return int(sdpa_flop_count(query, key, value))
 
 
-# The CPU's attention kernel, which torch's counter of operations does not know.
+# The CPU's attention kernel, which torch's own counter does not know.
 _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
@@ -42,17 +42,17 @@ class BlockTrace:
     """One forward of a block on ``batch`` windows."""
 
     groups: tuple[tuple[str, ...], ...]  # sites that share an input, in running order
-    activation_bytes: int  # peak of the bytes alive, with the input, without weights
-    autograd_bytes: int  # that peak for a forward followed by the backward to the input
+    activation_bytes: int  # most bytes alive at a time, the input among them, weights not
+    autograd_bytes: int  # the same of a forward and the backward to the input behind it
     flops: int
-    exact: bool  # False: the block could not be traced, and these are estimates
+    exact: bool  # False: the block could not be traced, and all of it is an estimate
 
 
 @dataclass(frozen=True)
 class BlockUse:
-    """How a block uses its linears and returns its hidden states."""
+    """How a block's forward goes."""
 
-    called: frozenset[str]  # linears that the forward calls; of others it may read the weight
+    called: frozenset[str]  # its linears that it calls: of others it reads the weight, or nothing
     returned: Returned
 
 
@@ -66,12 +66,12 @@ class RecordTrace:
 
 
 def trace_calls(make: Callable[[], list[Call]]) -> RecordTrace:
-    """Trace ``capture``, which returns the layer inputs of all blocks for one window."""
+    """Have ``make`` record the calls of all blocks for one window."""
     with _LiveBytes([]) as live:
-        layer_inputs = capture()
+        calls = make()
     empty = [
         Call(*tree_map_only(Tensor, lambda t: t.to("meta"), (call.args, call.kwargs)))
-        for inputs in layer_inputs
+        for call in calls
     ]
     return RecordTrace(empty, call_bytes(calls), live.peak)
 
@@ -79,12 +79,12 @@ def trace_calls(make: Callable[[], list[Call]]) -> RecordTrace:
 def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | None:
     """Which linears ``block`` calls, and what it returns; None where it cannot run without data.
 
-    UnsupportedModelError where the block uses a state that is not streamed.
+    UnsupportedModelError where the block makes use of a state that is not streamed.
     """
     called: set[str] = set()
     linears = linear_modules(block)
     error: Exception | None = None
-    for choice in (None, "batched_mm"):  # the kernel of grouped experts takes no fake fp32 tensors
+    for choice in (None, "batched_mm"):  # the kernel of grouped experts knows no fake fp32 tensors
         called.clear()
         with ExitStack() as stack:
             for name, linear in linears.items():
@@ -111,7 +111,7 @@ def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | Non
 
 @contextmanager
 def _experts_run_by(block: nn.Module, implementation: str | None) -> Iterator[None]:
-    """Run experts with one of transformers' implementations; None: the one in the config."""
+    """Experts by one of transformers' implementations; None: as the config says."""
     configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}
     name = "_experts_implementation_internal"
     before = [(c, getattr(c, name)) for c in configs.values() if hasattr(c, name)]
@@ -127,7 +127,7 @@ def _experts_run_by(block: nn.Module, implementation: str | None) -> Iterator[No
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the log of kernels that do not support fake tensors."""
+    """Nothing is logged of every kernel that knows no fake tensors."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -140,7 +140,7 @@ def _quiet() -> Iterator[None]:
 def _faked(
     block: nn.Module, hidden: Tensor, call: Call
 ) -> tuple[dict[str, Tensor], Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Weights, hidden states and other inputs without data; call it in a FakeTensorMode."""
+    """Weights, hidden states and the rest of the call without data; in a FakeTensorMode."""
     state = {
         name: torch.empty(value.shape, dtype=value.dtype)
         for name, value in (*block.named_parameters(), *block.named_buffers())
@@ -154,7 +154,7 @@ def trace_block(
 ) -> BlockTrace:
     """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
 
-    With ``tokens`` its feed-forward runs that many positions at a time.
+    With ``tokens`` its feed-forward runs as many positions at a time.
 
     A block whose code depends on the data (a mixture's routing) cannot be traced: then no
     sharing is assumed, and bytes and operations are estimated from its weights.
@@ -210,7 +210,7 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 class _Backward(nn.Module):
-    """A forward of ``block``, then a backward to its input from a gradient of ones."""
+    """A forward, and a backward to its input from a gradient of ones."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -223,8 +223,8 @@ class _Backward(nn.Module):
 
 
 def _estimate(block: nn.Module, sites: Sequence[Site], hidden: Tensor) -> BlockTrace:
-    """Estimate without a trace: no sites share an input. Alive at once are four fp32 copies of the
-    input, and every linear's output in fp32 or the inputs and outputs of a token's experts."""
+    """No sharing. Alive at once: four copies of the input in fp32, and every linear's output in
+    fp32 or what goes into and out of all the experts that a token chooses."""
     tokens = hidden.shape[0] * hidden.shape[1]
     outputs = sum(linear.out_features for linear in linear_modules(block).values())
     chosen = max((getattr(module, "top_k", 0) for module in block.modules()), default=0)
