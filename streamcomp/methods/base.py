@@ -47,7 +47,7 @@ class GradientMoment:
 class Moment:
     """Second moment of a linear's inputs, H (n, n), or of its outputs, K (m, m).
 
-    ``rows`` is the number of rows that were summed. ``least_damping`` is the smallest damping with
+    ``rows`` is the number of rows that were summed. ``min_damping`` is the smallest damping with
     which an earlier linear of the group could factor this moment.
     """
 
@@ -55,7 +55,7 @@ class Moment:
     value: Tensor
     rows: int = 0
     gradient: GradientMoment | None = None
-    least_damping: float = 0.0
+    min_damping: float = 0.0
 
     @property
     def is_empty(self) -> bool:
@@ -68,7 +68,7 @@ class Moment:
 
     def damped(self, least: float) -> Moment:
         """For the next linear of the group, after one that took the damping ``least``."""
-        return replace(self, least_damping=max(self.least_damping, least))
+        return replace(self, min_damping=max(self.min_damping, least))
 
 
 class Site(Protocol):
@@ -141,7 +141,7 @@ class Factors:
     tensors: dict[str, Tensor]
     spec: dict[str, Any]  # its entry in config.json, without the dtype
     figures: Figures
-    least_damping: float = 0.0  # for :meth:`Moment.damped`
+    min_damping: float = 0.0  # for :meth:`Moment.damped`
 
     def spare(self, allowance: Allowance) -> int:
         """Numbers of ``allowance`` that were not needed: the next linear may have them."""

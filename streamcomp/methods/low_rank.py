@@ -79,7 +79,7 @@ class LowRank(Method):
             loss=float(analysis.spectrum[rank:].sum()),
         )
         spec = {"form": settings.form, "rank": rank}
-        return Factors(tensors, spec, figures, analysis.least_damping)
+        return Factors(tensors, spec, figures, analysis.min_damping)
 
     def working_bytes(
         self, site: Site, side: Side, tokens: int, dtype: torch.dtype, settings: Settings

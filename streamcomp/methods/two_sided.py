@@ -50,7 +50,7 @@ class TwoSided(LowRank):
                 gradient.value,
                 gradient.energy,
                 damping,
-                least_damping=moment.least_damping,
+                min_damping=moment.min_damping,
                 rank=rank,
             )
         outputs = moment.value
