@@ -20,7 +20,7 @@ from torch import Tensor
 
 from streamcomp.errors import RecipeError
 
-__all__ = ["Curve", "even_choices", "least_loss_choices"]
+__all__ = ["Curve", "even_choices", "min_loss_choices"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def even_choices(costs: Sequence[Tensor], ratio: float) -> list[int]:
     return places
 
 
-def least_loss_choices(curves: Sequence[Curve], ratio: float, *, floor: float = 0.05) -> list[int]:
+def min_loss_choices(curves: Sequence[Curve], ratio: float, *, floor: float = 0.05) -> list[int]:
     """The places with the smallest total loss.
 
     One multiplier for all linears is found by bisection; the rest of the bound goes to candidates

@@ -18,7 +18,7 @@ __all__ = ["LowRank"]
 
 
 class LowRank(Method):
-    """Directions and energies of a weight, cut off at the rank that is allowed."""
+    """Decomposes a weight into directions with energies, and keeps as many as the rank allows."""
 
     forms = ("pivot", "uv")
 
@@ -49,7 +49,7 @@ class LowRank(Method):
         settings: Settings,
     ) -> Factors:
         analysis = self.analyse(weight, moment, settings, allowance.rank)
-        if self.can_be_analysed(settings):  # the same bytes as where one analysis is kept for many
+        if self.can_be_analysed(settings):  # equal bytes with and without a kept analysis
             analysis = analysis.rounded(site.dtype)
         return self.factors(site, weight, analysis, allowance, settings)
 
@@ -86,7 +86,7 @@ class LowRank(Method):
     ) -> int:
         from streamcomp.linalg.low_rank import decomposition_bytes
 
-        # gradients are damped instead of the moment, which is damped where it has too few rows
+        # gradients are damped instead of the moment, unless that has too few rows
         damped = settings.damping > 0 and not self.needs_gradients
         return decomposition_bytes(
             site.rows,
