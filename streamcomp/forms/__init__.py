@@ -1,4 +1,4 @@
-"""Stored forms of a weight: a file each, found by name."""
+"""Stored forms of a weight: one file each, looked up by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of a form: the matrices that stand for a weight W (m x n), and their cost."""
+"""The interface of forms: the matrices stored instead of a weight W (m x n), and their cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from streamcomp.errors import NonFiniteError
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.forms.storage import Storage
-from streamcomp.linalg.allocation import Curve, even_choices, least_loss_choices
+from streamcomp.linalg.allocation import Curve, even_choices, min_loss_choices
 from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.symmetric import PANEL
 
@@ -37,7 +37,7 @@ class Matrix(Protocol):
 
 @dataclass(frozen=True)
 class Allowance:
-    """How much of one weight is kept: a rank, and the numbers that may be stored."""
+    """The rank of one compressed weight, and how many numbers it may store."""
 
     rank: int
     numbers: int
@@ -46,15 +46,15 @@ class Allowance:
 class Form(ABC):
     """Encodes W' = left right, counts numbers and bytes, and shares them among weights.
 
-    Costs are counts of numbers. Bytes of work and operations are those of the code here and of
+    Costs are counts of numbers. Working bytes and operations include those of
     :mod:`streamcomp.linalg`.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""  # where it was published, if it was
     is_product: ClassVar[bool] = True  # whether it can hold any product of two factors
-    tensors: ClassVar[tuple[str, ...]]  # names on disk; the first one is the r x n factor
-    rows_tensor: ClassVar[str]  # the one of as many rows as W
+    tensors: ClassVar[tuple[str, ...]]  # names on disk; the first is the r x n factor
+    rows_tensor: ClassVar[str]  # the tensor with as many rows as W
     module: ClassVar[type[FactoredLinear]]  # at run time
 
     # -- how much it stores ----------------------------------------------------------------
@@ -64,47 +64,47 @@ class Form(ABC):
         """Rows and columns of each matrix, by its name; ``rank`` may be a tensor of ranks."""
 
     def numbers(self, rows: int, columns: int, rank: Any) -> Any:
-        """Numbers stored at ``rank``, or for a tensor of ranks a tensor of as many."""
+        """Numbers stored at ``rank``; for a tensor of ranks, a tensor of equal length."""
         return sum(m * n for m, n in self.shapes(rows, columns, rank).values())
 
     def costs(self, rows: int, columns: int) -> Tensor:
-        """Numbers of each rank from 1 on that stores less than the dense W, and last of W itself.
+        """Numbers stored at each rank that is smaller than the dense W, from 1 on, and last those of W.
 
         (candidates,) fp64, ascending: the costs of a :class:`~streamcomp.linalg.allocation.Curve`.
         """
         return _costs(self, rows, columns)
 
     def largest_rank(self, rows: int, columns: int, numbers: float = math.inf) -> int:
-        """The largest rank that stores at most ``numbers`` and less than the dense W; or 0."""
+        """The largest rank that stores at most ``numbers``, and fewer than the dense W; or 0."""
         return int(torch.searchsorted(self.costs(rows, columns)[:-1], numbers, right=True))
 
     def can_hold(self, rows: int, columns: int) -> bool:
-        """Whether it can be smaller than the dense W."""
+        """Whether the form can be smaller than a dense W of this shape."""
         return self.largest_rank(rows, columns) > 0
 
     def extra_bytes(self, rows: int, columns: int) -> int:
-        """Bytes on disk that are no numbers: indices."""
+        """Bytes on disk of indices, which do not count as numbers."""
         return 0
 
     def nbytes(self, rows: int, columns: int, allowance: Allowance, storage: Storage) -> int:
-        """Bytes on disk of all its tensors."""
+        """Bytes on disk of all tensors of the form."""
         matrices = self.shapes(rows, columns, allowance.rank).values()
         return sum(storage.nbytes(*shape) for shape in matrices) + self.extra_bytes(rows, columns)
 
     # -- how numbers are shared ------------------------------------------------------------
 
     def share_evenly(self, weights: Sequence[Matrix], ratio: float) -> list[Allowance | None]:
-        """Remove one share of the numbers of each weight, ``ratio`` of all; None: stays dense."""
+        """Remove an equal share of each weight, ``ratio`` of all numbers; None: stays dense."""
         costs = [self.costs(weight.rows, weight.columns) for weight in weights]
         return [_chosen(*pair) for pair in zip(costs, even_choices(costs, ratio), strict=True)]
 
     def share_by_loss(
         self, weights: Sequence[Matrix], spectra: Sequence[Tensor], ratio: float
     ) -> list[Allowance | None]:
-        """Remove ``ratio`` of all numbers where it loses least; None: stays dense.
+        """Remove ``ratio`` of all numbers at the smallest loss; None: stays dense.
 
-        ``spectra`` are tensors (k,) fp64 of energies, descending, in one unit. A rank without
-        energy is never bought, so that more than ``ratio`` is removed where they end early.
+        ``spectra`` are tensors (k,) fp64 of energies, descending, in one unit. Ranks without
+        energy are never kept, so that more than ``ratio`` may be removed.
         """
         for weight, energies in zip(weights, spectra, strict=True):
             if not bool(energies.sum().isfinite()):
@@ -116,7 +116,7 @@ class Form(ABC):
             Curve.of_spectrum(self.costs(weight.rows, weight.columns), energies)
             for weight, energies in zip(weights, spectra, strict=True)
         ]
-        places = least_loss_choices(curves, ratio)
+        places = min_loss_choices(curves, ratio)
         return [_chosen(curve.costs, place) for curve, place in zip(curves, places, strict=True)]
 
     # -- encoding --------------------------------------------------------------------------
@@ -132,8 +132,8 @@ class Form(ABC):
     def encoding_bytes(self, rows: int, columns: int, rank: int, dtype: torch.dtype) -> int:
         """Peak of ``Decomposition.factors`` and :meth:`encode` in addition to the bases.
 
-        Both factors and the rounded right one; with them three r x r matrices in LU or in the fit,
-        and panels, or the rounded left one twice.
+        Both factors and the rounded right one are held; in addition three r x r matrices in LU or
+        in the fit, and panels, or two copies of the rounded left one.
         """
         longest, wide = max(rows, columns), solve_dtype(dtype).itemsize
         working = wide * (3 * rank * rank + 2 * min(PANEL, longest) * longest)
@@ -141,7 +141,7 @@ class Form(ABC):
         return held + max(working, dtype.itemsize * 2 * rows * rank)
 
     def encoding_flops(self, rows: int, columns: int, rank: int) -> dict[str, float]:
-        """Operations of the same, by the rate that they run at (fields of ``MachineRates``)."""
+        """Operations of encoding, by the rate that they run at (fields of ``MachineRates``)."""
         solving = 2.0 * rows * columns * rank + 7 / 3 * rank**3  # the product, the fit's solution
         return {
             "moment_flops": (3.0 * columns + 2.0 * rows) * rank**2,  # the fit's products
@@ -151,7 +151,7 @@ class Form(ABC):
     # -- at run time -----------------------------------------------------------------------
 
     def running_bytes(self, rows: int, columns: int, rank: int, dtype: torch.dtype) -> int:
-        """The most that the factored linear holds while its block runs."""
+        """Peak of the factored linear while its block runs."""
         return int(dtype.itemsize * self.numbers(rows, columns, rank)) + 8 * (rows + columns)
 
 
@@ -163,7 +163,7 @@ def _costs(form: Form, rows: int, columns: int) -> Tensor:
 
 
 def _chosen(costs: Tensor, place: int) -> Allowance | None:
-    """The rank at ``place`` of :meth:`Form.costs`; None for the last, which is dense."""
+    """The rank at ``place`` in :meth:`Form.costs`; None for the last place, which is dense."""
     if place == len(costs) - 1:
         return None
     return Allowance(place + 1, int(costs[place]))

@@ -51,7 +51,7 @@ class Pivot(Form):
         return stored | others | {"pivots": places}
 
     def encoding_flops(self, rows: int, columns: int, rank: int) -> dict[str, float]:
-        """In addition to a fit of m - r rows: LU, coefficients and pivot rows."""
+        """A fit of m - r rows and, in addition, LU, coefficients and pivot rows."""
         flops = super().encoding_flops(rows - rank, columns, rank)
         flops["solve_flops"] += 2.0 * rank * columns * rank  # the product has all rows
         flops["solve_flops"] += (2 * rows - rank + 2 * columns) * rank**2 + 5 / 3 * rank**3

@@ -1,4 +1,4 @@
-"""Channels that share the entries of a codebook, and two factors for what they do not share."""
+"""Channels that share the entries of a codebook, plus two factors for the rest."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Shared(Form):
     """``weight`` and ``U`` as in :class:`~streamcomp.forms.uv.Uv`, ``codebook`` and ``labels``.
 
     With k clusters the codebook is (k, n) or (m, k); labels are (m,) or (n,), int16 where that
-    holds k, else int32, and count as one number each. How numbers are split among them is chosen
-    weight by weight: until then all are counted as if they were two factors.
+    holds k, else int32, and count as one number each. The split of numbers between codebook and
+    factors is chosen for each weight; until then all are counted as if they were two factors.
     """
 
     name = "shared"
@@ -44,7 +44,7 @@ class Shared(Form):
         return storage.nbytes(1, allowance.numbers)
 
     def share_evenly(self, weights: Sequence[Matrix], ratio: float) -> list[Allowance | None]:
-        """Weights that stay dense exceed their share; the excess is taken from the others."""
+        """The excess of weights that stay dense over their share is taken from the others."""
         able = [m for m in weights if self.can_hold(m.rows, m.columns)]
         whole = sum(m.rows * m.columns for m in able)
         dense = sum(m.rows * m.columns for m in weights) - whole

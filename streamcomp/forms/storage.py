@@ -1,4 +1,4 @@
-"""How one matrix of a form is stored: today as floats of one dtype."""
+"""Storage of one matrix of a form: today as floats of one dtype."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Floats", "Storage", "storage_of"]
 
 
 class Storage(ABC):
-    """Turns one matrix into the tensors that stand for it on disk, and back.
+    """Converts one matrix to the tensors that are stored for it, and back.
 
     Tensors are named after their matrix: ``weight``, ``U``, ``coef``. A storage that needs several
-    tensors for one matrix makes further names.
+    tensors for one matrix adds further names.
     """
 
     @abstractmethod
@@ -31,7 +31,7 @@ class Storage(ABC):
 
     @abstractmethod
     def decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The matrix ``name`` as ``tensors`` hold it, rounded."""
+        """The rounded matrix ``name`` that ``tensors`` hold."""
 
     @abstractmethod
     def multiply(self, inputs: Tensor, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -58,7 +58,7 @@ class Floats(Storage):
 
 
 def storage_of(dtype: torch.dtype) -> Storage:
-    """The storage of a matrix whose dense weight is of ``dtype``; RecipeError if there is none."""
+    """The storage for factors of a dense weight in ``dtype``; RecipeError if there is none."""
     if not dtype.is_floating_point:
         raise RecipeError(f"no storage for numbers of {dtype}: factors are stored as floats")
     return Floats(dtype)

@@ -1,10 +1,10 @@
-"""How a bound on what all linears cost together is shared among them.
+"""Choices of one candidate per linear so that their total cost stays within a bound.
 
-A linear has *candidates*, cheapest first, each with a cost; the last one is the linear as it is.
-There are two ways to choose: the same share of its cost for each linear, which needs the costs
-alone, or the least loss. The latter minimises sum_i loss_i subject to sum_i cost_i <= (1 - ratio)
-total: the candidates that minimise loss_i + lambda cost_i, each linear by itself, are optimal for
-what they cost together (Everett, Operations Research 11, 1963: the main theorem).
+A linear has *candidates*, cheapest first, each with a cost; the last one is the dense linear.
+There are two ways to choose: an equal share of its cost for each linear, which needs only the
+costs, or the smallest total loss. The latter minimises sum_i loss_i subject to
+sum_i cost_i <= (1 - ratio) total: the candidates that minimise loss_i + lambda cost_i, each linear
+by itself, are optimal for their total cost (Everett, Operations Research 11, 1963: main theorem).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from streamcomp.errors import RecipeError
 
-__all__ = ["Curve", "even_choices", "least_loss_choices"]
+__all__ = ["Curve", "even_choices", "min_loss_choices"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The candidates of one linear, each known by its place.
+    """The candidates of one linear, each identified by its place.
 
     Parameters
     ----------
@@ -38,32 +38,32 @@ class Curve:
 
     @classmethod
     def of_spectrum(cls, costs: Tensor, energies: Tensor) -> Curve:
-        """Candidates are the ranks from 1 on, and last the linear as it is, without a loss.
+        """Candidates are the ranks from 1 on, and last the dense linear, which loses nothing.
 
         The loss at rank r is the sum of the ``energies`` (k,) after the r-th; 0 past their end.
         """
-        tails = energies.double().flip(0).cumsum(0).flip(0)  # smallest first: fewer digits are lost
+        tails = energies.double().flip(0).cumsum(0).flip(0)  # smallest first: less rounding
         losses = torch.zeros(len(costs), dtype=torch.float64)
         lost = tails[1 : len(costs)]
         losses[: len(lost)] = lost
         return cls(costs, losses)
 
     def from_place(self, place: int) -> Curve:
-        """Without the candidates before ``place``."""
+        """The curve from the candidate at ``place`` on."""
         return Curve(self.costs[place:], self.losses[place:])
 
     def cost(self, place: int) -> int:
         return int(self.costs[place])
 
     def cheapest(self, price: float) -> int:
-        """Place of the least loss + price * cost, of equal ones the first.
+        """Place of the smallest loss + price * cost, the first one in a tie.
 
-        It is a vertex of the lower convex hull, and every vertex is found at some price.
+        It is a vertex of the lower convex hull, and every vertex is the cheapest at some price.
         """
         return int(torch.add(self.losses, self.costs, alpha=price).argmin())
 
     def best_step(self, place: int, spare: int) -> tuple[float, int] | None:
-        """Decrease of loss per cost, and place, of the best candidate that ``spare`` affords."""
+        """Decrease of loss per cost, and place, of the best candidate that ``spare`` pays for."""
         stop = int(torch.searchsorted(self.costs, self.costs[place] + spare, right=True))
         further = slice(place + 1, stop)
         gains = self.losses[place] - self.losses[further]
@@ -75,14 +75,13 @@ class Curve:
 
 
 def even_choices(costs: Sequence[Tensor], ratio: float) -> list[int]:
-    """One share of its last cost for every linear: places in ``costs``, (candidates,) fp64 each.
+    """Places in ``costs``, (candidates,) fp64 each, at an equal share of each linear's last cost.
 
-    A linear of several candidates never takes the last one. One of a single candidate takes it, and
-    what that exceeds its share by is taken from the others, so that together at most
-    ``1 - ratio`` of the last costs is spent. The share is found by bisection; what rounding leaves
-    over is given out one place at a time, largest linear first, over and over, so that less is
-    left than the next place of any linear. RecipeError where even place 0 everywhere costs too
-    much.
+    A linear of several candidates never takes the last one. One with a single candidate takes it,
+    and the excess over its share is taken from the others, so that the total is at most
+    ``1 - ratio`` of the last costs. The share is found by bisection; what rounding leaves over is
+    given out one place at a time, largest linear first, round after round, until it does not pay
+    for the next place of any linear. RecipeError where even place 0 everywhere costs too much.
     """
     allowed, share = _largest_share(costs, ratio)
     places = _places_at(costs, share)
@@ -103,22 +102,22 @@ def even_choices(costs: Sequence[Tensor], ratio: float) -> list[int]:
     return places
 
 
-def least_loss_choices(curves: Sequence[Curve], ratio: float, *, floor: float = 0.05) -> list[int]:
-    """The places of least total loss.
+def min_loss_choices(curves: Sequence[Curve], ratio: float, *, floor: float = 0.05) -> list[int]:
+    """The places with the smallest total loss.
 
-    One multiplier for all linears is found by bisection; what is left over goes to candidates
+    One multiplier for all linears is found by bisection; the rest of the bound goes to candidates
     that no multiplier reaches, those off the lower convex hull of (cost, loss), the largest
     decrease of loss per cost first, as long as one fits. So at most ``1 - ratio`` of the last
-    costs is spent, and the gap is less than the next candidate of any linear that would gain by
-    it. The loss is above the least there is by less than one edge of one hull, and while the
-    floors fit, a lower ratio never has the larger loss. A candidate that loses no less than the one
-    before is never chosen. RecipeError where even place 0 everywhere costs too much.
+    costs is spent, and the rest is too little for the next candidate of any linear that would lower
+    its loss. The total loss exceeds the optimum by less than one edge of one hull, and while the
+    floors fit, a lower ratio never has a larger loss. A candidate whose loss is no smaller than the
+    one before is never chosen. RecipeError where even place 0 everywhere costs too much.
 
     Holds 8 bytes a candidate in addition to the curves.
 
     Parameters
     ----------
-    curves : their losses in one unit: they are compared across linears
+    curves : with losses in one unit, since they are compared across linears
     floor : float
         Share of its last cost, rounded down to a candidate, that every linear keeps. Where the
         floors together do not fit, the share of :func:`even_choices` replaces it.
@@ -128,19 +127,19 @@ def least_loss_choices(curves: Sequence[Curve], ratio: float, *, floor: float = 
     floors = _places_at(costs, min(floor, share))
     above = [curve.from_place(place) for curve, place in zip(curves, floors, strict=True)]
     places = _fill(above, _places_that_fit(above, allowed), allowed)
-    return [least + place for least, place in zip(floors, places, strict=True)]
+    return [floor + place for floor, place in zip(floors, places, strict=True)]
 
 
 def _places_that_fit(curves: Sequence[Curve], allowed: int) -> list[int]:
-    """Places on the hulls at the lowest price at which all together cost at most ``allowed``.
+    """Places on the hulls at the lowest price at which the total cost is at most ``allowed``.
 
-    ``_fill`` alone would come to the same, one vertex at a time. The price is bisected by its
-    logarithm, because spectra span many orders of magnitude, and at the highest, the largest
+    ``_fill`` alone would arrive at the same places, one vertex at a time. The price is bisected by
+    its logarithm, because spectra span many orders of magnitude. At the highest price, the largest
     loss for a cost of 1, nothing beyond place 0 is worth it.
     """
     top = max((float(curve.losses[0]) for curve in curves), default=0.0)
     places = [0] * len(curves)
-    low, high = -300.0, 0.0  # log2 of the price over the highest
+    low, high = -300.0, 0.0  # log2 of price / highest price
     for _ in range(60):  # to the last bit of a double
         middle = (low + high) / 2
         cheapest = [curve.cheapest(top * 2**middle) for curve in curves]
@@ -152,10 +151,10 @@ def _places_that_fit(curves: Sequence[Curve], allowed: int) -> list[int]:
 
 
 def _fill(curves: Sequence[Curve], places: Sequence[int], allowed: int) -> list[int]:
-    """``places`` moved on by the best step there is in any curve, while one fits.
+    """``places``, advanced by the best step in any curve again and again, while one fits.
 
-    A step found when more was spare is no worse than any that its curve affords now, so that
-    it is looked for anew only when its turn comes.
+    A curve's best step can only get worse as ``spare`` shrinks, so it is computed anew only when
+    its turn comes.
     """
     places = list(places)
     spare = allowed - _cost_of(curves, places)
@@ -182,9 +181,9 @@ def _spent(costs: Sequence[Tensor], places: Sequence[int]) -> int:
 
 
 def _largest_share(costs: Sequence[Tensor], ratio: float) -> tuple[int, float]:
-    """Cost that all linears may have together, and the share of its dense cost for each.
+    """The total cost allowed, and the largest share of its last cost that each linear can have.
 
-    The share is the largest that fits, found by bisection. RecipeError where none does.
+    The share is found by bisection. RecipeError where none fits.
     """
     kinds = Counter(map(id, costs))  # linears of one shape have one tensor
     by_id = {id(each): each for each in costs}
@@ -201,17 +200,17 @@ def _largest_share(costs: Sequence[Tensor], ratio: float) -> tuple[int, float]:
     for _ in range(60):  # halves the share's error each time, to the last bit of a double
         middle = (low + high) / 2
         low, high = (middle, high) if spent(middle) <= allowed else (low, middle)
-    least = spent(low)
-    if least > allowed:
+    smallest = spent(low)
+    if smallest > allowed:
         raise RecipeError(
             f"ratio {ratio:g} cannot be reached: rank 1 everywhere removes "
-            f"{1 - least / total:.4f} of the parameters"
+            f"{1 - smallest / total:.4f} of the parameters"
         )
     return allowed, low
 
 
 def _places_at(costs: Sequence[Tensor], share: float) -> list[int]:
-    """The last place but dense that costs at most ``share`` of the last cost, at least 0."""
+    """The last place, except dense, that costs at most ``share`` of the last cost; at least 0."""
     return [
         max(0, int(torch.searchsorted(each[:-1], share * float(each[-1]), right=True)) - 1)
         for each in costs

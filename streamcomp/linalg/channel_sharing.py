@@ -1,23 +1,23 @@
-"""Channels that share weights, and a low-rank part for what they do not share.
+"""Channels that share weights, plus a low-rank part for the rest.
 
 SWSC (arXiv 2501.08631) clusters the channels of W (m x n) by k-means, keeps the mean of each
 cluster in a *codebook* and a *label* for each channel, and adds back the truncated SVD of the
-error E, which is what the shared part leaves of W:
+error E, which is W minus the shared part:
 
 - rows: W'[i] = codebook[labels[i]] + (left right)[i], with a codebook (k, n);
 - columns: W'[:, j] = codebook[:, labels[j]] + (left right)[:, j], with a codebook (m, k).
 
-The paper does so in the plain Frobenius norm. Where the moment H = X X^T of the inputs is known,
-all of it is done for ||W X - W' X||_F instead:
+The paper minimises the plain Frobenius norm. Given the moment H = X X^T of the inputs, every step
+here minimises ||W X - W' X||_F instead:
 
 - rows are compared as outputs: the distance of w_i and w_j is ||(w_i - w_j) X||. The k-means is
-  run on any P with P P^T = W H W^T, which keeps the smaller side; that map of the rows is linear,
-  so means there are means of the rows of W;
+  run on any P with P P^T = W H W^T, which has the smaller side as columns; P is linear in the rows,
+  so its means are means of the rows of W;
 - columns are compared by a k-means with the weights diag(H), as if channels were uncorrelated.
   Given the labels, as an n x k matrix B of zeros and ones, the codebook is then the minimiser
   over all of H: W H B (B^T H B)^-1;
 - E is decomposed in the metric of H (:mod:`streamcomp.linalg.low_rank`), after the codebook
-  has been rounded: the low-rank part makes up for the rounding too.
+  has been rounded, so that the low-rank part corrects the rounding too.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ __all__ = [
 # Which channels share: outputs (rows of W) or inputs (columns of W).
 AXES = ("rows", "columns")
 
-# Shares of the numbers that are tried for the codebook; the rest is rank.
+# Shares of the allowed numbers that are tried for the codebook; the rest is for the rank.
 SHARES = (1 / 32, 1 / 8, 3 / 8, 3 / 4)
 
-# Most rounds of Lloyd's algorithm.
+# Maximum number of rounds of Lloyd's algorithm.
 ITERATIONS = 25
 
 # Distances between points and means that are held at a time.
@@ -78,9 +78,9 @@ class SharedChannels:
     left : Tensor of shape (m, r), fp64
     right : Tensor of shape (r, n), fp64
     relative_loss : float
-        ||W X - W' X||^2 / ||W X||^2, or of W and W' alone where no moment was given.
+        ||W X - W' X||^2 / ||W X||^2, or ||W - W'||^2 / ||W||^2 where no moment was given.
     damping : float
-        What the decomposition of the error added to the moment; 0 if nothing.
+        Damping of the moment in the decomposition of the error; 0 if none.
     """
 
     codebook: Tensor
@@ -99,7 +99,7 @@ class SharedChannels:
 
 @dataclass(frozen=True)
 class _Split:
-    """How the numbers are divided: ``clusters`` along ``axis``, the rest ``rank``."""
+    """Division of the allowed numbers: ``clusters`` along ``axis``, and a ``rank`` for the rest."""
 
     axis: str
     clusters: int
@@ -107,7 +107,7 @@ class _Split:
 
 
 def shared_numbers(rows: int, columns: int, axis: str, clusters: int, rank: int) -> int:
-    """Numbers that the form stores: codebook, factors, and one for each label."""
+    """Numbers that are stored: codebook, factors, and one for each label."""
     channels, length = (rows, columns) if axis == "rows" else (columns, rows)
     return clusters * length + channels + rank * (rows + columns)
 
@@ -124,8 +124,8 @@ def average_bits(
 ) -> float:
     """Bits for each weight of a rows x columns linear, as the paper reports them.
 
-    Floats take ``itemsize`` bytes, labels ceil(log2 k) bits. With ``stored`` labels are counted
-    as they are on disk: 16 bits where int16 holds them, else 32.
+    Floats take ``itemsize`` bytes, labels ceil(log2 k) bits. With ``stored``, labels are counted
+    as on disk: 16 bits where int16 holds them, else 32.
     """
     channels = rows if axis == "rows" else columns
     floats = shared_numbers(rows, columns, axis, clusters, rank) - channels
@@ -138,8 +138,8 @@ def average_bits(
 def sharing_bytes(rows: int, columns: int, *, metric: bool = True) -> int:
     """Peak of :func:`share_channels`: eight copies of the weight in fp64.
 
-    And the decomposition of the error on its smaller side, and twice the moment of the inputs where
-    that is the ``metric``.
+    Also counts the decomposition of the error on its smaller side and, with ``metric``, two copies
+    of the moment of the inputs.
     """
     side = min(rows, columns)
     moments = 2 * columns * columns if metric else 0
@@ -159,16 +159,16 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm from k-means++ seeds, in the dtype of ``points``: fp32 or fp64.
 
-    Minimises sum_i weights_i ||points_i - means[labels_i]||^2. No cluster is empty: one that
-    would be takes the point farthest from its mean. Distances are products, taken of so many
-    points at a time that they fill ``CHUNK_BYTES``. Beside ``points`` it holds two k x d
-    matrices, three times ``CHUNK_BYTES``, and some vectors of N.
+    Minimises sum_i weights_i ||points_i - means[labels_i]||^2. A cluster that would be empty takes
+    the point farthest from its mean. Distances are computed by matrix products, for as many points
+    at a time as fill ``CHUNK_BYTES``. In addition to ``points`` it holds two k x d matrices, three
+    times ``CHUNK_BYTES``, and some vectors of N.
 
     Parameters
     ----------
     points : Tensor of shape (N, d)
     clusters : int, at most N
-    weights : Tensor of shape (N,), positive; 1 where none is given
+    weights : Tensor of shape (N,), positive; by default all 1
 
     Returns
     -------
@@ -194,7 +194,7 @@ def kmeans(
 
 
 def _seeds(points: Tensor, squares: Tensor, weights: Tensor, clusters: int, seed: int) -> Tensor:
-    """k-means++: each next one is drawn by its squared distance from those before, (k,)."""
+    """k-means++ seeds (k,), drawn in proportion to squared distances from the seeds before."""
     random = Generator().manual_seed(seed)
     chosen = torch.zeros(clusters, dtype=torch.int64, device=points.device)
     distances = torch.full_like(squares, math.inf)
@@ -203,18 +203,18 @@ def _seeds(points: Tensor, squares: Tensor, weights: Tensor, clusters: int, seed
         if not bool((chances > 0).any()):  # fewer distinct points than clusters
             chances = torch.ones_like(chances)
             chances[chosen[:number]] = 0
-        # scaled, so that no tiny or huge weight is lost; drawn on the CPU, alike everywhere
+        # scaled, so that no tiny or huge weight is lost; drawn on the CPU, the same on all devices
         drawn = int(torch.multinomial((chances / chances.max()).cpu(), 1, generator=random))
         chosen[number] = drawn
-        to_drawn = squares + squares[drawn] - 2 * (points @ points[drawn])
-        distances = torch.minimum(distances, to_drawn.clamp_min_(0))
+        from_drawn = squares + squares[drawn] - 2 * (points @ points[drawn])
+        distances = torch.minimum(distances, from_drawn.clamp_min_(0))
         distances[drawn] = 0
         chances = distances * weights
     return chosen
 
 
 def _nearest(points: Tensor, squares: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """For each point the number of the nearest mean (N,) and its squared distance (N,)."""
+    """The number of each point's nearest mean (N,), and the squared distance to it (N,)."""
     inner = means.square().sum(1)  # (k,)
     nearest = []
     for part in points.split(_rows_of_a_chunk(points, len(means))):
@@ -224,22 +224,22 @@ def _nearest(points: Tensor, squares: Tensor, means: Tensor) -> tuple[Tensor, Te
 
 
 def _fill_empty(labels: Tensor, distances: Tensor, clusters: int) -> None:
-    """Give each empty cluster, in place, the point that costs most in a cluster of several."""
+    """Give each empty cluster, in place, the point that costs most where it can be spared."""
     counts = torch.bincount(labels, minlength=clusters)
     empty = (counts == 0).nonzero().flatten().tolist()
     if not empty:
         return
     for point in distances.argsort(descending=True, stable=True).tolist():
-        owner = int(labels[point])
-        if counts[owner] > 1:
-            counts[owner] -= 1
+        donor = int(labels[point])
+        if counts[donor] > 1:
+            counts[donor] -= 1
             labels[point] = empty.pop()
         if not empty:
             return
 
 
 def _means(points: Tensor, labels: Tensor, weights: Tensor, clusters: int) -> Tensor:
-    """The weighted mean of the points (N, d) of each label, (k, d) in the dtype of the weights."""
+    """Weighted mean of the points (N, d) of each label, (k, d) in the dtype of the weights."""
     sums, total = _sums(points, labels, weights, clusters)
     return sums.div_(total[:, None])
 
@@ -247,8 +247,8 @@ def _means(points: Tensor, labels: Tensor, weights: Tensor, clusters: int) -> Te
 def _sums(points: Tensor, labels: Tensor, weights: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Weighted sum of the points of each label (k, d), and of the weights (k,).
 
-    Products with the labels' indicators: the same bits on every run of a GPU, which an
-    ``index_add`` does not give.
+    Products with the labels' indicator matrix: on a GPU, unlike ``index_add``, they give the same
+    bits on every run.
     """
     sums = weights.new_zeros(clusters, points.shape[1])
     total = weights.new_zeros(clusters)
@@ -263,11 +263,11 @@ def _sums(points: Tensor, labels: Tensor, weights: Tensor, clusters: int) -> tup
 
 
 def _rows_of_a_chunk(like: Tensor, clusters: int) -> int:
-    """How many rows of ``clusters`` numbers fill ``CHUNK_BYTES``."""
+    """Number of rows of ``clusters`` numbers that fill ``CHUNK_BYTES``."""
     return max(1, CHUNK_BYTES // (clusters * like.element_size()))
 
 
-# -- the whole ---------------------------------------------------------------------------
+# -- both parts --------------------------------------------------------------------------
 
 
 def share_channels(
@@ -286,21 +286,20 @@ def share_channels(
     ----------
     weight : Tensor of shape (m, n)
     moment : Tensor of shape (n, n), or None
-        H, the second moment of the inputs; without it the error is that of W alone.
+        H, the second moment of the inputs; without it ||W - W'|| is minimised.
     numbers : int
         k n + m + r (m + n) for rows, k m + n + r (m + n) for columns; r and k are at least 1.
-        What flooring r leaves goes to more clusters, so that for numbers < m n less than
-        max(m, n) of them is left over.
+        Numbers that rounding r down leaves go to more clusters, so that for numbers < m n fewer
+        than max(m, n) are unused.
     axis : str
         One of ``AXES``, or ``auto``: both are tried.
     clusters : int
-        The least number of clusters; 0 tries ``SHARES`` of the numbers.
-    dtype : torch.dtype
-        What the codebook is stored in.
+        The smallest number of clusters; 0 tries ``SHARES`` of the numbers.
+    dtype : torch.dtype of the stored codebook
 
-    Raises RecipeError where nothing fits. Each try holds the error (m x n, fp64) and what its
-    decomposition takes; the points of an axis stay from one try to the next: m x min(m, n) for
-    rows, n x m for columns, in fp32, or fp64 where W is.
+    Raises RecipeError where nothing fits. Each try holds the error (m x n, fp64) and the working
+    memory of its decomposition; the points of an axis stay from one try to the next: m x min(m, n)
+    for rows, n x m for columns, in fp32, or in fp64 for W in fp64.
     """
     rows, columns = weight.shape
     splits = list(dict.fromkeys(_splits(rows, columns, numbers, axis, clusters)))
@@ -313,15 +312,15 @@ def share_channels(
         for split in (split for split in splits if split.axis == name):
             labels, _ = kmeans(points, split.clusters, seed=seed, weights=weights)
             codebook = _codebook(weight, moment, labels, split).to(dtype)
-            split_up = _with_low_rank(weight, moment, codebook, labels, split, total)
-            if best is None or split_up.relative_loss < best.relative_loss:
-                best = split_up
+            shared = _with_low_rank(weight, moment, codebook, labels, split, total)
+            if best is None or shared.relative_loss < best.relative_loss:
+                best = shared
     assert best is not None
     return best
 
 
 def _splits(rows: int, columns: int, numbers: int, axis: str, clusters: int) -> Iterator[_Split]:
-    """The splits worth a try."""
+    """The splits to try."""
     if axis not in (*AXES, "auto"):
         raise RecipeError(f"axis {axis!r} unknown; one of: auto, {', '.join(AXES)}")
     if clusters < 0:
@@ -337,7 +336,7 @@ def _splits(rows: int, columns: int, numbers: int, axis: str, clusters: int) -> 
             rank = _rank(free - part, side, most, bool(clusters))
             count = min((free - rank * side) // length, channels)
             if rank and count >= max(1, clusters):
-                if count == channels:  # all of W fits: what is left can only be rank
+                if count == channels:  # the codebook holds all of W: only the rank can use the rest
                     rank = min(most, (free - count * length) // side)
                 yield _Split(name, count, rank)
 
@@ -351,15 +350,15 @@ def _nothing_fits(rows: int, columns: int, numbers: int, axis: str, clusters: in
     axes = AXES if axis == "auto" else (axis,)
     if clusters > max(rows if name == "rows" else columns for name in axes):
         return f"{clusters} clusters are more than {rows} x {columns} has channels along {axis}"
-    least = min(shared_numbers(rows, columns, name, max(1, clusters), 1) for name in axes)
+    smallest = min(shared_numbers(rows, columns, name, max(1, clusters), 1) for name in axes)
     return (
-        f"{rows} x {columns} takes {least} numbers with {max(1, clusters)} clusters and rank 1 "
+        f"{rows} x {columns} takes {smallest} numbers with {max(1, clusters)} clusters and rank 1 "
         f"along {axis}, {numbers} allowed: lower the ratio or the clusters"
     )
 
 
 def _points(weight: Tensor, moment: Tensor | None, axis: str) -> tuple[Tensor, Tensor | None]:
-    """Points that k-means compares, and the weight of each channel."""
+    """The points that k-means clusters, and the weight of each channel."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if axis == "rows":
         if moment is None:
@@ -376,7 +375,7 @@ def _points(weight: Tensor, moment: Tensor | None, axis: str) -> tuple[Tensor, T
 def _rooted(weight: Tensor, moment: Tensor) -> Tensor:
     """P (m, min(m, n)) with P P^T = W H W^T, fp64, by an eigh on the smaller side.
 
-    Needs no damping: an eigenvalue that is not positive counts as zero.
+    Needs no damping: eigenvalues below zero count as zero.
     """
     wide, metric = weight.double(), moment.double()
     if weight.shape[0] <= weight.shape[1]:
@@ -401,7 +400,7 @@ def _codebook(weight: Tensor, moment: Tensor | None, labels: Tensor, split: _Spl
     inner, _ = _sums(metric.T, labels, ones, split.clusters)  # (k, k) = B^T H B
     inner.diagonal().add_(FIRST_DAMPING * inner.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(inner)
-    if int(info):  # an input that is always zero: any representative will do
+    if int(info):  # an input that is always zero: any codebook will do
         return means
     error = weight.double() - means.index_select(1, labels)
     return means + torch.cholesky_solve(metric @ error.T, factor).T
@@ -415,7 +414,7 @@ def _with_low_rank(
     split: _Split,
     total: float,
 ) -> SharedChannels:
-    """The shared part with the best ``split.rank`` of its error E added back."""
+    """The shared part, plus the best approximation of its error E of rank ``split.rank``."""
     error = weight.double() - codebook.double().index_select(AXES.index(split.axis), labels)
     left, right, damping = _low_rank(error, moment, split.rank)
     lost = _energy(error.addmm_(left, right, alpha=-1), moment)
@@ -424,15 +423,15 @@ def _with_low_rank(
 
 
 def _low_rank(error: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The factors (m, r), (r, n) nearest to E (m, n), fp64, and the damping that they took."""
+    """The factors (m, r), (r, n) nearest to E (m, n), fp64, and the damping that was needed."""
     if moment is not None:
-        decomposition = decompose_inputs(error, moment)
-        return *decomposition.factors(error, rank), decomposition.damping
-    if error.shape[0] > error.shape[1]:  # the smaller side: E^T = Q Q^T E^T
+        analysis = decompose_inputs(error, moment)
+        return *analysis.factors(error, rank), analysis.damping
+    if error.shape[0] > error.shape[1]:  # decompose the smaller side: E^T = Q Q^T E^T
         right, left, damping = _low_rank(error.T, None, rank)
         return left.T, right.T, damping
-    decomposition = decompose_outputs(error, error @ error.T)
-    return *decomposition.factors(error, rank), 0.0
+    analysis = decompose_outputs(error, error @ error.T)
+    return *analysis.factors(error, rank), 0.0
 
 
 def _energy(matrix: Tensor, moment: Tensor | None) -> float:

@@ -1,4 +1,4 @@
-"""Factors fitted to data, or to how the other one is rounded."""
+"""Left factors fitted to data, or to a right factor that was rounded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def refit_left(
 ) -> Tensor:
     """The left factor U (m, r) that minimises ||Y - U Z||^2 + eps ||U - U0||^2 (SVD-LLM's update).
 
-    With the right factor V fixed, Z = V X^ is what it makes of the compressed stream's inputs and
+    The right factor V is fixed, Z = V X^ are its outputs on the compressed stream's inputs, and
     Y = W X are the dense stream's outputs. ``outputs`` is Y Z^T (m, r), ``inner`` Z Z^T (r, r),
-    eps is ``ridge`` times the mean of its diagonal. ``towards`` is the factor U0 (m, r) as it was,
-    or zero: the directions that the data leaves open stay, and ||Y - U Z|| never grows.
+    eps is ``ridge`` times the mean of its diagonal. ``towards`` is the former factor U0 (m, r),
+    by default zero: directions that the data leaves open stay as they were, and ||Y - U Z|| never
+    grows.
     """
     wide = inner.double()
     if towards is not None:
@@ -37,7 +38,7 @@ def refit_left(
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Scale the columns of one factor and the rows of the other to equal lengths.
 
-    So that neither over- nor underflows in a narrow dtype. ``left`` (m, r) and ``right`` (r, n)
+    Then neither overflows nor underflows in a narrow dtype. ``left`` (m, r) and ``right`` (r, n)
     are overwritten.
     """
     lengths = left.norm(dim=0), right.norm(dim=1)
@@ -51,21 +52,21 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def fit_left(left: Tensor, right: Tensor, rounded: Tensor) -> Tensor:
     """The left factor (k, r) that minimises ||left right - L rounded||_F over L.
 
-    ``left`` (k, r), ``right`` and ``rounded`` (r, n): ``rounded`` is ``right`` in the dtype it
-    is stored in; the left factor makes up for the rounding where it can. Solved for the
-    small correction to ``left`` alone, in its dtype, with as much of a ridge on it as that takes,
-    which never makes it worse than none. ``left`` is overwritten, and the product (k, n) never
-    formed. Holds three r x r matrices and ``PANEL`` columns of ``right``.
+    ``rounded`` (r, n) is ``right`` (r, n) rounded to its stored dtype; L corrects the rounding
+    where it can. Only the small correction to ``left`` (k, r) is solved for, in its dtype, with a
+    ridge as large as its Cholesky factorisation needs; it is never worse than no correction.
+    ``left`` is overwritten, and the product (k, n) is never formed. Holds three r x r matrices and
+    ``PANEL`` columns of ``right``.
     """
     correction = _ridged(*_products_of_rounded(right, rounded))
-    with exact_products(rounded.dtype):  # a correction of the size of that rounding
+    with exact_products(rounded.dtype):  # the correction is as small as the rounding
         for rows in left.split(PANEL):
             rows += rows @ correction
     return left
 
 
 def _products_of_rounded(right: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """V~ V~^T and (V - V~) V~^T, (r, r) both, of V (r, n) and V~ as it is rounded."""
+    """V~ V~^T and (V - V~) V~^T, (r, r) both, for V (r, n) and its rounded V~."""
     rank = len(right)
     inner = torch.zeros(rank, rank, dtype=right.dtype, device=right.device)
     cross = torch.zeros_like(inner)
@@ -82,7 +83,7 @@ def _products_of_rounded(right: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor
 
 
 def _ridged(inner: Tensor, cross: Tensor) -> Tensor:
-    """cross (inner + eps I)^-1 with the least eps that works, in place; 0 where none does."""
+    """cross (inner + eps I)^-1 with the smallest eps that works, in place; 0 where none does."""
     mean = float(inner.diagonal().mean()) if len(inner) else 0.0
     info = torch.empty((), dtype=torch.int32, device=inner.device)
     ridge = torch.finfo(inner.dtype).eps

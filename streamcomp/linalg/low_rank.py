@@ -7,14 +7,13 @@ arXiv 2312.07046, section 3): with U_r the top eigenvectors of W H W^T, W' = U_r
 
 So every solution here is a *basis* of output directions, best first, and a *spectrum*: energies
 sigma^2 in the same order. The loss at rank r is the sum of the energies after the r-th, and one
-decomposition serves every rank. It is always the smaller side that is decomposed:
+decomposition serves every rank. The smaller side is decomposed:
 
 - m <= n: the eigenvectors of K = Y Y^T (m x m) are the basis;
 - m > n: with H = L L^T, the eigenvectors V of L^T W^T W L (n x n) give the basis
-  W L V Lambda^-1/2, and W' = (W L V_r)(V_r^T L^-1): W as it is, with its inputs combined
-  before and after.
+  W L V Lambda^-1/2, and W' = (W L V_r)(V_r^T L^-1): only inputs are combined.
 
-**Two-sided** whitening looks at what an error does to the model's loss: with the gradients
+**Two-sided** whitening weighs an error by its effect on the model's loss: with the gradients
 G = dL/dY (m x T) and Gamma = G G^T it minimises ||Gamma^1/2 (W - W') H^1/2||_F, whose cut
 energies are second-order losses of the model and so compare across linears (OBD-LLM,
 arXiv 2604.00821). One factor cancels, and again the smaller side is enough:
@@ -23,12 +22,12 @@ arXiv 2604.00821). One factor cancels, and again the smaller side is enough:
 - m > n: with H = S S^T and K' = W^T Gamma W, the moment of W^T g (n x n), the eigenvectors V of
   S^T K' S give W' = (W S V_r)(V_r^T S^-1).
 
-With Gamma = I both are the one-sided solution. Gamma is damped by eps tr(Gamma)/m I, without
-which the directions that the gradients never take would be free.
+With Gamma = I both are the one-sided solution. Gamma is damped by eps tr(Gamma)/m I; otherwise
+errors in directions without gradients would cost nothing.
 
-Moments are factored and multiplied in fp64; eigenvectors and factors are fp32 where the weight is
-of half precision, else fp64 (:mod:`streamcomp.linalg.symmetric`). No randomised SVD: at the ranks
-used here it costs perplexity.
+Moments are factored and multiplied in fp64; eigenvectors and factors are fp32 for a weight in
+half precision, else fp64 (:mod:`streamcomp.linalg.symmetric`). A randomised SVD is not
+used: at these ranks it worsens perplexity.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ _F64 = 8
 # Directions that are taken out of the metric at a time.
 _WIDTH = PANEL // 2
 
-# What is told where even that does not make a moment positive definite.
+# Reported where even that does not make a moment positive definite.
 _NO_METRIC = "its moment has no Cholesky factor even when damped: all directions count alike"
 
 # Added to the gradients' moment, relative to the mean of its diagonal.
@@ -84,40 +83,40 @@ class Decomposition:
     spectrum : Tensor of shape (k,), fp64, descending, k = min(m, n)
         Energy of each direction: the squared singular values of the whitened weight.
     left : Tensor of shape (m, k) or (n, k); of fewer columns where only a rank was asked for
-        Columns of the left factor; with ``decomposes_inputs`` the matrix A whose W A are those.
+        Columns of the left factor, or, with ``of_inputs``, the matrix A of the left factor W A.
     right : Tensor of shape (k, m) or (k, n), or None; of as many rows as ``left`` has columns
-        The matrix B whose B W are the rows of the right factor; with ``decomposes_inputs`` those
-        rows themselves. None: the left columns are orthonormal, and the rows are left^T W.
-    decomposes_inputs : bool
-        Whether the small matrix was on the side of the inputs (m > n), not on that of the outputs.
+        The matrix B of the right factor B W, or, with ``of_inputs``, the right factor itself. None:
+        the left columns are orthonormal, and the right factor is left^T W.
+    of_inputs : bool
+        Whether the side of the inputs (n x n) was decomposed, and not that of the outputs (m x m).
     damping : float
-        What was added to a moment's diagonal, relative to its mean; 0 if nothing.
-    least_damping : float
-        Damping that the moment of the inputs took to have a Cholesky factor, where it was factored.
+        Added to a moment's diagonal, relative to its mean; 0 if nothing was.
+    min_damping : float
+        Damping that the moment of the inputs needed to have a Cholesky factor, if it was factored.
     condition : float
         Largest over smallest eigenvalue of the moment that was decomposed, its damping included;
         infinite where the moment is singular.
     fallback : str
-        What was done because the data did not allow the method itself; empty if nothing.
+        What was done instead, where the data did not allow the method itself; otherwise empty.
     """
 
     spectrum: Tensor
     left: Tensor
     right: Tensor | None
-    decomposes_inputs: bool
+    of_inputs: bool
     damping: float
     condition: float = math.nan
     fallback: str = ""
-    least_damping: float = 0.0
+    min_damping: float = 0.0
 
     def factors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Left (m, r) and right (r, n) factor of the best approximation of ``rank``.
 
-        In the bases' dtype. Both are copies of their own, the left one in the order of columns.
-        Holds them and ``PANEL`` rows of ``weight``.
+        In the bases' dtype. Both are new tensors, the left one column-major. Holds them and
+        ``PANEL`` rows of ``weight``.
         """
         left = self.left[:, :rank]
-        if self.decomposes_inputs:
+        if self.of_inputs:
             assert self.right is not None
             return times(weight, left), self.right[:rank].clone()
         across = left if self.right is None else self.right[:rank].T
@@ -125,9 +124,9 @@ class Decomposition:
         return copied, _transposed_times(across, weight)
 
     def rounded(self, dtype: torch.dtype) -> Decomposition:
-        """Rounded to what is kept for a model in ``dtype``: bases in fp32, or fp64 for fp64 models.
+        """The form that is kept for a model in ``dtype``: bases in fp32, or in fp64 for fp64.
 
-        Factors are fitted anew to what is rounded when they are written, so fp32 loses nothing.
+        Factors are fitted to their rounded counterparts when they are written, so fp32 is enough.
         """
         kept = moment_dtype(dtype)
         right = None if self.right is None else self.right.to(kept)
@@ -162,10 +161,10 @@ def decompose_outputs(
 ) -> Decomposition:
     """Decompose from the moment K (m, m) of the outputs; meant for m <= n.
 
-    ``damping`` adds eps W W^T to K, as eps I would be added to H; where K is not positive
-    definite in fp64, the least is added in any case: it orders the directions that the data leaves
-    open, and no factorisation can fail here. Holds what :func:`eigh` does, and K once more where
-    it is damped; K itself may be overwritten with ``spend``.
+    ``damping`` adds eps W W^T to K, which stands for eps I added to H. Where K is not positive
+    definite in fp64, ``FIRST_DAMPING`` is added in any case: it orders the directions that the data
+    leaves open. No factorisation can fail here. Holds as much as :func:`eigh`, and K once more
+    where it is damped; with ``spend`` K itself may be overwritten.
     """
     dtype = solve_dtype(weight.dtype)
     if dtype == torch.float64 and not damping:  # K may be needed again
@@ -177,18 +176,18 @@ def decompose_outputs(
         if damping:
             outputs, spend = damped_outputs(outputs, weight, damping), True
         values, vectors = eigh(outputs.to(torch.float64, copy=not spend), dtype)
-    return _decomposition(values, vectors, None, decomposes_inputs=False, damping=damping)
+    return _decomposition(values, vectors, None, of_inputs=False, damping=damping)
 
 
 def decompose_weight(weight: Tensor) -> Decomposition:
-    """Decompose W (m, n) itself, where no data says which inputs count: its truncated SVD.
+    """Decompose W (m, n) without data, as if H = I: its truncated SVD.
 
-    As if H = I. Holds what :func:`eigh` does on the smaller side.
+    Holds as much as :func:`eigh` on the smaller side.
     """
     if weight.shape[0] <= weight.shape[1]:
         return decompose_outputs(weight, gram(weight.T), spend=True)
     values, vectors = eigh(gram(weight), solve_dtype(weight.dtype))
-    return _decomposition(values, vectors, vectors.T, decomposes_inputs=True, damping=0.0)
+    return _decomposition(values, vectors, vectors.T, of_inputs=True, damping=0.0)
 
 
 def decompose_inputs(
@@ -196,19 +195,19 @@ def decompose_inputs(
     inputs: Tensor,
     damping: float = 0.0,
     *,
-    least_damping: float = 0.0,
+    min_damping: float = 0.0,
     rank: int | None = None,
 ) -> Decomposition:
     """Decompose from the moment H (n, n) of the inputs, on the smaller side of W (m, n).
 
-    ``damping`` adds eps I to H; where H has no Cholesky factor, as much as it takes, at least
-    ``least_damping``. Without ``rank``, for every rank. Holds the fp64 factor of H in addition to
-    what :func:`eigh` does, for m > n.
+    ``damping`` adds eps I to H: at least ``min_damping``, and as much as a Cholesky factor of H
+    needs. Without ``rank``, for every rank. For m > n it holds the fp64 factor of H in addition to
+    the memory of :func:`eigh`.
     """
     if weight.shape[0] <= weight.shape[1]:
         return decompose_outputs(weight, output_moment(weight, inputs), damping, spend=True)
-    lower, taken = _cholesky(inputs, max(damping, least_damping))  # (n, n)
-    return _mixing(weight, inputs, lower, gram(weight), taken, taken, rank)
+    lower, taken = _cholesky(inputs, max(damping, min_damping))  # (n, n)
+    return _from_inputs(weight, inputs, lower, gram(weight), taken, taken, rank)
 
 
 def decompose_two_sided_outputs(
@@ -221,8 +220,8 @@ def decompose_two_sided_outputs(
 ) -> Decomposition:
     """Two-sided, from the moments of the outputs K and of their gradients Gamma, (m, m) both.
 
-    Meant for m <= n. ``damping`` is added to Gamma, relative to its mean diagonal. Holds the
-    fp64 factor of Gamma on top of what :func:`eigh` does; K itself may be freed with ``spend``.
+    Meant for m <= n. ``damping`` is added to Gamma, relative to its mean diagonal. Holds the fp64
+    factor of Gamma in addition to the memory of :func:`eigh`; with ``spend`` K may be freed.
     """
     if not float(gradients.diagonal().sum()) > 0:
         return _without_gradients(decompose_outputs(weight, outputs))
@@ -238,7 +237,7 @@ def decompose_two_sided_outputs(
         values, vectors = eigh(sandwich(lower, damped, lower=True), dtype)
     right = _transposed_product(vectors, lower.T)
     _solve_transposed(lower, vectors)  # R^-1 V
-    return _decomposition(values, vectors, right, decomposes_inputs=False, damping=damping)
+    return _decomposition(values, vectors, right, of_inputs=False, damping=damping)
 
 
 def decompose_two_sided_inputs(
@@ -248,36 +247,37 @@ def decompose_two_sided_inputs(
     gradient_energy: float,
     damping: float = GRADIENT_DAMPING,
     *,
-    least_damping: float = 0.0,
+    min_damping: float = 0.0,
     rank: int | None = None,
 ) -> Decomposition:
     """Two-sided, from the moments H of the inputs and K' of W^T g, (n, n) both.
 
     Meant for m > n. ``gradient_energy`` is tr(Gamma), the sum of ||g||^2, by which Gamma is
-    damped: K' + eps tr(Gamma)/m W^T W. ``least_damping`` and ``rank`` are those of
-    :func:`decompose_inputs`. Holds the fp64 factor of H in addition to what :func:`eigh` does.
+    damped: K' + eps tr(Gamma)/m W^T W. ``min_damping`` and ``rank`` are those of
+    :func:`decompose_inputs`. Holds the fp64 factor of H in addition to the memory of :func:`eigh`.
     """
     if not gradient_energy > 0:
         return _without_gradients(
-            decompose_inputs(weight, inputs, least_damping=least_damping, rank=rank)
+            decompose_inputs(weight, inputs, min_damping=min_damping, rank=rank)
         )
-    lower, taken = _cholesky(inputs, least_damping)  # S
+    lower, taken = _cholesky(inputs, min_damping)  # S
     outer = gram(weight).mul_(damping * gradient_energy / weight.shape[0]).add_(gradients)
-    return _mixing(weight, inputs, lower, outer, max(damping, taken), taken, rank)
+    return _from_inputs(weight, inputs, lower, outer, max(damping, taken), taken, rank)
 
 
-def _mixing(
+def _from_inputs(
     weight: Tensor,
     inputs: Tensor,
     lower: Tensor,
     outer: Tensor,
     damping: float,
-    least_damping: float,
+    min_damping: float,
     rank: int | None,
 ) -> Decomposition:
-    """From the eigenvectors V of S^T C S with S = ``lower`` and C = ``outer``: S V and V^T S^-1.
+    """Bases S V and V^T S^-1, V the eigenvectors of S^T C S with S = ``lower`` and C = ``outer``.
 
-    Of V as many panels as hold ``rank`` columns: those come out as they do among all.
+    Only the panels of V that hold the first ``rank`` columns are used: the result for these columns
+    is the same as with all of them.
     """
     small = sandwich(lower, outer, lower=True)
     outer.set_()  # type: ignore[call-overload]  # makes room for the solver
@@ -288,36 +288,34 @@ def _mixing(
         vectors = vectors[:, : -(-rank // _WIDTH) * _WIDTH]
     left = _transposed_product(vectors, lower.T).T
     _solve_transposed(lower, vectors)  # S^-T V
-    decomposition = _decomposition(values, left, vectors.T, decomposes_inputs=True, damping=damping)
-    return replace(
-        decomposition, least_damping=least_damping if least_damping < MOST_DAMPING else 0.0
-    )
+    analysis = _decomposition(values, left, vectors.T, of_inputs=True, damping=damping)
+    return replace(analysis, min_damping=min_damping if min_damping < MOST_DAMPING else 0.0)
 
 
 def _decomposition(
-    values: Tensor, left: Tensor, right: Tensor | None, *, decomposes_inputs: bool, damping: float
+    values: Tensor, left: Tensor, right: Tensor | None, *, of_inputs: bool, damping: float
 ) -> Decomposition:
-    """Values in descending order; rounding below zero counts as zero."""
-    most, least = float(values[0]), float(values[-1])
+    """The result for descending ``values``; those rounded to below zero count as zero."""
+    largest, smallest = float(values[0]), float(values[-1])
     return Decomposition(
         values.clamp_min(0),
         left,
         right,
-        decomposes_inputs,
+        of_inputs,
         damping,
-        most / least if least > 0 else math.inf,
+        largest / smallest if smallest > 0 else math.inf,
         _NO_METRIC if damping >= MOST_DAMPING else "",
     )
 
 
-def _without_gradients(decomposition: Decomposition) -> Decomposition:
-    """Decomposition where no gradient ever arrives: the inputs decide; no loss is expected."""
-    spectrum = torch.zeros_like(decomposition.spectrum)
-    return replace(decomposition, spectrum=spectrum, fallback="no gradient arrives: one-sided")
+def _without_gradients(one_sided: Decomposition) -> Decomposition:
+    """``one_sided`` with energies of zero: without gradients no error should change the loss."""
+    spectrum = torch.zeros_like(one_sided.spectrum)
+    return replace(one_sided, spectrum=spectrum, fallback="no gradient arrives: one-sided")
 
 
 def damped_outputs(outputs: Tensor, weight: Tensor, damping: float) -> Tensor:
-    """K + eps W W^T (m, m) in K's dtype, as if eps I had been added to H; scaled to K's mean."""
+    """K + eps W W^T (m, m) in K's dtype, as for H + eps I; ``damping`` is relative to K's mean."""
     inner = gram(weight.T)  # (m, m) = W W^T
     trace = inner.trace()
     if trace > 0:
@@ -328,7 +326,7 @@ def damped_outputs(outputs: Tensor, weight: Tensor, damping: float) -> Tensor:
 def times(weight: Tensor, mixing: Tensor) -> Tensor:
     """W A (m, r) in A's dtype, ``PANEL`` rows of W (m, n) at a time.
 
-    In the order of columns, in which LU overwrites it without a copy.
+    Column-major, so that LU overwrites it without a copy.
     """
     product = torch.empty(
         mixing.shape[1], weight.shape[0], dtype=mixing.dtype, device=mixing.device
@@ -349,9 +347,9 @@ def _transposed_times(left: Tensor, weight: Tensor) -> Tensor:
 
 
 def _transposed_product(vectors: Tensor, triangle: Tensor) -> Tensor:
-    """V^T T (k, n) in V's dtype of V (n, k) and an upper triangle T (n, n) in fp64.
+    """V^T T (k, n) in V's dtype, for V (n, k) and an upper triangle T (n, n) in fp64.
 
-    ``PANEL`` columns of T and ``_WIDTH`` of V at a time; what is zero in T is not multiplied.
+    ``PANEL`` columns of T and ``_WIDTH`` of V at a time; zeros below T's diagonal are skipped.
     """
     result = torch.empty(
         vectors.shape[1], triangle.shape[1], dtype=vectors.dtype, device=vectors.device
@@ -375,7 +373,7 @@ def _solve_transposed(lower: Tensor, vectors: Tensor) -> None:
 
 
 def _cholesky(moment: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
-    """Lower fp64 factor of ``moment`` (n, n) with at least ``damping``, and the damping it took."""
+    """Lower fp64 factor of ``moment`` (n, n) with at least ``damping``, and the damping used."""
     mean = float(moment.diagonal().double().mean())
     while True:
         factor = cholesky(moment, damping * mean if mean > 0 else 0.0)
@@ -386,7 +384,7 @@ def _cholesky(moment: Tensor, damping: float = 0.0) -> tuple[Tensor, float]:
             return torch.eye(len(moment), dtype=torch.float64, device=moment.device), MOST_DAMPING
 
 
-# -- what they take ----------------------------------------------------------------------
+# -- their memory and time ---------------------------------------------------------------
 
 
 def decomposition_bytes(
@@ -400,11 +398,11 @@ def decomposition_bytes(
 ) -> int:
     """Peak of the functions above in addition to the weight, of ``dtype``, and its moments.
 
-    Bytes per entry of the small matrix: ``eigh`` 24 in fp64, 12 in fp32, and 8 for the Cholesky
-    factor with it where there is one; before that the factor, the result and what it is made of.
-    For a fp64 weight K is kept too where it was computed from H, or ``damped``, for others in its
-    dtype where the moment was that of the outputs and ``damped``. In addition ``PANEL`` rows of
-    the moment, and three times as many of the weight, or of the products.
+    Bytes per entry of the small matrix: ``eigh`` takes 24 in fp64, 12 in fp32, and the Cholesky
+    factor, if there is one, 8 at that time. Before it, the factor, the result and its operand are
+    held. K is kept too: for a weight in fp64 if it was computed from H or ``damped``, for others in
+    its own dtype if it was measured and ``damped``. In addition, ``PANEL`` rows of the moment, and
+    three times as many of the weight, or of the products.
     """
     small = min(rows, columns)
     narrow = solve_dtype(dtype) == torch.float32 and small >= SMALL
@@ -426,7 +424,7 @@ def decomposition_bytes(
 
 
 def basis_bytes(rows: int, columns: int, dtype: torch.dtype, *, gradients: bool = False) -> int:
-    """A :class:`Decomposition`: its spectrum in fp64 and one or two bases in ``dtype``."""
+    """Bytes of a :class:`Decomposition`: its spectrum in fp64 and one or two bases in ``dtype``."""
     side = min(rows, columns)
     bases = 2 if gradients or rows > columns else 1
     return side * (_F64 + dtype.itemsize * side * bases)
@@ -437,8 +435,8 @@ def decomposition_flops(
 ) -> dict[str, float]:
     """Operations of the functions above without those of ``eigh``, by the rate that they run at.
 
-    Rates are fields of ``MachineRates``. Products of symmetric matrices count their lower half,
-    those of triangles what is not zero.
+    Rates are fields of ``MachineRates``. Symmetric results count their lower half, and products of
+    triangles skip the zeros.
     """
     small = min(rows, columns)
     flops = {"moment_flops": 0.0, "wide_flops": 0.0, "solve_flops": 0.0}

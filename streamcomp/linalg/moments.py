@@ -1,7 +1,7 @@
-"""Second moments of what flows into or out of a linear.
+"""Second moments of the inputs or outputs of a linear.
 
-For rows x_1..x_T in R^n the moment is H = sum_t x_t x_t^T (n x n). It is all that a
-whitened decomposition needs to know of the data, and its size does not depend on T.
+For rows x_1..x_T in R^n the moment is H = sum_t x_t x_t^T (n x n). A whitened decomposition needs
+nothing else of the data, and its size does not depend on T.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ ROWS_PER_UPDATE = 2048
 def panel_of(size: int) -> int:
     """Rows of a moment that one product computes: a quarter, 512 at most.
 
-    The square on the diagonal is computed whole: narrow panels multiply less, until they multiply
-    slower.
+    The square on the diagonal is computed in full. Narrower panels need fewer operations, but below
+    some width they run slower.
     """
     return min(512, -(-size // 4))
 
@@ -34,8 +34,8 @@ def moment_flops(size: int, rows: int) -> float:
 class SecondMoment:
     """Running sum of x x^T over rows, of which the lower half is computed, in panels.
 
-    Holds ``size**2`` numbers, and ``ROWS_PER_UPDATE * size`` more during an update whose
-    rows come in another dtype. The order of the rows changes nothing but rounding.
+    Holds ``size**2`` numbers, and ``ROWS_PER_UPDATE * size`` more during an update with rows of
+    another dtype. The order of the rows changes nothing but rounding.
     """
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -43,11 +43,11 @@ class SecondMoment:
 
     @property
     def value(self) -> Tensor:
-        """The moment (n, n), whole; the same tensor each time."""
+        """The full moment (n, n); each call returns one and the same tensor."""
         return mirror(self._lower, panel_of(len(self._lower)))
 
     def update(self, rows: Tensor, shift: Tensor | None = None) -> None:
-        """Add ``rows`` of shape (..., n), less ``shift`` (n,) where one is given."""
+        """Add ``rows`` of shape (..., n), minus ``shift`` (n,) where one is given."""
         size = len(self._lower)
         panel = panel_of(size)
         flat = rows.detach().reshape(-1, size)  # (T, n)

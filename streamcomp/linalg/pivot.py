@@ -14,7 +14,7 @@ from streamcomp.linalg.symmetric import PANEL
 
 __all__ = ["MOST_COEFFICIENT", "interpolate"]
 
-# Coefficients above this lose digits: rows are exchanged until none is.
+# Larger coefficients lose digits: rows are exchanged until there is none.
 MOST_COEFFICIENT = 10.0
 
 
@@ -31,8 +31,8 @@ def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Pivots come from LU with partial pivoting; rows are then exchanged as in a strong
     rank-revealing QR (Gu and Eisenstat 1996) until no coefficient exceeds
     ``MOST_COEFFICIENT``. Each exchange grows the volume of the pivot rows by that factor, so
-    there are few. ``basis`` is overwritten where it is in the order of columns, else copied; the
-    coefficients share its memory. Holds three r x r matrices in addition to it.
+    there are few. ``basis`` is overwritten where it is column-major, else copied; the coefficients
+    share its memory. Holds three r x r matrices in addition.
     """
     rows, rank = basis.shape
     packed = basis if basis.mT.is_contiguous() else basis.mT.contiguous().mT
@@ -61,7 +61,7 @@ def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _order(swaps: Tensor, rows: int) -> Tensor:
-    """The row order that LAPACK's list of 1-based ``swaps`` makes of 0..rows-1."""
+    """The order of rows 0..rows-1 after LAPACK's list of 1-based ``swaps``."""
     order = list(range(rows))
     for row, other in enumerate(swaps.tolist()):
         order[row], order[other - 1] = order[other - 1], order[row]
@@ -83,9 +83,9 @@ def _exchange(coefficients: Tensor, pivots: Tensor, rest: Tensor, square: Tensor
         coefficients[:, column] = 0
         coefficients.addr_(weights, replaced)
         coefficients[row] = replaced
-        held = pivots[column].clone()
+        former = pivots[column].clone()
         pivots[column] = rest[row]
-        rest[row] = held
+        rest[row] = former
 
 
 def _sort(
@@ -102,11 +102,11 @@ def _sort(
 
 
 def _largest(matrix: Tensor) -> tuple[int, int]:
-    """Place of the entry of largest size, searched in ``PANEL`` rows at a time."""
-    largest = []
+    """Row and column of the entry largest in magnitude, searched ``PANEL`` rows at a time."""
+    candidates = []
     for start in range(0, len(matrix), PANEL):
         rows = matrix[start : start + PANEL].abs()
         place = int(rows.argmax())
-        largest.append((float(rows.flatten()[place]), start * matrix.shape[1] + place))
-    _, place = max(largest)
+        candidates.append((float(rows.flatten()[place]), start * matrix.shape[1] + place))
+    _, place = max(candidates)
     return divmod(place, matrix.shape[1])

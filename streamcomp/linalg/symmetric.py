@@ -1,15 +1,15 @@
 """Products, Cholesky factors and eigenvectors of symmetric matrices, in little memory.
 
 A linear of a 70B model has moments of 8192 x 8192: 0.5 GiB each in fp64. So products are formed in
-panels, factors overwrite their input, and of what is symmetric one half is computed.
+panels, factors overwrite their input, and only one half of a symmetric result is computed.
 
 **Eigenvectors in fp32.** A moment of a language model is graded: a few directions (massive
 activations) hold 10^4 to 10^8 times the energy of the median one. A solver in fp32 is wrong by
 about 10^-7 of the largest energy in every direction, which drowns the small ones. Here the
 dominant directions are found first, by subspace iteration that ends in fp64, and taken out by a
-similarity transform (a block Householder reflection); what is left has energies of like size, and
-fp32 serves it well, in half the time and memory of fp64. The measured loss over the best one is in
-``benchmarks/decompositions.md``.
+similarity transform (a block Householder reflection); the rest has energies of similar size, and
+fp32 is accurate enough for it, in half the time and memory of fp64. The measured increase of the
+loss is in ``benchmarks/decompositions.md``.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ __all__ = [
 # Rows or columns of a matrix that are worked on at a time.
 PANEL = 1024
 
-# Directions that are taken out before fp32 does the rest, and how they are looked for.
+# Directions that are taken out before fp32 does the rest, and the subspace iteration for them.
 _DOMINANT = 32
 _OVERSAMPLED = 16
 _ITERATIONS, _CORRECTIONS = 6, 2  # in fp32, in fp64
-# Below this size fp64 is as fast.
+# Below this size fp64 is no slower.
 SMALL = 1024
-# What the eigenvectors may miss of the matrix as a vector sees it, relative to the result or to
-# this share of the largest eigenvalue.
+# Largest error of the decomposition applied to a test vector, relative to the result or to this
+# share of the largest eigenvalue.
 _RESIDUAL, _ROUNDING = 1e-4, 1e-8
 
 
 @contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """For products in fp32 of matrices cast from ``dtype``: the units of narrower numbers do them.
+    """Let fp32 products of matrices cast from ``dtype`` run on faster units for narrower numbers.
 
-    Numbers of half precision that were cast to fp32 lose nothing where such a unit rounds them
+    Half-precision numbers that were cast to fp32 lose nothing when such a unit rounds them
     (bf16 on the CPU, TF32 on a GPU), and it adds up in fp32. Other dtypes, and processors
-    without such a unit, multiply in fp32 as ever.
+    without such a unit, multiply in fp32 as usual.
     """
     with ExitStack() as stack:
         if dtype == torch.bfloat16:
-            backend: Any = torch.backends.mkldnn  # its attributes are known at run time alone
+            backend: Any = torch.backends.mkldnn  # its attributes exist only at run time
             stack.enter_context(_precision(backend.matmul, "bf16"))
         if solve_dtype(dtype) == torch.float32 and torch.cuda.is_available():
             stack.enter_context(_precision(torch.backends.cuda.matmul, "tf32"))
@@ -82,7 +82,7 @@ def gram(matrix: Tensor) -> Tensor:
     Products of half-precision numbers are exact in fp32: they are added up there within a panel,
     and in fp64 across panels. Holds the result and two panels.
     """
-    size, panel = matrix.shape[1], (PANEL + 1) // 2  # narrow ones multiply less next to it
+    size, panel = matrix.shape[1], (PANEL + 1) // 2  # narrow panels waste less at the diagonal
     result = torch.zeros(size, size, dtype=torch.float64, device=matrix.device)
     for rows in matrix.split(PANEL):
         wide = rows.to(solve_dtype(matrix.dtype))
@@ -96,7 +96,7 @@ def gram(matrix: Tensor) -> Tensor:
 def sandwich(outer: Tensor, inner: Tensor, *, lower: bool = False) -> Tensor:
     """A M A^T (p, p) in fp64 of A (p, q) and a symmetric M (q, q), whatever their dtypes.
 
-    With ``lower``, A is a lower triangle L (q, q) and L^T M L is meant; then no zero is multiplied.
+    With ``lower``, A is a lower triangle L (q, q), and the result is L^T M L; zeros are skipped.
     Holds the result, ``PANEL`` rows of the product A M and as many of either matrix.
     """
     size = outer.shape[1] if lower else outer.shape[0]
@@ -125,13 +125,13 @@ def sandwich(outer: Tensor, inner: Tensor, *, lower: bool = False) -> Tensor:
 
 
 def cholesky(moment: Tensor, added: float = 0.0) -> Tensor | None:
-    """The lower fp64 factor of ``moment`` (n, n) + ``added`` I; None if there is none.
+    """The lower fp64 Cholesky factor of ``moment`` (n, n) + ``added`` I; None if there is none.
 
     Holds the factor alone.
     """
     factor = moment.to(torch.float64, copy=True)
     factor.diagonal().add_(added)
-    columns = factor.mT  # symmetric, and as LAPACK wants it: overwritten without a copy
+    columns = factor.mT  # column-major, as LAPACK wants it: overwritten without a copy
     info = torch.empty((), dtype=torch.int32, device=factor.device)
     torch.linalg.cholesky_ex(columns, out=(columns, info))
     return None if int(info) else columns
@@ -141,7 +141,7 @@ def eigh(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,) fp64, descending, and eigenvectors (n, n) in ``dtype``.
 
     The symmetric ``matrix`` (n, n) fp64 is overwritten. In fp32 the dominant directions are taken
-    out first, as the module says. Bytes per entry, ``matrix`` among them: 24 for fp64, whose
+    out first (see the module). Bytes per entry, including ``matrix``: 24 for fp64, whose
     solver has a workspace of two matrices, and 12 for fp32. NonFiniteError where the solver fails.
     """
     try:
@@ -165,15 +165,15 @@ def _graded(matrix: Tensor) -> tuple[Tensor, Tensor]:
     half = product - 0.5 * reflector @ (middle.T @ (reflector.T @ product))
     matrix.addmm_(half, reflector.T, alpha=-1).addmm_(reflector, half.T, alpha=-1)
     few, turned = torch.linalg.eigh(matrix[:count, :count])
-    # what couples both parts is between directions that are all kept, and is left out
+    # entries that couple the two parts only mix directions that are all kept: they are left out
     rest = matrix[count:, count:].float()
     probe = torch.ones(size - count, dtype=torch.float64, device=matrix.device)
     probe[1::2] = -1
     seen = matrix[count:, count:] @ probe
-    matrix.set_()  # type: ignore[call-overload]  # nothing of it is needed any more
+    matrix.set_()  # type: ignore[call-overload]  # free it
     values, vectors = _in_place(rest)
     part = vectors @ (values * (vectors.T @ probe.float()))
-    noise = _ROUNDING * size**0.5 * float(few[-1])  # of fp64, where nothing else is left
+    noise = _ROUNDING * size**0.5 * float(few[-1])  # of fp64, where the rest is rounding
     if not float((part - seen).norm()) <= _RESIDUAL * max(float(seen.norm()), noise):
         raise NonFiniteError("an eigendecomposition in fp32 did not converge")
     result = torch.zeros(size, size, dtype=torch.float32, device=rest.device)
@@ -183,15 +183,15 @@ def _graded(matrix: Tensor) -> tuple[Tensor, Tensor]:
     narrow = reflector.float()
     for columns in result.split(PANEL, dim=1):
         columns.addmm_(narrow, middle.float() @ (narrow.T @ columns), alpha=-1)
-    eigenvalues = scale * torch.cat((few, values.double()))
-    order = eigenvalues.argsort(descending=True)
-    return eigenvalues[order], _permuted(result, order)
+    energies = scale * torch.cat((few, values.double()))
+    order = energies.argsort(descending=True)
+    return energies[order], _permuted(result, order)
 
 
 def _dominant(matrix: Tensor) -> Tensor:
     """Orthonormal directions (n, k) of the largest energies, the largest first.
 
-    Looked for in fp32, of which ``matrix`` (n, n) is copied, and corrected in fp64.
+    Subspace iteration in fp32, on a copy of ``matrix`` (n, n), and corrections in fp64.
     """
     random = torch.Generator().manual_seed(0)
     width = _DOMINANT + _OVERSAMPLED
@@ -199,7 +199,7 @@ def _dominant(matrix: Tensor) -> Tensor:
     basis = basis.to(matrix.device)
     narrow = matrix.float()
     for _ in range(_ITERATIONS):
-        # in this order of the factors BLAS is half as fast again
+        # in this order of the factors BLAS is 1.5 times as fast
         basis = torch.linalg.qr((basis.float().T @ narrow).T.double()).Q
     del narrow
     for _ in range(_CORRECTIONS):
@@ -243,7 +243,7 @@ def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
 
 
 def mirror(matrix: Tensor, panel: int | None = None) -> Tensor:
-    """The lower half of ``matrix``, whose panels on the diagonal are whole, copied to the upper."""
+    """Copy the lower half of ``matrix``, with full panels on its diagonal, to the upper half."""
     panel = panel or PANEL
     for start in range(0, len(matrix), panel):
         stop = start + panel

@@ -1,1 +1,1 @@
-"""This computer: its memory, device and speed, set up by one ``with`` that puts it all back."""
+"""This computer: its memory, device and speed, configured by one ``with`` that restores it."""

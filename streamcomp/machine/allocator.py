@@ -1,4 +1,4 @@
-"""The heap of this process: freed memory goes back, so that RSS follows what is held."""
+"""The heap of this process: freed memory is returned, so that RSS follows actual use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from functools import cache
 
 __all__ = ["release", "settled"]
 
-# glibc's mallopt: blocks from this size on are mapped one by one and returned when freed, their
-# pages made anew each time. Smaller ones come from a heap, which keeps as much as this of what is
-# freed until ``release`` is called: within a phase the pages are used again. Larger blocks there
-# would leave gaps as large, other ones in each run: from 32 MiB on, up to 40 MiB of them. Each with
-# the value that is set afterwards: the largest that glibc itself comes to while it still adapts
-# them, for its first ones would have it map every tensor anew for good.
+# Options of glibc's mallopt: (value while open, value afterwards). Blocks of at least the first
+# threshold are mapped one by one and returned when freed; each has fresh pages. Smaller ones come
+# from a heap that keeps up to the second threshold of freed bytes until ``release`` is called, so
+# that a phase reuses its pages. With a first threshold of 32 MiB the heap had gaps of up to 40 MiB,
+# which differed from run to run. The values afterwards are the largest that glibc reaches by itself
+# while it adapts them; its initial ones would have it map every tensor anew from then on.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 _OPTIONS = {
     _M_MMAP_THRESHOLD: (8 * 2**20, 32 * 2**20),
@@ -23,10 +23,9 @@ _OPTIONS = {
     _M_ARENA_MAX: (2, 0),
 }
 
-# Read by torch and oneDNN at the first tensor or product. Pages of 2 MiB where a tensor fills them:
-# a 512th of the page faults. A CPU kernel is kept for each shape of a product, a quarter of a
-# megabyte in either cache, and 1024 by default: the experts of a mixture meet another number of
-# tokens each time.
+# Read by torch and oneDNN at the first tensor or product. Tensors of 2 MiB or more get large pages:
+# a 512th of the page faults. The caches hold a CPU kernel for each shape of a product, a quarter of
+# a megabyte each, and 1024 by default: experts of a mixture see a new number of tokens each time.
 _ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
@@ -34,16 +33,16 @@ _ENVIRONMENT = {
 }
 
 
-_open = 0  # how many of ``settled`` are; the outermost one puts everything back
+_open = 0  # nesting depth of ``settled``; the outermost one restores everything
 
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """While open, large blocks are mapped one by one, and few kernels are remembered.
+    """While open, large blocks are mapped one by one, and few kernels are cached.
 
-    Afterwards the environment is as before, and glibc has the thresholds that it comes to by
-    itself, which it no longer adapts; torch and oneDNN keep the settings that they have read. With
-    another C library the heap is left alone.
+    Afterwards the environment is restored, and glibc has the thresholds that it reaches by itself,
+    but no longer adapts them; torch and oneDNN keep the settings that they have read. With another
+    C library the heap is left alone.
     """
     global _open
     ours = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
@@ -68,7 +67,7 @@ def _set_options(*, inside: bool) -> None:
 
 
 def release() -> None:
-    """Give free pages of the heap back; between phases, lest one's stay behind in the next."""
+    """Return free pages of the heap to the system; called between phases."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""A budget of bytes, and the error that says what would do."""
+"""A budget of bytes, and the error that names a sufficient one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from streamcomp.units import format_bytes
 
 __all__ = ["Budget"]
 
-# By which the baseline differs from one process to the next.
+# Variation of the baseline from one process to the next.
 _DRIFT_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes allowed, the option that says so, and the fewest that some plan needs."""
+    """Bytes allowed, the option that sets them, and the fewest that any plan needs."""
 
     option: str
     nbytes: int
@@ -23,7 +23,7 @@ class Budget:
 
     @property
     def minimum(self) -> int:
-        """Whole MiB, enough also for a process that begins a little larger."""
+        """The smallest sufficient budget, in whole MiB, with a reserve for a larger baseline."""
         return -(-(self.fewest + _DRIFT_BYTES) // 2**20) * 2**20
 
     def check(self, needed: int, what: str, purpose: str = "") -> None:

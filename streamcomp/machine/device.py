@@ -1,4 +1,4 @@
-"""The GPU of a job: which one, how much of it, and what happens where that is not enough."""
+"""The GPU of a job: its choice, its budget, and the error when that is not enough."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = [
     "within_device",
 ]
 
-# What the driver and CUDA's libraries take of a GPU in addition to torch's allocator.
+# GPU memory of the driver and CUDA's libraries, in addition to torch's allocator.
 CONTEXT_BYTES = 2**30
-# What cuBLAS and cuSOLVER take through torch's allocator: up to 32 MiB for each thread and library.
+# Workspace of cuBLAS and cuSOLVER in torch's allocator: up to 32 MiB for each thread and library.
 WORKSPACE_BYTES = 128 * 2**20
 
 _DEFAULT_SHARE = 0.9  # of what is free on the GPU, where no budget is given
@@ -30,7 +30,7 @@ _DEFAULT_SHARE = 0.9  # of what is free on the GPU, where no budget is given
 def choose_device(name: str) -> torch.device:
     """The device called ``name``; ``auto`` is the first GPU, or the CPU where there is none.
 
-    A GPU always comes with its number, which some of torch's calls insist on.
+    A GPU is always returned with its number, which some of torch's calls require.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,8 +49,8 @@ def choose_device(name: str) -> torch.device:
 def device_budget_bytes(device: torch.device, max_vram: str | None) -> int:
     """Bytes of the GPU meant by ``max_vram``, 0 where the job runs on the CPU.
 
-    A size, a share of the GPU, or 90% of what is free on it. RecipeError where it is more than the
-    GPU has, or where there is none.
+    It is a size, a share of the GPU, or by default 90% of its free memory. RecipeError where it is
+    more than the GPU has, or where there is no GPU.
     """
     if device.type != "cuda":
         if max_vram is not None:
@@ -72,9 +72,9 @@ def device_budget_bytes(device: torch.device, max_vram: str | None) -> int:
 
 
 def limit_device(device: torch.device, budget: int) -> Callable[[], None]:
-    """Have torch's allocator give no more of the GPU than ``budget`` leaves next to the driver.
+    """Limit torch's allocator on the GPU to ``budget`` minus the driver's memory.
 
-    Returns a function that puts the former limit back. On the CPU neither does anything.
+    Returns a function that restores the former limit. On the CPU neither does anything.
     """
     if device.type != "cuda":
         return lambda: None
@@ -88,7 +88,7 @@ def limit_device(device: torch.device, budget: int) -> Callable[[], None]:
 
 @contextmanager
 def within_device(what: str, budget: int) -> Iterator[None]:
-    """BudgetError instead of torch's own where the GPU has no room for ``what``."""
+    """Raise BudgetError instead of torch's error where the GPU has no room for ``what``."""
     try:
         yield
     except torch.OutOfMemoryError as error:  # of a GPU: the host's memory never gets that far

@@ -1,4 +1,4 @@
-"""Bytes that products take on this machine in addition to their operands, measured."""
+"""Measured memory that matrix products take in addition to their operands."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from streamcomp.machine.memory import PeakMeter, resident_bytes
 
 __all__ = ["warm_up"]
 
-# Products that make the buffers of a BLAS as large as jobs do, in 34 MiB and some 50 ms: a tall
-# one (rows, inner, columns), and the moment of so many rows and columns.
+# Products that grow the buffers of a BLAS as much as jobs do, in 34 MiB and some 50 ms: a tall
+# one (rows, inner, columns), and a moment (rows, columns).
 _TALL, _MOMENT = (16384, 256, 16), (1024, 2048)
 _MiB = 2**20
 
@@ -23,7 +23,7 @@ def warm_up(
     """Touch the kernels that a job uses, so that their code and buffers are resident.
 
     ``gradients`` are those of the loss in a reverse sweep, ``training`` is a refinement's. Returns
-    the bytes that products take in addition to their operands and give back, as measured here.
+    the measured bytes that products take temporarily in addition to their operands.
     """
     square = torch.eye(64, dtype=dtype, device=device)
     torch.nn.functional.linear(square, square)
@@ -45,7 +45,7 @@ def warm_up(
 
 @cache
 def _product_bytes(device: torch.device, dtype: torch.dtype, threads: int) -> int:
-    """Have BLAS make the buffers that it keeps; whole MiB that a product takes and gives back.
+    """Have BLAS allocate the buffers that it keeps; bytes that a product takes temporarily.
 
     Seen on x86: MKL packs operands into up to 10 MiB a thread, full after one tall product in
     fp64, and keeps them for every dtype. oneDNN takes 0.6 MiB a thread where a bf16 operand is
@@ -58,7 +58,7 @@ def _product_bytes(device: torch.device, dtype: torch.dtype, threads: int) -> in
     left = torch.ones(_MOMENT, dtype=torch.float32, device=device)
     result = torch.ones(_MOMENT[1], _MOMENT[1], dtype=torch.float32, device=device)
     taken = 0
-    for _ in range(2):  # what the first one keeps does not count
+    for _ in range(2):  # buffers that the first one keeps do not count
         if not PeakMeter.reset_mark():
             return 0
         before = resident_bytes()
@@ -69,7 +69,7 @@ def _product_bytes(device: torch.device, dtype: torch.dtype, threads: int) -> in
 
 
 def _warm_up_gradients(start: torch.Tensor, training: bool) -> None:
-    """A backward through what a block and the loss are made of, and a step of the optimizer."""
+    """A backward through the operations of a block and the loss, and a step of the optimizer."""
     functional = torch.nn.functional
     with torch.enable_grad():
         heads = start.view(1, 4, 16, -1)

@@ -1,8 +1,8 @@
-"""How much memory this process holds, has held at most, and may hold.
+"""The memory of this process: current, peak, and allowed.
 
-The kernel's own high-water mark (``VmHWM``) is read and, through
-``/proc/self/clear_refs``, set back between steps: sampling would miss the short peaks inside
-LAPACK. Where the kernel has no such file a thread samples instead.
+The kernel's high-water mark (``VmHWM``) is read and, through ``/proc/self/clear_refs``, reset
+between steps: sampling would miss the short peaks inside LAPACK. Where the kernel has no such
+file, a thread samples instead.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ __all__ = [
     "resident_bytes",
 ]
 
-# Libraries that come after the baseline was measured, and gaps in the allocator's heap, which are
-# not the same in two runs of one job: 40 to 81 MiB were seen.
+# Libraries loaded after the baseline was measured, and gaps in the allocator's heap, which differ
+# from run to run: 40 to 81 MiB were measured.
 LATE_BYTES = 112 * 2**20
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_DEFAULT_SHARE = 0.8  # of what is available, where no budget is given
+_DEFAULT_SHARE = 0.8  # of available memory, where no budget is given
 _SAMPLE_SECONDS = 0.01
 
 
 class PeakMeter:
-    """Peak resident bytes since :meth:`restart`, file-backed pages counted; and those of a GPU."""
+    """Peak resident bytes since :meth:`restart`, with file-backed pages; and those of a GPU."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._gpu = device if device is not None and device.type == "cuda" else None
@@ -73,7 +73,7 @@ class PeakMeter:
 
     @staticmethod
     def reset_mark() -> bool:
-        """Set the kernel's own mark back; False where it has none."""
+        """Reset the kernel's high-water mark; False where it has none."""
         try:
             _CLEAR.write_text("5")
             return PeakMeter.mark() > 0
@@ -82,7 +82,7 @@ class PeakMeter:
 
     @staticmethod
     def mark() -> int:
-        """The kernel's own mark, in bytes; 0 where it has none."""
+        """The kernel's high-water mark, in bytes; 0 where it has none."""
         return _status_bytes("VmHWM")
 
     def _sample(self) -> None:
@@ -119,7 +119,7 @@ def budget_bytes(max_ram: str | None, *, elsewhere: bool = False) -> int:
 
 
 def is_memory_backed(folder: Path) -> bool:
-    """Whether files in ``folder`` are in memory (tmpfs), and so count in the budget."""
+    """Whether files in ``folder`` are held in memory (tmpfs) and so count in the budget."""
     resolved = folder.resolve()
     while not resolved.exists():
         resolved = resolved.parent
@@ -139,9 +139,9 @@ def _status_bytes(field: str) -> int:
 
 
 def _cgroups() -> list[tuple[int, int]]:
-    """Memory limits of this process's cgroups and of those above them, and what each holds.
+    """(limit, bytes in use) of this process's cgroups and of those above them.
 
-    Without the page cache, which makes way.
+    The page cache does not count as in use, because the kernel reclaims it.
     """
     limits = []
     try:
@@ -177,7 +177,7 @@ def _number_in(path: Path) -> int | None:
 
 
 def _cached_bytes(folder: Path, names: Sequence[str]) -> int:
-    """The sum of those fields of a cgroup's ``memory.stat``."""
+    """The sum of the fields ``names`` of a cgroup's ``memory.stat``."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:

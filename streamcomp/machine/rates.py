@@ -1,4 +1,4 @@
-"""How fast this machine is, measured: what seconds are planned from and measured against."""
+"""Measured speed of this machine, from which plans predict seconds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from streamcomp.linalg.symmetric import SMALL, exact_products
 __all__ = ["MachineRates", "measure_disk", "measure_rates"]
 
 _PRODUCT, _SMALL_EIGH, _EIGH = 1024, 512, 1024  # sizes that are timed
-_RUNS, _SECONDS = 3, 0.05  # each is timed as often, and as long, as this at least
+_RUNS, _SECONDS = 3, 0.05  # minimum runs, and minimum time, of each measurement
 _FILE_BYTES = 16 * 2**20
-_DISK = 500e6  # bytes per second, where no folder is known
+_DISK = 500e6  # bytes per second, where no folder can be measured
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class MachineRates:
     solve_flops: float  # products in the dtype that factors are solved in
     wide_flops: float  # products in fp64
     small_eigh_flops: float  # eigh in fp64, counted as 9 n^3
-    eigh_flops: float  # eigh of a large matrix, in the dtype that those take
+    eigh_flops: float  # eigh of a large matrix, in the dtype of decompositions
     disk_bytes: float = _DISK
 
     def seconds(self, operations: Mapping[str, float]) -> float:
-        """Seconds that ``operations`` take, which are given by the names of their rates."""
+        """Seconds that ``operations`` take, given by the names of the rates that they run at."""
         return sum(count / float(getattr(self, name)) for name, count in operations.items())
 
     def eigh_seconds(self, size: int) -> float:
@@ -49,7 +49,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
     """Time small products and two eigh; takes about a second."""
 
     def product(kind: torch.dtype, cast_from: torch.dtype = torch.float32) -> float:
-        # as a linear does it: a plain product in fp16 takes the CPU twenty times as long
+        # as linears compute it: on a CPU a plain product in fp16 takes twenty times as long
         left = torch.ones(_PRODUCT, _PRODUCT, dtype=kind, device=device)
         run = torch.nn.functional.linear
         with exact_products(cast_from):
@@ -58,7 +58,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
     def eigenvectors(kind: torch.dtype, size: int) -> float:
         random = torch.Generator().manual_seed(0)
         rows = torch.randn(size, size, generator=random, dtype=kind).to(device)
-        matrix = rows @ rows.T  # an easier one is solved several times as fast
+        matrix = rows @ rows.T  # an easier matrix would be solved several times as fast
         return 9.0 * size**3 / _best_seconds(lambda: torch.linalg.eigh(matrix), device)
 
     return MachineRates(
@@ -72,9 +72,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
 
 
 def measure_disk(folder: Path) -> float:
-    """Bytes per second that a file is written and made durable at, in ``folder`` or above it.
+    """Bytes per second at which a file is durably written in ``folder`` or its nearest parent.
 
-    A usual rate where nothing can be written yet: whether that is an error shows later.
+    A typical rate where the folder cannot be written: if that is an error, it shows later.
     """
     while not folder.exists():
         folder = folder.parent
@@ -90,7 +90,7 @@ def measure_disk(folder: Path) -> float:
 
 
 def _best_seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest run: caches and threads are cold at first."""
+    """Seconds of the fastest run, since caches and threads are cold at first."""
     best, begin, runs = math.inf, time.perf_counter(), 0
     while runs < _RUNS or time.perf_counter() - begin < _SECONDS:
         start = time.perf_counter()

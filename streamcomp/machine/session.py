@@ -1,7 +1,7 @@
-"""One ``with`` that sets this computer up for a job, and puts everything back.
+"""One ``with`` that configures this computer for a job, and restores everything.
 
-What is asked of the computer goes through a :class:`Probe`, and :func:`probed` puts another one in
-its place: a test that must not depend on free memory or speed says so there.
+Facts about the computer are read through a :class:`Probe`. :func:`probed` replaces it, for tests
+that must not depend on free memory or speed.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from streamcomp.recipe import Resources
 
 __all__ = ["Machine", "Probe", "check_system", "machine", "probe", "probed"]
 
-# What reading, writing and streaming call that not every system has; macOS lacks the first two.
+# System calls used for files that not every system has; macOS lacks the first two.
 _SYSTEM_CALLS = ("posix_fadvise", "posix_fallocate", "preadv", "pwrite", "O_DIRECTORY")
 
 
 class Probe:
-    """Facts of this computer that plans depend on."""
+    """Facts about this computer that plans depend on."""
 
     def budget_bytes(self, max_ram: str | None, *, elsewhere: bool = False) -> int:
         """Bytes that a job may hold (:func:`streamcomp.machine.memory.budget_bytes`)."""
         return memory.budget_bytes(max_ram, elsewhere=elsewhere)
 
     def baseline_bytes(self) -> int:
-        """Resident bytes of this process once free pages of its heap are given back."""
+        """Resident bytes of this process once free pages of its heap are returned."""
         release()
         return memory.resident_bytes()
 
@@ -57,7 +57,7 @@ class Probe:
         return measure_rates(device, dtype)
 
     def disk_rate(self, folder: Path) -> float:
-        """Bytes per second that a file in ``folder`` is written at."""
+        """Bytes per second at which a file in ``folder`` is written."""
         return measure_disk(folder)
 
 
@@ -81,7 +81,7 @@ def probed(other: Probe) -> Iterator[None]:
 
 @dataclass
 class Machine:
-    """This computer as a job finds it, inside of :func:`machine`."""
+    """This computer as configured for a job, inside of :func:`machine`."""
 
     device: torch.device
     budget_bytes: int
@@ -104,7 +104,7 @@ class Machine:
         return rates if folder is None else replace(rates, disk_bytes=probe().disk_rate(folder))
 
     def limit_device(self) -> None:
-        """Hold torch's allocator to the budget of the GPU, until :func:`machine` is left."""
+        """Limit torch's allocator to the budget of the GPU until :func:`machine` is left."""
         self._leaving.callback(limit_device(self.device, self.device_budget))
 
 
@@ -113,8 +113,8 @@ def machine(resources: Resources, *, elsewhere: bool = False) -> Iterator[Machin
     """Set threads and the allocator, and resolve the budgets, as ``resources`` say.
 
     The budget may be that of a larger machine where the job is to run ``elsewhere``. On leaving,
-    also by an error, threads, allocator, environment and the GPU's limit are as before. Raises
-    UnsupportedSystemError, or RecipeError where this machine does not have what is asked for.
+    also after an error, threads, allocator, environment and the GPU's limit are restored. Raises
+    UnsupportedSystemError, or RecipeError where this machine lacks the resources asked for.
     """
     check_system()
     device = choose_device(resources.device)
@@ -129,7 +129,7 @@ def machine(resources: Resources, *, elsewhere: bool = False) -> Iterator[Machin
 
 
 def check_system() -> None:
-    """UnsupportedSystemError where the system lacks calls that are made once work has begun."""
+    """UnsupportedSystemError where the system lacks calls that a job makes later."""
     missing = [call for call in _SYSTEM_CALLS if not hasattr(os, call)]
     if missing:
         raise UnsupportedSystemError(

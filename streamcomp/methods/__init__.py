@@ -1,4 +1,4 @@
-"""Methods of compression: a file each, found by name. Importing this does not import torch."""
+"""Methods of compression: one file each, looked up by name. Importing it does not import torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The interface of a method: a weight, a moment and an allowance in, factors out.
+"""The interface of methods: a weight, a moment and an allowance in, factors out.
 
-Nothing here or at the top of a method's file imports torch: a recipe reads the methods' defaults
-before any work is done.
+Nothing here or at the top of a method's file imports torch, so that a recipe can read the methods'
+defaults without loading it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Side = Literal["inputs", "outputs"]
 
 @dataclass(frozen=True)
 class GradientMoment:
-    """Moment of the loss's gradients G = dL/dY at one linear (m x n), on its smaller side.
+    """Second moment of the loss's gradients G = dL/dY at one linear (m x n), on its smaller side.
 
     ``value`` is Gamma = G G^T (m, m) for m <= n, else the moment of W^T g (n, n); ``energy`` is
     tr(Gamma) in either case.
@@ -47,7 +47,7 @@ class GradientMoment:
 class Moment:
     """Second moment of a linear's inputs, H (n, n), or of its outputs, K (m, m).
 
-    ``rows`` is the number of rows that were summed. ``least_damping`` is the smallest damping with
+    ``rows`` is the number of rows that were summed. ``min_damping`` is the smallest damping with
     which an earlier linear of the group could factor this moment.
     """
 
@@ -55,24 +55,24 @@ class Moment:
     value: Tensor
     rows: int = 0
     gradient: GradientMoment | None = None
-    least_damping: float = 0.0
+    min_damping: float = 0.0
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing ever ran through the linear: then it says nothing of its weights."""
+        """Whether no row ever ran through the linear, so that nothing tells which errors count."""
         return self.rows == 0
 
     def leaves_open(self, directions: int) -> bool:
-        """Whether it has fewer rows than there are ``directions``, and so says nothing of some."""
+        """Whether it sums fewer rows than there are ``directions``, so that some have no data."""
         return 0 < self.rows < directions
 
-    def damped(self, least: float) -> Moment:
-        """For the next linear of the group, after one that took the damping ``least``."""
-        return replace(self, least_damping=max(self.least_damping, least))
+    def damped(self, damping: float) -> Moment:
+        """This moment for the group's next linear, after one that needed ``damping``."""
+        return replace(self, min_damping=max(self.min_damping, damping))
 
 
 class Site(Protocol):
-    """A weight (m = ``rows`` outputs, n = ``columns`` inputs) as a method sees its place."""
+    """The facts about a weight that methods read: m = ``rows`` outputs, n = ``columns`` inputs."""
 
     @property
     def disk_name(self) -> str: ...
@@ -113,7 +113,7 @@ class Settings(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """How the compression of one linear went; a row of the report."""
+    """Results of the compression of one linear; a row of the report."""
 
     name: str  # on disk
     rows: int  # outputs
@@ -121,30 +121,30 @@ class Figures:
     energy: float | None = None  # sum of the spectrum; None where no moment was decomposed
     damping: float  # added to a moment, as a share of the mean of its diagonal
     condition: float | None  # largest over smallest eigenvalue of the moment; None: not finite
-    fallback: str  # what was done because the data did not allow the method itself; or ""
+    fallback: str  # what was done instead, where the data did not allow the method; or ""
     rank: int
     relative_loss: float  # share of the energy of its outputs that the factors miss
-    loss: float | None = None  # in the method's own unit
-    numbers: int | None = None  # that are stored, where the method chose how many
+    loss: float | None = None  # in the unit of the method's energies
+    numbers: int | None = None  # how many are stored, where the method chose it
     bits_per_weight: float | None = None  # likewise
 
     def values(self) -> dict[str, Any]:
-        """Plain values, without those that the method does not have."""
+        """Plain values by name, without those that the method leaves None."""
         absent = {f.name for f in fields(self) if f.default is None and vars(self)[f.name] is None}
         return {name: value for name, value in vars(self).items() if name not in absent}
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The tensors that stand for one weight, by their names on disk."""
+    """The tensors stored instead of one weight, by their names on disk."""
 
     tensors: dict[str, Tensor]
     spec: dict[str, Any]  # its entry in config.json, without the dtype
     figures: Figures
-    least_damping: float = 0.0  # for :meth:`Moment.damped`
+    min_damping: float = 0.0  # for :meth:`Moment.damped`
 
     def spare(self, allowance: Allowance) -> int:
-        """Numbers of ``allowance`` that were not needed: the next linear may have them."""
+        """Unused numbers of ``allowance``, which the next linear may use."""
         stored = self.figures.numbers
         return 0 if stored is None else allowance.numbers - stored
 
@@ -154,15 +154,15 @@ class Method(ABC):
 
     name: ClassVar[str]  # as ``--method`` spells it
     source: ClassVar[str]  # where it was published
-    # What it may be combined with; "auto" is the first.
+    # Allowed values of these settings; "auto" is the first.
     forms: ClassVar[tuple[str, ...]]
     statistics: ClassVar[tuple[str, ...]]
     # Settings of a recipe that no other method reads.
     settings: ClassVar[tuple[str, ...]] = ()
-    # Moments: of the loss's gradients too; of the inputs alone.
+    # Whether it needs moments of the loss's gradients too; moments of inputs, not of outputs.
     needs_gradients: ClassVar[bool] = False
     needs_inputs: ClassVar[bool] = False
-    # Whether it makes spectra, and whether their energies compare across linears.
+    # Whether it computes spectra, and whether their energies compare across linears.
     has_spectra: ClassVar[bool] = True
     losses_compare: ClassVar[bool] = False
     # Whether its factors may be changed afterwards, by update and refine.
@@ -177,24 +177,24 @@ class Method(ABC):
         allowance: Allowance,
         settings: Settings,
     ) -> Factors:
-        """Factors that stand for ``weight`` (m, n) within ``allowance``."""
+        """Factors to store instead of ``weight`` (m, n), within ``allowance``."""
 
     def check(self, weight: Site, settings: Settings) -> None:  # noqa: B027
         """RecipeError where ``settings`` are impossible for a weight of this shape."""
 
-    # -- analysis that is kept -------------------------------------------------------------
+    # -- reusable analysis -----------------------------------------------------------------
 
     def can_be_analysed(self, settings: Settings) -> bool:
         """Whether :meth:`analyse` depends on the dense model alone, so that one serves all ratios.
 
-        :meth:`analyse` and :meth:`factors` are there where ``has_spectra``.
+        Methods with ``has_spectra`` implement :meth:`analyse` and :meth:`factors`.
         """
         return self.has_spectra and settings.statistics == "dense"
 
     def analyse(
         self, weight: Tensor, moment: Moment | None, settings: Settings, rank: int | None = None
     ) -> Decomposition:
-        """Everything that factors of every rank are made from, or of ranks up to ``rank``."""
+        """A decomposition that gives factors of every rank, or of ranks up to ``rank``."""
         raise NotImplementedError(f"method {self.name} keeps no analysis")
 
     def factors(
@@ -205,14 +205,14 @@ class Method(ABC):
         allowance: Allowance,
         settings: Settings,
     ) -> Factors:
-        """Factors of ``weight`` from its :meth:`analyse`."""
+        """Factors of ``weight`` from the result of :meth:`analyse`."""
         raise NotImplementedError(f"method {self.name} keeps no analysis")
 
-    # -- what it takes ---------------------------------------------------------------------
+    # -- memory and time -------------------------------------------------------------------
 
     @property
     def default_damping(self) -> float:
-        """The damping that ``damping`` 0 stands for."""
+        """The damping that is used where the setting is 0."""
         return 0.0
 
     @abstractmethod
@@ -224,9 +224,9 @@ class Method(ABC):
         dtype: torch.dtype,
         settings: Settings,
     ) -> int:
-        """Peak of :meth:`analyse`, or of :meth:`compress` where it has none.
+        """Peak of :meth:`analyse`, or of :meth:`compress` for methods without it.
 
-        In addition to the weight, of ``dtype``, and its moments, which were taken on ``side`` over
+        Excludes the weight, of ``dtype``, and its moments, which were taken on ``side`` over
         ``tokens`` rows.
         """
 
@@ -237,7 +237,7 @@ class Method(ABC):
         return basis_bytes(site.rows, site.columns, dtype, gradients=self.needs_gradients)
 
     def flops(self, site: Site, side: Side) -> dict[str, float]:
-        """Operations of the same without ``eigh``, by the rate that they run at."""
+        """Operations of :meth:`analyse` without ``eigh``, by the rate that they run at."""
         from streamcomp.linalg.low_rank import decomposition_flops
 
         return decomposition_flops(site.rows, site.columns, side, gradients=self.needs_gradients)

@@ -18,7 +18,7 @@ __all__ = ["LowRank"]
 
 
 class LowRank(Method):
-    """Directions and energies of a weight, cut off at the rank that is allowed."""
+    """Decomposes a weight into directions with energies, and keeps as many as the rank allows."""
 
     forms = ("pivot", "uv")
 
@@ -49,7 +49,7 @@ class LowRank(Method):
         settings: Settings,
     ) -> Factors:
         analysis = self.analyse(weight, moment, settings, allowance.rank)
-        if self.can_be_analysed(settings):  # the same bytes as where one analysis is kept for many
+        if self.can_be_analysed(settings):  # equal bytes with and without a kept analysis
             analysis = analysis.rounded(site.dtype)
         return self.factors(site, weight, analysis, allowance, settings)
 
@@ -79,14 +79,14 @@ class LowRank(Method):
             loss=float(analysis.spectrum[rank:].sum()),
         )
         spec = {"form": settings.form, "rank": rank}
-        return Factors(tensors, spec, figures, analysis.least_damping)
+        return Factors(tensors, spec, figures, analysis.min_damping)
 
     def working_bytes(
         self, site: Site, side: Side, tokens: int, dtype: torch.dtype, settings: Settings
     ) -> int:
         from streamcomp.linalg.low_rank import decomposition_bytes
 
-        # gradients are damped instead of the moment, which is damped where it has too few rows
+        # gradients are damped instead of the moment, unless that has too few rows
         damped = settings.damping > 0 and not self.needs_gradients
         return decomposition_bytes(
             site.rows,

@@ -32,6 +32,6 @@ class SvdLlm(LowRank):
             damping = damping or FIRST_DAMPING
         if moment.side == "inputs":
             return decompose_inputs(
-                weight, moment.value, damping, least_damping=moment.least_damping, rank=rank
+                weight, moment.value, damping, min_damping=moment.min_damping, rank=rank
             )
         return decompose_outputs(weight, moment.value, damping)

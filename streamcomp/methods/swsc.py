@@ -20,8 +20,8 @@ class Swsc(Method):
     """Clusters rows or columns and adds back the SVD of the error, in the metric of the inputs.
 
     Needs the moment H (n, n) of the *inputs*, or none at all, which is the method as published.
-    The moment K = W H W^T (m, m) of the outputs tells how far rows are apart, but neither
-    columns nor the rounding of the codebook can be weighed with it.
+    The moment K = W H W^T (m, m) of the outputs gives the distances of rows, but can weigh neither
+    columns nor the rounding of the codebook.
     """
 
     name = "swsc"
@@ -35,11 +35,11 @@ class Swsc(Method):
 
     def check(self, weight: Site, settings: Settings) -> None:
         channels = {"rows": weight.rows, "columns": weight.columns}
-        most = channels.get(settings.axis, max(weight.rows, weight.columns))
-        if settings.clusters > most:
+        count = channels.get(settings.axis, max(weight.rows, weight.columns))
+        if settings.clusters > count:
             raise RecipeError(
                 f"clusters {settings.clusters}: {weight.disk_name} ({weight.rows} x "
-                f"{weight.columns}) has {most} channels along {settings.axis}: ask for fewer, or "
+                f"{weight.columns}) has {count} channels along {settings.axis}: ask for fewer, or "
                 "--exclude it"
             )
 
@@ -51,7 +51,7 @@ class Swsc(Method):
         allowance: Allowance,
         settings: Settings,
     ) -> Factors:
-        """At most the numbers of ``allowance``, the best of the splits that are tried."""
+        """The best of several splits between codebook and rank, each within ``allowance``."""
         from streamcomp.forms import storage_of
         from streamcomp.forms.shared import Shared
         from streamcomp.linalg.channel_sharing import average_bits, share_channels, shared_numbers

@@ -1,4 +1,4 @@
-"""Two-sided whitening: the inputs' moment and the loss's gradients weigh an error together.
+"""Two-sided whitening: errors are weighed by the inputs' moment and by the loss's gradients.
 
 Published as OBD-LLM (arXiv 2604.00821) and, with an output side from the most likely tokens alone,
 as IO-SVD (arXiv 2605.15626). Both need an m x m and an n x n matrix for each linear; on the smaller
@@ -21,7 +21,7 @@ __all__ = ["TwoSided"]
 
 
 class TwoSided(LowRank):
-    """Minimises ||Gamma^1/2 (W - W') H^1/2||_F; its cut energies compare across linears."""
+    """Minimises ||Gamma^1/2 (W - W') H^1/2||_F, a loss that compares across linears."""
 
     name = "two-sided"
     source = "OBD-LLM (arXiv 2604.00821), IO-SVD (arXiv 2605.15626)"
@@ -50,7 +50,7 @@ class TwoSided(LowRank):
                 gradient.value,
                 gradient.energy,
                 damping,
-                least_damping=moment.least_damping,
+                min_damping=moment.min_damping,
                 rank=rank,
             )
         outputs = moment.value

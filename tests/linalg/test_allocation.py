@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamcomp.errors import RecipeError
 from streamcomp.forms import find_form
-from streamcomp.linalg.allocation import Curve, even_choices, least_loss_choices
+from streamcomp.linalg.allocation import Curve, even_choices, min_loss_choices
 
 FORMS = ("uv", "pivot")
 SIDES = (1, 2, 3, 8, 16, 32, 48, 64, 200)
@@ -43,7 +43,7 @@ def loss_ranks(
 ) -> Ranks:
     costs = [find_form(form).costs(*shape) for shape in shapes]
     curves = [Curve.of_spectrum(*pair) for pair in zip(costs, spectra, strict=True)]
-    return ranks_at(costs, least_loss_choices(curves, ratio, floor=floor))
+    return ranks_at(costs, min_loss_choices(curves, ratio, floor=floor))
 
 
 def stored(form: str, shapes: list[Shape], ranks: list[int | None]) -> int:

@@ -210,14 +210,14 @@ def test_a_damping_that_is_known_is_not_looked_for(
         tried.clear()
         if two_sided:
             whole = torch.eye(TALL[1], dtype=torch.float64)
-            return decompose_two_sided_inputs(weight, moment, whole, 1.0, least_damping=least)
-        return decompose_inputs(weight, moment, least_damping=least)
+            return decompose_two_sided_inputs(weight, moment, whole, 1.0, min_damping=least)
+        return decompose_inputs(weight, moment, min_damping=least)
 
     monkeypatch.setattr(low_rank, "cholesky", counted)
     first = decompose(0.0)
     assert len(tried) > 1
-    assert first.least_damping > 0
-    again = decompose(first.least_damping)
+    assert first.min_damping > 0
+    again = decompose(first.min_damping)
 
     assert len(tried) == 1
     assert again.damping == first.damping

@@ -87,7 +87,7 @@ def test_a_method_without_spectra_keeps_no_analysis(random: Generator) -> None:
 def test_the_damping_that_one_linear_took_is_the_least_for_the_next() -> None:
     moment = Moment("inputs", torch.eye(3))
 
-    assert moment.damped(0.1).damped(0.01).least_damping == 0.1
+    assert moment.damped(0.1).damped(0.01).min_damping == 0.1
 
 
 @pytest.mark.parametrize("form", PRODUCTS)

@@ -190,4 +190,4 @@ def decompose_one(
     kept.write_decomposition(work.folder, loaded.number, site, analysis)
     analysed.rows.append(kept.figures(site, analysis))
     site.free(loaded)
-    return analysis.least_damping
+    return analysis.min_damping

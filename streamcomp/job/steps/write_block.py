@@ -212,7 +212,7 @@ class WriteBlock(Step):
                 allowance = replace(allowance, numbers=allowance.numbers + spare)
                 factors = self._factors(work, loaded, site, moment, allowance)
                 spare = factors.spare(allowance)
-                moment = None if moment is None else moment.damped(factors.least_damping)
+                moment = None if moment is None else moment.damped(factors.min_damping)
                 factored[site] = factors
                 if not runs_again:
                     site.free(loaded)
