@@ -270,4 +270,4 @@ def _remedy(names: Iterable[str]) -> str:
             "call them messages, from role (human user, gpt assistant) and value content, in a "
             ".jsonl, and give --chat"
         )
-    return "call what holds the text text"
+    return 'call the field with the text "text"'
