@@ -1,23 +1,23 @@
-"""Everything streamcomp refuses, as one tree.
+"""All errors that streamcomp raises, as one tree.
 
 ::
 
     StreamcompError (1)
-      +-- RecipeError (2)             a setting that cannot be
+      +-- RecipeError (2)             a setting is invalid
       +-- SourceError (3)             the checkpoint cannot be read
       |     +-- MissingShardError
       |     +-- CorruptShardError
       |     +-- NonFiniteError
-      +-- UnsupportedModelError (4)   the checkpoint is sound, but not for us
+      +-- UnsupportedModelError (4)   the checkpoint is valid, but not supported
       +-- BudgetError (5)             the memory allowed is too small
       +-- OutputError (6)             a folder cannot be written
       +-- JobMismatchError (7)        the folder holds another job
       +-- JobLockedError (8)          another process works on this job
       +-- CalibrationError (9)        the text cannot be used
-      +-- UnsupportedSystemError (10) the operating system lacks what a job needs
+      +-- UnsupportedSystemError (10) the operating system lacks calls that jobs need
 
 The number in brackets is the exit code of the command line. A message says what is
-wrong, the numbers, and the remedy; it is meant to be read without a traceback.
+wrong, with its numbers, and how to fix it; it can be understood without a traceback.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class StreamcompError(Exception):
-    """Base of all errors that are the caller's to mend."""
+    """Base of all errors that the caller can fix."""
 
     exit_code = 1
 
@@ -58,11 +58,11 @@ class SourceError(StreamcompError):
 
 
 class MissingShardError(SourceError):
-    """The index names a shard or a tensor that is not there."""
+    """The index names a shard or a tensor that does not exist."""
 
 
 class CorruptShardError(SourceError):
-    """A shard's header or length does not agree with itself."""
+    """A shard's header is invalid, or does not match the file's length."""
 
 
 class NonFiniteError(SourceError):
@@ -70,7 +70,7 @@ class NonFiniteError(SourceError):
 
 
 class UnsupportedModelError(StreamcompError):
-    """A sound checkpoint that streamcomp does not handle."""
+    """A valid checkpoint that streamcomp does not support."""
 
     exit_code = 4
 
@@ -78,7 +78,7 @@ class UnsupportedModelError(StreamcompError):
 class BudgetError(StreamcompError):
     """No plan fits the memory allowed.
 
-    ``minimum_bytes`` is the least budget that would do, ``budget_bytes`` the one given.
+    ``minimum_bytes`` is the smallest sufficient budget, ``budget_bytes`` the one given.
     """
 
     exit_code = 5
@@ -118,6 +118,6 @@ class CalibrationError(StreamcompError):
 
 
 class UnsupportedSystemError(StreamcompError):
-    """The operating system has no such calls as a job makes; Linux has them."""
+    """The operating system lacks system calls that jobs need; Linux has them."""
 
     exit_code = 10

@@ -1,10 +1,10 @@
-"""The settings of a job: a :class:`Recipe` says what is computed, :class:`Resources` with what.
+"""The settings of a job: a :class:`Recipe` for its result, :class:`Resources` for its means.
 
 A recipe decides the result and is fixed for the life of a job. Resources may change between
 two runs of the same job.
 
 Each field carries its help, unit, range and choices (:mod:`streamcomp.settings`), so that a new
-setting is written down here alone.
+setting is added only here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _BLOCKS = re.compile(r"(?:(first|last):(\d+)|(\d+)-(\d+))")
 
 
 def _matching(pattern: re.Pattern[str], ways: str) -> Callable[[str, str], None]:
-    """A check that a value matches ``pattern``, which ``ways`` puts into words."""
+    """A check that a value matches ``pattern``; ``ways`` describes it to the user."""
 
     def check(name: str, value: str) -> None:
         if not pattern.fullmatch(value):
@@ -75,7 +75,7 @@ def _check_sources(name: str, value: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the compressed model, given its source.
+    """The settings that determine the compressed model, given its source.
 
     ``"auto"`` becomes the method's default when the recipe is made.
     """
@@ -119,19 +119,19 @@ class Recipe:
         "the ratio.",
     )  # fmt: skip
     module_ratio: float = setting(
-        0.0, section="method", unit="SHARE", least=0, below=1, default_help="as --ratio asks",
+        0.0, section="method", unit="SHARE", minimum=0, below=1, default_help="as --ratio asks",
         help="Share to remove from each linear of those blocks, instead of --ratio.",
         example="0.54", affects="output",
     )  # fmt: skip
     clusters: int = setting(
-        0, section="method", unit="K", least=0, default_help="whatever loses least",
+        0, section="method", unit="K", minimum=0, default_help="whatever loses least",
         help="For swsc: representatives per linear.",
     )  # fmt: skip
     axis: str = setting(
         _AUTO, section="method", choices=AXES, help="For swsc: whether rows or columns share."
     )
     damping: float = setting(
-        0.0, section="method", unit="SHARE", least=0, most=0.5, affects="decompositions",
+        0.0, section="method", unit="SHARE", minimum=0, maximum=0.5, affects="decompositions",
         default_help="0.01 of the gradients' moments for two-sided, otherwise what is needed",
         help="Added to the moments' diagonals, relative to their mean.", example="1e-3",
     )  # fmt: skip
@@ -140,16 +140,16 @@ class Recipe:
         help="Refit left factors in closed form on the outputs of compressed blocks.",
     )  # fmt: skip
     anchor: float = setting(
-        1.0, section="method", unit="SHARE", least=0, most=1, affects="output", example="0.5",
+        1.0, section="method", unit="SHARE", minimum=0, maximum=1, affects="output", example="0.5",
         help="For --update: share of the dense model's outputs in the target; the rest comes from "
         "the compressed stream.",
     )  # fmt: skip
     refine: int = setting(
-        0, section="method", unit="STEPS", least=0, affects="output", example="200",
+        0, section="method", unit="STEPS", minimum=0, affects="output", example="200",
         help="Train each block's factors against the dense block for so many steps.",
     )  # fmt: skip
     rate: float = setting(
-        0.0, section="method", unit="SHARE", least=0, most=1, affects="output", example="1e-3",
+        0.0, section="method", unit="SHARE", minimum=0, maximum=1, affects="output", example="1e-3",
         default_help="chosen for --refine",
         help="Learning rate of --refine, relative to the factors' size.",
     )  # fmt: skip
@@ -164,22 +164,22 @@ class Recipe:
         ".json may hold messages.",
     )  # fmt: skip
     samples: int = setting(
-        128, section="calibration", unit="WINDOWS", least=1, help="Calibration windows."
+        128, section="calibration", unit="WINDOWS", minimum=1, help="Calibration windows."
     )
     seq_len: int = setting(
-        512, section="calibration", unit="TOKENS", least=2, help="Tokens per window."
+        512, section="calibration", unit="TOKENS", minimum=2, help="Tokens per window."
     )
     batch: int = setting(
-        0, section="memory", unit="WINDOWS", least=0, help="Windows per forward.",
+        0, section="memory", unit="WINDOWS", minimum=0, help="Windows per forward.",
         default_help="as many as are useful and fit",
     )  # fmt: skip
     store_every: int = setting(
-        1, section="memory", unit="K", least=1,
+        1, section="memory", unit="K", minimum=1,
         help="For two-sided: keep the hidden states of every K-th block on disk and run the "
         "others again.",
     )  # fmt: skip
     seed: int = setting(
-        0, section="calibration", unit="N", least=0, most=2**63 - 1,
+        0, section="calibration", unit="N", minimum=0, maximum=2**63 - 1,
         help="Draws the calibration windows.",
     )  # fmt: skip
     include: str = setting(
@@ -217,7 +217,7 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-        """A recipe from plain values, as a TOML file holds them; unknown names are refused."""
+        """A recipe from plain TOML values; unknown names are refused."""
         return cls(**parse_settings(cls, settings, origin))
 
     def _resolve(self) -> None:
@@ -280,7 +280,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Resources:
-    """With what a job runs; may change from one run of a job to the next."""
+    """The machine's resources for a job; may change from one run of a job to the next."""
 
     max_ram: str | None = setting(
         None, section="common", unit="SIZE", default_help="80% of what is free", example="32G",
@@ -298,7 +298,7 @@ class Resources:
         example="12G", affects="nothing",
     )  # fmt: skip
     threads: int = setting(
-        0, section="memory", unit="N", least=0, default_help="one per core", affects="nothing",
+        0, section="memory", unit="N", minimum=0, default_help="one per core", affects="nothing",
         help="CPU threads.",
     )  # fmt: skip
     work_dir: Path | None = setting(
@@ -314,24 +314,24 @@ class Resources:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        most = _THREADS_PER_CORE * (os.cpu_count() or 1)
-        if self.threads > most:
-            raise RecipeError(f"threads {self.threads}: at most {most} are of use on this machine")
+        limit = _THREADS_PER_CORE * (os.cpu_count() or 1)
+        if self.threads > limit:
+            raise RecipeError(f"threads {self.threads}: at most {limit} are of use on this machine")
 
 
 def _affecting(results: str) -> tuple[str, ...]:
     return tuple(name for name, one in about(Recipe).items() if one.affects == results)
 
 
-# Jobs that differ in nothing but these share their analysis, or their moments.
+# Jobs that differ only in these share their analysis, or their moments.
 OUTPUT_FIELDS = _affecting("output")
 DECOMPOSITION_FIELDS = _affecting("decompositions")
 
 
 def chosen_blocks(blocks: str, total: int) -> range:
-    """The numbers of the blocks meant by ``blocks``, of ``total``; RecipeError if there are none.
+    """Numbers of the blocks meant by ``blocks``, out of ``total``; RecipeError if there are none.
 
-    ``last:12``, ``first:4``, ``3-10`` (both ends included), or nothing for all of them.
+    ``last:12``, ``first:4``, ``3-10`` (both ends included), or "" for all of them.
     """
     match = _BLOCKS.fullmatch(blocks)
     if match is None:

@@ -1,6 +1,6 @@
-"""Settings that describe themselves: fields of a dataclass with help, unit, range and choices.
+"""Self-describing settings: fields of a dataclass with help, unit, range and choices.
 
-Values are checked by this metadata, and the command line makes its options of it.
+Values are checked against this metadata, and the options of the command line are built from it.
 """
 
 from __future__ import annotations
@@ -27,52 +27,54 @@ Section = Literal["common", "method", "calibration", "memory", "output"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 
 _METADATA = "setting"  # key in a field's metadata
+_LARGE = 2**53  # larger maxima are not mentioned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """All there is to say of one setting."""
+    """Description of one setting."""
 
     help: str  # a sentence for the command line
     section: Section  # of the command line's help
     unit: str = ""  # SHARE, TOKENS, ...
     choices: tuple[str, ...] = ()
     # Its range; None where that end is open.
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
     above: float | None = None
     below: float | None = None
     # Called with the name and any value but the default; raises RecipeError.
     check: Callable[[str, Any], None] | None = None
     several: bool = False  # one value, or a tuple of them
-    is_path: bool = False  # a shell completes it with files
-    default_help: str = ""  # the meaning of the default, where its value does not tell
+    is_path: bool = False  # shells complete it with file names
+    default_help: str = ""  # the meaning of a default that its value does not show
     example: str = ""
     short: str = ""  # option of one letter
-    # The earliest results of a job that change with it: jobs that differ in settings of the output
-    # alone share their analysis, and with those of decompositions still their moments.
+    # The earliest results of a job that change with it. Jobs that differ only in "output" settings
+    # share their analysis; if they differ in "decompositions" settings too, only their moments.
     affects: Literal["moments", "decompositions", "output", "nothing"] = "moments"
 
     @property
     def range(self) -> str:
         """Its range in words: "0 to 1", "at least 0 and below 1"; "" where there is none."""
-        if self.least is not None and self.most is not None:
-            return f"{self.least} to {self.most}"
-        ends = {"at least": self.least, "above": self.above}
-        ends |= {"at most": self.most, "below": self.below}
+        top = None if self.maximum is None or self.maximum > _LARGE else self.maximum
+        if self.minimum is not None and top is not None:
+            return f"{self.minimum} to {top}"
+        ends = {"at least": self.minimum, "above": self.above}
+        ends |= {"at most": top, "below": self.below}
         return " and ".join(f"{word} {end}" for word, end in ends.items() if end is not None)
 
     def allows(self, number: float) -> bool:
-        """Whether ``number`` is within the range; NaN is in none."""
+        """Whether ``number`` is within the range; NaN is outside of every range."""
         return (
-            (self.least is None or number >= self.least)
+            (self.minimum is None or number >= self.minimum)
             and (self.above is None or number > self.above)
-            and (self.most is None or number <= self.most)
+            and (self.maximum is None or number <= self.maximum)
             and (self.below is None or number < self.below)
         )
 
     def check_value(self, name: str, value: Any) -> None:
-        """RecipeError where the setting ``name`` cannot have this ``value``."""
+        """RecipeError where ``value`` is not allowed for the setting ``name``."""
         if self.choices and value not in self.choices:
             raise RecipeError(f"{name} {value!r} unknown; one of: {', '.join(self.choices)}")
         if self.range:
@@ -86,12 +88,12 @@ class Setting:
 
 
 def setting(default: Any, **metadata: Any) -> Any:
-    """A dataclass field with this default and a :class:`Setting` made of ``metadata``."""
+    """A dataclass field with this default and a :class:`Setting` built from ``metadata``."""
     return field(default=default, metadata={_METADATA: Setting(**metadata)})
 
 
 def about(settings: Any) -> dict[str, Setting]:
-    """The metadata of each setting, of a dataclass or an instance of it."""
+    """The metadata of each setting of a dataclass, or of an instance of one."""
     return {each.name: each.metadata[_METADATA] for each in fields(settings)}
 
 
@@ -106,7 +108,7 @@ def kinds_of(settings: type) -> dict[str, type]:
 
 
 def check_settings(settings: Any) -> None:
-    """RecipeError where a setting that has not its default has a value that it cannot have."""
+    """RecipeError where a setting has a value that is neither its default nor allowed."""
     defaults = {each.name: each.default for each in fields(settings)}
     for name, one in about(settings).items():
         if (value := getattr(settings, name)) != defaults[name]:
@@ -114,7 +116,7 @@ def check_settings(settings: Any) -> None:
 
 
 def parse_settings(settings: type, plain: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Values by field from ``plain`` ones, as a TOML file holds them; unknown names are refused."""
+    """Values by field from plain TOML values; unknown names are refused."""
     kinds, described = kinds_of(settings), about(settings)
     values: dict[str, Any] = {}
     for key, value in plain.items():

@@ -1,4 +1,4 @@
-"""Bytes and seconds, as people write them: ``"6GiB"`` <-> 6442450944, 73 -> ``"1m13s"``."""
+"""Bytes and seconds in human-readable form: ``"6GiB"`` <-> 6442450944, 73 -> ``"1m13s"``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parse_bytes(text: str, *, whole: int | None = None) -> int:
     """Bytes meant by ``text``.
 
     ``K``, ``M``, ``G``, ``T`` are powers of 1024, with or without ``iB`` or ``B``. A share
-    such as ``"75%"`` is taken of ``whole`` (bytes) where one is given.
+    such as ``"75%"`` is relative to ``whole`` (bytes) where that is given.
     """
     stripped = text.strip()
     if whole is not None and (share := _SHARE.fullmatch(stripped)):

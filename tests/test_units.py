@@ -49,7 +49,7 @@ def test_a_share_is_taken_of_the_whole(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["0%", "100.1%", "250%"])
 def test_a_share_beyond_the_whole_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="above 0% and at most at 100%"):
+    with pytest.raises(RecipeError, match="above 0% and at most 100%"):
         parse_bytes(text, whole=1000)
 
 

@@ -1,12 +1,12 @@
-"""From text to token windows.
+"""Calibration text, cut into token windows.
 
-Text is cut into consecutive windows of equal length, which never overlap, and the seed draws
-among them. Where the tokenizer opens a text with a token of its own (BOS), every window
-begins with it, as the model has learnt to expect.
+Text is cut into consecutive windows of equal length, which never overlap, and the seed selects
+some of them. Where the tokenizer puts a special token (BOS) in front of a text, every window
+begins with it, as in the model's training.
 
 For a model trained on conversations the text can be rendered through its chat template
-first. Conversations are rendered as they are; other text is cut into passages, each of them
-the answer to a user who gives its first sentence. A BOS that the template puts in front of a
+first. Conversations are rendered unchanged; other text is cut into passages, each the answer
+to a user message that is its first sentence. A BOS that the template puts in front of a
 conversation moves to the front of the windows; one that marks every turn stays where it is.
 """
 
@@ -47,31 +47,31 @@ __all__ = [
     "tokenizing_bytes",
 ]
 
-# The language reference that every CPython brings along, and the part kept from calibration.
+# The language reference that is part of CPython, and the part excluded from calibration.
 REFERENCE = "python-reference"
 HELD_OUT = "python-reference:held-out"
 
 _SHARDS = "model*.safetensors"  # of a model's folder
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _HELD_OUT_EVERY = 4  # every fourth topic of the reference
-# A tokenizer in memory, per byte of its file, and the records of one piece of text.
+# Memory of a tokenizer per byte of its file, and of the tokenizer's records of one piece of text.
 _BYTES_PER_FILE_BYTE, _PIECE_BYTES = 20, 48 * 2**20
-_PIECE_CHARS = 128 * 1024  # tokenised at a time: the tokenizer's own records are large
+_PIECE_CHARS = 128 * 1024  # tokenised at a time: the tokenizer's records are large
 # Text read per window at most, so that a source of any size is read in bounded time and
 # memory; windows are drawn from what was read.
 _MOST_CHARS_PER_SOURCE = 16 * 2**20
-_MOST_CHECKED = 1000  # files of a folder, before any work; the others when they are read
-# Of a dataset on the hub: what is about the dataset.
+_MOST_CHECKED = 1000  # files of a folder checked before any work; the others when read
+# Files of a hub dataset that describe the dataset.
 _ABOUT_A_DATASET = ("README.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 
 _PASSAGE_CHARS = 2000  # at most, in one answer
-_PASSAGE_ENDS = ("\n\n", "\n \n", "\n", " ")  # the first that stands in the latter half
+_PASSAGE_ENDS = ("\n\n", "\n \n", "\n", " ")  # the first that occurs in the latter half
 _PROMPT_CHARS = 200  # at most, in the question
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows, (windows, seq) int32, and what was noteworthy about making them."""
+    """Token windows, (windows, seq) int32, and notes for the user about their sources."""
 
     tokens: Tensor
     notes: tuple[str, ...]
@@ -123,16 +123,17 @@ def load_windows(
 
 
 def tokenizing_bytes(folder: Path, tokens: int) -> int:
-    """The tokenizer in ``folder``, one piece of text with its records, and the ``tokens``."""
+    """Bytes of the tokenizer in ``folder``, one piece of text with its records, and ``tokens``."""
     file = folder / "tokenizer.json"
     size = file.stat().st_size if file.exists() else 0
     return _BYTES_PER_FILE_BYTE * size + _PIECE_BYTES + 4 * 4 * tokens
 
 
 def check_text(source: str, *, chat: bool = False) -> None:
-    """CalibrationError where ``source`` can be no text, as far as can be told before any work.
+    """CalibrationError where ``source`` cannot be text, as far as is known before any work.
 
-    It is a file, a folder or a name on the hub; files are read a little, to tell their formats.
+    It must be a file, a folder or a name on the hub; the beginning of files is read to detect their
+    formats.
     """
     path = Path(source)
     try:
@@ -148,7 +149,7 @@ def check_text(source: str, *, chat: bool = False) -> None:
             raise ValueError("no name on the hub")
         else:
             validate_repo_id(source)
-    except (OSError, ValueError):  # too long, with a zero in it
+    except (OSError, ValueError):  # e.g. a path too long, or with a zero byte
         short = source if len(source) < 100 else f"{source[:100]}..."
         raise CalibrationError(f"{short}: no such file or folder") from None
 
@@ -164,8 +165,8 @@ def _check_folder(folder: Path, chat: bool) -> None:
 def reference_text(held_out: bool) -> list[str]:
     """The Python language reference of the running interpreter, as a list of topics.
 
-    Every fourth topic is held out; of those, paragraphs that also stand in one of the other
-    topics are dropped, so that nothing held out was seen in calibration.
+    Every fourth topic is held out, without paragraphs that also occur in other topics, so that
+    calibration has seen nothing of it.
     """
     from pydoc_data.topics import topics  # large, and only needed here
 
@@ -181,10 +182,10 @@ def reference_text(held_out: bool) -> list[str]:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The text files below ``folder``, in order; what is hidden is not looked at.
+    """The text files below ``folder``, sorted, except hidden ones.
 
-    Nor are folders that hold a model: the output of a job may be below its texts, and its card and
-    settings are none of them.
+    Folders that hold a model are skipped too: the output of a job may be in its folder of texts,
+    and its model card and settings are not calibration text.
     """
     return sorted(path for path in _files(folder) if path.suffix.lower() in SUFFIXES)
 
@@ -199,7 +200,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _not_read(folder: Path) -> list[str]:
-    """A note of what a folder holds in formats that are not read; nothing of a file."""
+    """A note about files of a folder in formats that are not read; none for a single file."""
     suffixes = Counter(path.suffix.lower() for path in _files(folder))
     others = sorted(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
     count = sum(suffixes[suffix] for suffix in others)
@@ -209,7 +210,7 @@ def _not_read(folder: Path) -> list[str]:
 def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers fail in as many ways as there are of them
+    except Exception as error:  # every tokenizer raises exceptions of another kind
         if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
             raise CalibrationError(
                 f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): fetch it to where "
@@ -236,7 +237,7 @@ class _Template:
 
     @cached_property
     def bos_places(self) -> list[int]:
-        """Places of BOS in a conversation: [0] if it opens it, more if it marks turns."""
+        """Positions of BOS in a conversation: [0] if only in front, more if it marks turns."""
         bos = self.tokenizer.bos_token
         text = self._render(_answer("a"))
         return [match.start() for match in re.finditer(re.escape(bos), text)] if bos else []
@@ -249,7 +250,7 @@ class _Template:
     def _render(self, messages: Messages) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # templates fail in as many ways as there are of them
+        except Exception as error:  # every template raises exceptions of another kind
             roles = ", ".join(str(message["role"]) for message in messages) or "nobody"
             raise CalibrationError(
                 f"the chat template of {self.folder} does not render a conversation of {roles}: "
@@ -258,7 +259,7 @@ class _Template:
 
 
 def _opening(tokenizer: Any, template: _Template | None) -> list[int]:
-    """The tokens that open a text: BOS, where the template adds it, or else the tokenizer."""
+    """Tokens in front of each window: BOS, if the template or else the tokenizer adds it."""
     bos = tokenizer.bos_token_id
     if template and template.bos_places:
         return [bos] if template.bos_places == [0] else []
@@ -266,18 +267,18 @@ def _opening(tokenizer: Any, template: _Template | None) -> list[int]:
 
 
 def _tokens(tokenizer: Any, texts: Iterable[str]) -> tuple[Tensor, int]:
-    """Tokens of ``texts`` (tokens,) int32, and the characters that they are of."""
+    """Tokens of ``texts`` (tokens,) int32, and the number of characters read."""
     parts, read = [torch.empty(0, dtype=torch.int32)], 0
     for piece in _pieces(texts):
         read += len(piece)
-        whole = piece.encode("utf-8", "replace").decode()  # halves of surrogate pairs are no text
-        identifiers = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        parts.append(torch.tensor(identifiers, dtype=torch.int32))
+        whole = piece.encode("utf-8", "replace").decode()  # replaces unpaired surrogates
+        tokens = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(torch.tensor(tokens, dtype=torch.int32))
     return torch.cat(parts), read
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Texts cut at line ends into pieces of some ``_PIECE_CHARS``, up to the bound."""
+    """Texts cut at line ends into pieces of about ``_PIECE_CHARS``, up to the limit per source."""
     left = _MOST_CHARS_PER_SOURCE
     for text in texts:
         start = 0
@@ -293,7 +294,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _cut(tokens: Tensor, seq_len: int, opening: list[int]) -> Tensor:
-    """Consecutive windows (windows, seq) of a token row; the rest is dropped."""
+    """Consecutive windows (windows, seq) of the tokens; an incomplete last one is dropped."""
     body = seq_len - len(opening)
     count = len(tokens) // body
     windows = tokens[: count * body].view(count, body)
@@ -311,7 +312,7 @@ def _draw(windows: Tensor, count: int, seed: int | None) -> Tensor:
 def _texts(source: str, enough: int, template: _Template | None) -> Iterator[str]:
     """The texts of ``source``, a megabyte or so at a time.
 
-    ``enough`` tokens bound what is fetched from the hub.
+    No more files are fetched from the hub once there are ``enough`` tokens.
     """
     path = Path(source)
     check_text(source, chat=template is not None)
@@ -335,7 +336,7 @@ def _read(path: Path, template: _Template | None) -> Iterator[str]:
 
 
 def _rendered(record: Record, template: _Template | None) -> str:
-    """A text, as passages of a conversation where there is a template; or a conversation."""
+    """A record as text: with a template, plain text becomes conversations of passages."""
     if template is None:
         return str(record)
     if not isinstance(record, str):
@@ -344,7 +345,7 @@ def _rendered(record: Record, template: _Template | None) -> str:
 
 
 def _passages(text: str) -> Iterator[str]:
-    """``text`` cut at blank lines, or else at line ends or spaces, into passages."""
+    """Passages of ``text``, cut at blank lines, or else at line ends or spaces."""
     start = 0
     while start < len(text):
         stop = start + _PASSAGE_CHARS
@@ -357,7 +358,7 @@ def _passages(text: str) -> Iterator[str]:
 
 
 def _answer(passage: str) -> Messages:
-    """A conversation in which ``passage`` answers its own first sentence or line."""
+    """A conversation in which ``passage`` answers its first sentence or line."""
     sentence = re.split(r"(?<=[.!?])\s|\n", passage, maxsplit=1)[0]
     return [
         {"role": "user", "content": sentence[:_PROMPT_CHARS]},
@@ -372,7 +373,7 @@ def _hub_files(name: str, enough: int) -> Iterator[Path]:
     def fetched(fetch: Callable[[], Any]) -> Any:
         try:
             return fetch()
-        except Exception as error:  # the hub's client fails in as many ways as networks do
+        except Exception as error:  # the hub's client raises many kinds of exceptions
             raise CalibrationError(
                 f"{name} is no file here, and as a hub dataset it cannot be fetched "
                 f"({type(error).__name__}): check the name, or the network"
@@ -392,5 +393,5 @@ def _hub_files(name: str, enough: int) -> Iterator[Path]:
         path = Path(fetched(partial(hf_hub_download, name, file, repo_type="dataset")))
         yield path
         size += path.stat().st_size
-        if enough and size > 8 * enough:  # some 4 bytes a token, and as many to draw from
+        if enough and size > 8 * enough:  # 4 bytes a token, and twice as many tokens to draw from
             return

@@ -1,18 +1,18 @@
-"""Formats of text files, told by their names; others are refused by name or first bytes.
+"""Formats of text files, detected by name; others are refused by name or by their first bytes.
 
-A file is read a piece at a time, whatever its size. Of a format that says what is text, the texts
-are taken and nothing else:
+A file is read a piece at a time, whatever its size. From a format that marks its texts, only these
+are read:
 
 ================  =================================================================
-``.jsonl``        a JSON object a line (``.ndjson`` too)
-``.json``         an array of objects, or objects one after the other
+``.jsonl``        one JSON object per line (``.ndjson`` too)
+``.json``         an array of objects, or a sequence of objects
 ``.csv, .tsv``    a table whose header names a column ``text``
-anything else     text as it stands, unless it plainly is another format
+anything else     plain text, unless it is recognised as another format
 ================  =================================================================
 
 An object is ``{"text": "..."}`` or, where conversations are rendered, ``{"messages": [...]}``, each
-message with ``role`` and ``content``. An object or a table without them is refused: whatever else
-it holds, to guess would make braces, keys and escapes part of the text.
+message with ``role`` and ``content``. An object or a table without them is refused: read as plain
+text, its braces, keys and escapes would become part of the text.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Record = str | Messages
 # Files of a folder or a dataset that are read.
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
-_MOST_RECORDS, _BATCH_CHARS = 4096, 2 * 2**20  # at a time; a record is shorter than a batch
-_CHUNK_CHARS = 64 * 1024  # read of a .json at least
-_OPENING_BYTES = 4096  # looked at to tell what a file is
-_NAMES_TOLD, _NAME_CHARS = 8, 40  # of fields and columns, in a refusal
+_MOST_RECORDS, _BATCH_CHARS = 4096, 2 * 2**20  # per batch; a record is shorter than a batch
+_CHUNK_CHARS = 64 * 1024  # minimum read of a .json
+_OPENING_BYTES = 4096  # read to detect the format of a file
+_NAMES_TOLD, _NAME_CHARS = 8, 40  # names of fields and columns, in an error message
 
 _PACKED = "packed: unpack it, and give what comes out"
 _BINARY_TABLE = (
@@ -56,7 +56,7 @@ _OTHER_KINDS = {
 }
 OTHER_SUFFIXES = {suffix: kind for kind, suffixes in _OTHER_KINDS.items() for suffix in suffixes}
 
-# How a file begins that is no text, and what it is; the first that fits.
+# First bytes of files that are not text, and what they are; the first match counts.
 _OPENINGS = (
     (rb"\x1f\x8b|PK\x03\x04|\x28\xb5\x2f\xfd|\xfd7zXZ\x00|BZh\d1AY&SY", _PACKED),
     (rb"PAR1\x15|ARROW1\x00", _BINARY_TABLE),
@@ -65,7 +65,7 @@ _OPENINGS = (
     (rb"(?s:.*)\x00", "no text, with zero bytes in it: give UTF-8 text, .jsonl, .json or .csv"),
 )
 
-_BETWEEN = re.compile(r"[\s,]*")  # the values of a JSON array
+_BETWEEN = re.compile(r"[\s,]*")  # separators of the values of a JSON array
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,21 @@ class TextFile:
     chat: bool = False
 
     def check(self) -> None:
-        """CalibrationError where its name, its first bytes or its first record refuse it."""
+        """CalibrationError where its name, its first bytes or its first record are not accepted."""
         with closing(self._records()) as records:
             next(records, None)
 
     def batches(self) -> Iterator[list[Record]]:
-        """Its records, a megabyte or so at a time; plain text gives one record for each batch.
+        """The records, a megabyte or so at a time; in plain text each batch is one record.
 
-        Holds some ``_BATCH_CHARS`` characters, and a record of as many again.
+        Holds about ``_BATCH_CHARS`` characters, plus a record of up to as many.
         """
         for batch in _batches(self._records()):
             yield batch if self._kind else ["".join(map(str, batch))]
 
     @property
     def _kind(self) -> str:
-        """The suffix, where it says how text is held; empty for text as it stands."""
+        """The suffix of a structured format; empty for plain text."""
         suffix = self.path.suffix.lower()
         suffix = ".jsonl" if suffix == ".ndjson" else suffix
         return suffix if suffix in (".jsonl", ".json", ".csv", ".tsv") else ""
@@ -98,7 +98,7 @@ class TextFile:
     def _records(self) -> Generator[Record, None, None]:
         try:
             self._refuse_other_formats()
-            with self.path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
+            with self.path.open(encoding="utf-8-sig") as file:  # skips a byte order mark
                 match self._kind:
                     case ".jsonl":
                         yield from self._json_lines(file)
@@ -132,12 +132,12 @@ class TextFile:
                 continue
             try:
                 value = json.loads(line)
-            except (ValueError, RecursionError):  # the former of integers without end, too
+            except (ValueError, RecursionError):  # ValueError also for overlong integers
                 raise self._refusal("line", "one is no JSON") from None
             yield self._record(value, "line")
 
     def _values(self, file: TextIO) -> Iterator[Any]:
-        """The values of a JSON array, or those of a file that holds one after the other."""
+        """The values of a JSON array, or of a file with a sequence of JSON values."""
         decoder = json.JSONDecoder()
         while (waiting := file.read(_CHUNK_CHARS)).isspace():
             pass
@@ -151,7 +151,7 @@ class TextFile:
             try:
                 value, place = decoder.raw_decode(waiting, place)
             except (ValueError, RecursionError) as error:
-                waiting, place = waiting[place:], 0  # most likely the value goes on
+                waiting, place = waiting[place:], 0  # most likely the value continues
                 wanted = min(max(_CHUNK_CHARS, len(waiting)), _BATCH_CHARS - len(waiting))
                 if more := file.read(max(0, wanted)):
                     waiting += more
@@ -184,10 +184,10 @@ class TextFile:
             raise self._refusal(unit, f"one has the text {json.dumps(value['text'])[:_NAME_CHARS]}")
         return value["text"] + "\n\n"
 
-    def _refusal(self, unit: str, reason: str) -> CalibrationError:
+    def _refusal(self, unit: str, problem: str) -> CalibrationError:
         chat = ' or {"messages": [{"role": "...", "content": "..."}]}' if self.chat else ""
         return CalibrationError(
-            f'{self.path}: every {unit} must be {{"text": "..."}}{chat}; {reason}'
+            f'{self.path}: every {unit} must be {{"text": "..."}}{chat}; {problem}'
         )
 
     # -- tables ----------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class TextFile:
                 yield row[header.index("text")] + "\n\n"
 
     def _row(self, reader: Any) -> list[str] | None:
-        """The next row, None behind the last; how long a field may be is the process's to say."""
+        """The next row, None after the last; csv's global limit on fields is changed meanwhile."""
         before = csv.field_size_limit(_BATCH_CHARS)
         try:
             return next(reader, None)
@@ -222,7 +222,7 @@ class TextFile:
             csv.field_size_limit(before)
 
     def _lines(self, file: TextIO) -> Iterator[str]:
-        """Lines of a format in which none may be cut."""
+        """Lines of a format whose lines must not be split."""
         for line in iter(lambda: file.readline(_BATCH_CHARS), ""):
             if len(line) >= _BATCH_CHARS:
                 raise CalibrationError(
@@ -251,14 +251,14 @@ def _is_conversation(messages: Any) -> bool:
 
 
 def _told(names: Iterable[str]) -> str:
-    """The names of some fields or columns, each and all of them cut short."""
+    """A list of fields or columns for an error message; long names and lists are shortened."""
     listed = [repr(name[:_NAME_CHARS]) for name in names]
     more = f" and {len(listed) - _NAMES_TOLD} more" if len(listed) > _NAMES_TOLD else ""
     return ", ".join(listed[:_NAMES_TOLD]) + more if listed else "nothing"
 
 
 def _remedy(names: Iterable[str]) -> str:
-    """How text or conversations under other ``names`` become such that are read."""
+    """Advice for a file that has text or conversations under other ``names``."""
     kept = set(names)
     if {"instruction", "output"} <= kept:
         return (
@@ -270,4 +270,4 @@ def _remedy(names: Iterable[str]) -> str:
             "call them messages, from role (human user, gpt assistant) and value content, in a "
             ".jsonl, and give --chat"
         )
-    return "call what holds the text text"
+    return 'call the field with the text "text"'

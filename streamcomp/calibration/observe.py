@@ -1,4 +1,4 @@
-"""Takes the moments of a block's sites while the block runs, forward or also backward."""
+"""Sums up the moments of a block's sites while the block runs, forward or also backward."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from streamcomp.methods.base import GradientMoment, Moment, Side
 from streamcomp.model.sites import Site
 from streamcomp.model.streamer import LoadedBlock
 
-# Rows whose squares are added up at a time.
+# Rows whose squares are summed at a time.
 _FEW = 128
-# How much longer an operation in fp64 takes than one of a moment.
+# Time of an operation in fp64, relative to one of a moment.
 _WIDE = 4
 
 __all__ = ["MomentGroup", "Observer", "group_moments", "observing_bytes", "observing_flops"]
@@ -29,10 +29,10 @@ __all__ = ["MomentGroup", "Observer", "group_moments", "observing_bytes", "obser
 
 @dataclass(frozen=True)
 class MomentGroup:
-    """One moment to take, and the sites that it serves.
+    """One moment to compute, and the sites that use it.
 
-    With ``gradients`` each site also has one of its own: of the gradient of its output, or of its
-    input where that is smaller.
+    With ``gradients`` each site also has a moment of the gradient of its output, or of its input
+    where that is smaller.
     """
 
     side: Side
@@ -47,7 +47,7 @@ class MomentGroup:
         return numbers * moment_dtype(dtype).itemsize
 
     def tokens(self, stream: int) -> int:
-        """How many of a stream's tokens its moments are expected to sum up."""
+        """Expected number of a stream's tokens that its moments sum up."""
         return self.sites[0].tokens(stream)
 
 
@@ -59,16 +59,16 @@ def group_moments(
     inputs_only: bool = False,
     tokens: int = 0,
 ) -> tuple[MomentGroup, ...]:
-    """The moments that serve all ``sites`` with the fewest bytes.
+    """The moments that all ``sites`` need, in the fewest bytes.
 
-    ``shared`` lists names that are fed the same tensor. They can share one moment of their
-    inputs (n x n), or have one each of their outputs (m x m); the latter is only an option
-    where m <= n, for a weight is decomposed on its smaller side, and where the method can do with
-    it (not ``inputs_only``). With ``tokens``, those of the stream to be observed, they also take
-    those of their outputs where that saves time: W H W^T in fp64 is spared then, at more rows to
-    sum up. For models of half precision alone, whose outputs and eigenvectors are as coarse.
+    ``shared`` lists names of linears with one input tensor. They can share one moment of their
+    inputs (n x n), or have one each of their outputs (m x m). The latter is only possible where
+    m <= n, since a weight is decomposed on its smaller side, and where the method does not need
+    ``inputs_only``. With ``tokens``, the length of the observed stream, outputs are also chosen
+    where that saves time: it avoids W H W^T in fp64, but sums more rows. Give it only for models in
+    half precision, whose outputs are no less precise than their eigenvectors.
 
-    Groups of outputs come first: theirs is the least workspace, while most moments are there.
+    Groups of outputs come first: they need the smallest workspace, while most moments are held.
     """
     by_name = {site.name: site for site in sites}
     grouped = [[by_name.pop(name) for name in names if name in by_name] for names in shared]
@@ -89,14 +89,14 @@ def group_moments(
 
 
 def observing_bytes(groups: Sequence[MomentGroup], stream: StreamShape, batch: int) -> int:
-    """Rows that a moment casts and multiplies at a time, of ``batch`` windows."""
+    """Bytes of the rows that a moment casts and multiplies at a time, for ``batch`` windows."""
     widest = max((group.size for group in groups), default=0)
     rows = min(ROWS_PER_UPDATE, batch * stream.seq_len)
     return 2 * rows * widest * moment_dtype(stream.dtype).itemsize
 
 
 def observing_flops(groups: Sequence[MomentGroup], tokens: int) -> tuple[float, float]:
-    """Operations of the moments of ``groups`` over ``tokens``, and of products W^T g for them."""
+    """Operations of the moments of ``groups`` over ``tokens``, and of their products W^T g."""
     moments, products = 0.0, 0.0
     for group in groups:
         moments += moment_flops(group.size, tokens)
@@ -110,9 +110,9 @@ class Observer:
     """While open, every forward of ``block`` adds to the moments of ``groups``.
 
     A context manager. Holds the moments, ``sum(group.nbytes(dtype))``, until they are taken.
-    An output is observed without its bias: it is W x whose energy is to be kept. Groups with
-    gradients observe every backward too, and no forward that autograd does not record: those come
-    twice.
+    Outputs are observed without their bias, since the weight determines only W x. Groups with
+    gradients also observe every backward, and skip forwards that autograd does not record, because
+    those are run twice.
     """
 
     def __init__(
@@ -149,13 +149,13 @@ class Observer:
         self._handles.close()
 
     def take(self, group: MomentGroup) -> Moment:
-        """Hand over the moment of ``group`` and forget it; NonFiniteError if it overflowed."""
+        """Return and forget the moment of ``group``; NonFiniteError if it overflowed."""
         watched = self._watched.pop(group)
         self._check(group.sites[0], group.side, watched.moment.value)
         return Moment(group.side, watched.moment.value, watched.rows)
 
     def take_gradient(self, site: Site) -> GradientMoment:
-        """Hand over the gradients' moment of ``site`` and forget it; NonFiniteError as above."""
+        """Return and forget the gradients' moment of ``site``; NonFiniteError if it overflowed."""
         summed = self._gradients.pop(site)
         self._check(site, "gradients", summed.moment.value)
         return GradientMoment(summed.moment.value, summed.energy)
@@ -177,7 +177,7 @@ class _Watched:
     """A moment, and the number of its rows."""
 
     moment: SecondMoment
-    recorded: bool  # whether forwards that autograd does not record are passed over
+    recorded: bool  # whether to skip forwards that autograd does not record
     rows: int = 0
 
     def update(self, rows: Tensor, shift: Tensor | None = None) -> None:

@@ -1,18 +1,18 @@
 """Refinement of a block's factors by gradient descent, one block in memory at a time.
 
 The closed form looks at each linear by itself. Here all factors of a block are trained together
-on the compressed stream's inputs against what the dense block put out on the dense stream, so that
-they also make up for the blocks before (as AA-SVD, arXiv 2604.02119, does). An error d of a
-token's output y counts as d^T d / y^T y, and where the reverse sweep has left the moment Gamma of
-the loss's gradient there, as the mean of that and d^T Gamma d / y^T Gamma y: Gamma knows what a
-small error does to the loss, and says nothing of where a large one leads. Both are relative to
-each token because plain squared errors are ruled by a few massive activations.
+on the compressed stream's inputs against the dense block's outputs on the dense stream, so that
+they also correct errors of earlier blocks (as AA-SVD, arXiv 2604.02119, does). An error d of a
+token's output y counts as d^T d / y^T y, and where the reverse sweep has stored the moment Gamma
+of the loss's gradient there, as the mean of that and d^T Gamma d / y^T Gamma y: Gamma describes
+the effect of a small error on the loss, but not of a large one. Both are relative to each token
+because a few massive activations dominate plain squared errors.
 
-The factors are moved by Muon (torch.optim), which makes every direction of a factor's gradient
-count alike: few directions of the inputs are large, and they would rule it.
+The optimizer is Muon (torch.optim), which gives every direction of a factor's gradient the same
+weight; otherwise the few large directions of the inputs would dominate it.
 
-Windows held out from the training decide: the factors that are kept are the best ones measured on
-them, the closed form among them, so that a block never gets worse than it was.
+The factors that do best on held-out windows are kept. The closed form is among the candidates, so
+that on these windows a block never gets worse.
 """
 
 from __future__ import annotations
@@ -42,37 +42,37 @@ __all__ = [
     "refine_block",
 ]
 
-# Root mean square of a step's move, relative to that of the tensor that it moves, is this times the
-# block's loss to this power: a block that has little to gain is not shaken.
+# Root mean square of a step, relative to that of the tensor: _RATE times the block's loss to the
+# power of _POWER, so that blocks with a small loss take small steps.
 _RATE, _POWER = 4.5e-2, 0.75
 
 _WINDOWS_PER_STEP = 1  # run one at a time, their gradients added up
-_HELD_OUT_EVERY = 8  # one window in as many is held out
-_CHECKS = 4  # times that the held-out windows are looked at
+_HELD_OUT_EVERY = 8  # one window out of this many is held out
+_CHECKS = 4  # number of measurements on the held-out windows
 _WARM_UP = 0.1  # share of the steps in which the rate grows; then it falls as a cosine
 _MOMENTUM = 0.9
-_MUON_RMS = 0.2  # of what torch's Muon moves a tensor by at a learning rate of 1
+_MUON_RMS = 0.2  # of a step of torch's Muon at a learning rate of 1
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Data of a block's refinement: both functions give window w as (1, seq, hidden)."""
+    """Data to refine a block on: both functions return window w as (1, seq, hidden)."""
 
     windows: int
-    inputs: Callable[[int], Tensor]  # the compressed stream, in front of the block
-    targets: Callable[[int], Tensor]  # the dense stream, behind it
+    inputs: Callable[[int], Tensor]  # the compressed stream, before the block
+    targets: Callable[[int], Tensor]  # the dense stream, after the block
     call: Call  # the block's call for one window
     gradient: Tensor | None  # Gamma (hidden, hidden), or None
 
 
 @dataclass(frozen=True)
 class Refined:
-    """The best factors by site and name, as they are stored; the held-out loss with them."""
+    """The best factors in stored form, by site and name, and the held-out loss."""
 
     tensors: dict[Site, dict[str, Tensor]]
     before: float
     after: float
-    steps: int  # of the training that led to them; 0 is the closed form
+    steps: int  # training steps after which they were best; 0 is the closed form
 
 
 def refine_block(
@@ -87,10 +87,10 @@ def refine_block(
 ) -> Refined:
     """Train the factors at ``sites`` for ``steps`` steps of Muon.
 
-    Whatever their form, the two factors U sqrt(S) and sqrt(S) V of the product's SVD are trained:
-    pivot rows, which span all others, would move the whole matrix with each of their numbers. The
-    block runs in the dtype of its weights, on copies rounded from fp32. At the end the factors
-    return to their form, and are measured as they will be stored. Holds, next to the block, both
+    In every form, the two factors U sqrt(S) and sqrt(S) V of the product's SVD are trained: each
+    number of the pivot rows, which span all others, would change the whole matrix. The block runs
+    in the dtype of its weights, on copies rounded from fp32. At the end the factors are converted
+    to their form, and measured as they will be stored. Holds, in addition to the block, both
     factors of its sites five times in fp32 (with gradient, momentum, the best so far and the
     rounded copies), the largest three times more, and the graph of one window.
     """
@@ -137,8 +137,8 @@ def refine_block(
 def factor_bytes(ranks: Mapping[Site, int], dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of both factors of the sites in ``ranks``, while training and while converting.
 
-    In fp32 at least. Training holds them with their gradient, momentum, the best so far and the
-    rounded copies, and Muon's work on the largest factor; converting holds gradient and best.
+    In fp32 or wider. Training holds them with gradient, momentum, the best so far and the rounded
+    copies, plus Muon's work on the largest factor; converting holds them, gradient and best.
     """
     item = max(torch.float32.itemsize, dtype.itemsize)
     numbers = sum(rank * (m.rows + m.columns) for m, rank in ranks.items())
@@ -152,7 +152,7 @@ def balancing_bytes(rows: int, columns: int, rank: int) -> int:
 
 
 def optimizer_flops(ranks: Mapping[Site, int]) -> float:
-    """One step of Muon on both factors: five Newton-Schulz iterations each, in bf16."""
+    """Operations of one step of Muon: five Newton-Schulz iterations for each factor, in bf16."""
     return sum(
         5 * (4.0 * (m.rows + m.columns) * rank**2 + 4.0 * rank**3) for m, rank in ranks.items()
     )
@@ -168,16 +168,14 @@ def _train(
     progress: Callable[[float], None],
 ) -> tuple[dict[str, Tensor], int]:
     """The factors that did best on the held-out windows, and after how many steps."""
-    best, kept, least = parameters, 0, measure.mean(parameters, held_out)
+    best, kept, lowest = parameters, 0, measure.mean(parameters, held_out)
     optimizer = torch.optim.Muon(
         [{"params": [p], "lr": _scale(p) * rate / _MUON_RMS} for p in parameters.values()],
         momentum=_MOMENTUM,
         weight_decay=0.0,
         adjust_lr_fn="match_rms_adamw",
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _relative_rate(step, steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_at(step, steps))
     order = _order([w for w in range(measure.windows) if w not in held_out], seed)
     for step in range(steps):
         progress(step / steps)
@@ -188,19 +186,19 @@ def _train(
         schedule.step()
         if (step + 1) % max(1, steps // _CHECKS) == 0 or step + 1 == steps:
             now = measure.mean(parameters, held_out)
-            if now < least:
-                least, kept = now, step + 1
+            if now < lowest:
+                lowest, kept = now, step + 1
                 best = {name: value.detach().clone() for name, value in parameters.items()}
     return best, kept
 
 
 def _stored(module: FactoredLinear) -> dict[str, Tensor]:
-    """Tensors of a factored linear in a checkpoint, without its bias."""
+    """The tensors of a factored linear in a checkpoint, except its bias."""
     return {name: value.detach() for name, value in module.tensors().items() if name != "bias"}
 
 
 def _balanced(module: FactoredLinear) -> dict[str, Tensor]:
-    """``U`` (m, r) and ``weight`` (r, n), the product's singular values shared between them."""
+    """``U`` (m, r) and ``weight`` (r, n), each with the square roots of the singular values."""
     left = torch.linalg.qr(module.left_factor().double())
     right = torch.linalg.qr(module.weight.detach().double().T)
     inner = torch.linalg.svd(left.R @ right.R.T)
@@ -214,7 +212,7 @@ def _balanced(module: FactoredLinear) -> dict[str, Tensor]:
 
 @contextmanager
 def _as_two_factors(loaded: LoadedBlock, factored: Mapping[Site, FactoredLinear]) -> Iterator[None]:
-    """Modules of form ``uv`` without weights in the places of ``factored``."""
+    """Replace the modules ``factored`` by ones of form ``uv`` without weights, while open."""
     for site, module in factored.items():
         with torch.device("meta"):
             empty = LowRankLinear(site.columns, site.rows, module.rank)
@@ -253,14 +251,14 @@ class _Measure:
 
 
 def _relative(error: Tensor, target: Tensor) -> Tensor:
-    """|d|^2 / |y|^2 of each token, on average; both (1, seq, hidden)."""
+    """Mean over tokens of |d|^2 / |y|^2; ``error`` d and ``target`` y are (1, seq, hidden)."""
     lengths = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    relative: Tensor = (error.square().sum(-1) / lengths).mean()
-    return relative
+    mean: Tensor = (error.square().sum(-1) / lengths).mean()
+    return mean
 
 
 def _root(gradient: Tensor) -> Tensor:
-    """R (hidden, hidden) fp32 with R R^T = Gamma, damped, its mean diagonal 1."""
+    """R (hidden, hidden) fp32 with R R^T = Gamma, damped and scaled to a mean diagonal of 1."""
     wide = gradient.double()
     mean = wide.diagonal().mean()
     if not bool(mean > 0):
@@ -277,8 +275,8 @@ def _scale(parameter: Tensor) -> float:
     return math.sqrt(size) if size > 0 else 1.0
 
 
-def _relative_rate(step: int, steps: int) -> float:
-    """The learning rate at ``step``, relative to its largest."""
+def _rate_at(step: int, steps: int) -> float:
+    """The scheduled learning rate at ``step``, relative to its maximum."""
     rising = max(1.0, _WARM_UP * steps)
     if step < rising:
         return (step + 1) / (rising + 1)
@@ -286,7 +284,7 @@ def _relative_rate(step: int, steps: int) -> float:
 
 
 def _order(windows: list[int], seed: int) -> Iterator[int]:
-    """The windows over and over, each time in another order."""
+    """The windows over and over, each time in a new random order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from (windows[i] for i in torch.randperm(len(windows), generator=generator).tolist())

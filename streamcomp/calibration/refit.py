@@ -1,7 +1,7 @@
 """Sums for SVD-LLM's closed-form update, taken from both streams in lockstep.
 
-With the right factor V of a weight W fixed, its left factor is fitted anew to what the dense model
-puts out: U = argmin ||Y - U V X^||, where X^ are the compressed stream's inputs and Y = W X the
+With the right factor V of a weight W fixed, its left factor is fitted anew to the dense model's
+outputs: U = argmin ||Y - U V X^||, where X^ are the compressed stream's inputs and Y = W X the
 dense stream's outputs (:func:`streamcomp.linalg.fitting.refit_left`). With ``anchor`` a below 1
 the target is a mixture a W X + (1 - a) W X^.
 """
@@ -45,7 +45,7 @@ class Refit:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """The dense block, its outputs watched."""
+        """Run the dense weights and record their outputs, while open."""
         with self._block.dense(), ExitStack() as handles:
             for site in self._sites:
                 see = partial(self._keep, site)
@@ -54,14 +54,14 @@ class Refit:
 
     @contextmanager
     def compressed(self) -> Iterator[None]:
-        """The compressed block, its inputs watched; what the dense one put out is used up."""
+        """Add the compressed block's inputs and the recorded outputs to the sums, while open."""
         with ExitStack() as handles:
             for site in self._sites:
                 handles.callback(site.watch_inputs(self._block, self._add(site)).remove)
             yield
 
     def factors(self, site: Site) -> tuple[Tensor, Tensor]:
-        """The refitted left factor (m, r), and the right one (r, n) as it was, fp64."""
+        """The refitted left factor (m, r), and the unchanged right one (r, n), fp64."""
         outputs, inner = self._sums.pop(site)
         module = site.factored(self._block)
         left = module.left_factor().detach()
@@ -91,7 +91,7 @@ class Refit:
 def refit_bytes(ranks: Mapping[Site, int], dtype: torch.dtype, rows: int) -> tuple[int, int]:
     """Bytes of the sums, and of the dense outputs of ``rows`` tokens with the largest of the fits.
 
-    ``ranks`` are those of the sites that are fitted at a time. A fit is solved in fp64 and holds
+    ``ranks`` are those of the sites that are fitted together. A fit is solved in fp64 and holds
     both sums three times.
     """
     numbers = [rank * rank + site.rows * rank for site, rank in ranks.items()]

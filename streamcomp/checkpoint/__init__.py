@@ -1,1 +1,1 @@
-"""Shards in, shards out: safetensors files read and written by byte range."""
+"""Safetensors shards, read and written by byte range."""

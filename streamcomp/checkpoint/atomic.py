@@ -1,4 +1,4 @@
-"""Durable files: a reader sees the old content or the new, also after a power cut."""
+"""Durable files: readers see either the old or the new content, even after a power cut."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_folder(path: Path) -> None:
     """Make ``path`` and its parents, and check that it can be written."""
     with output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # has no name that a kill could leave behind
+        with tempfile.TemporaryFile(dir=path):  # unnamed: nothing remains after a kill
             pass
 
 
@@ -53,8 +53,8 @@ def sync_folder(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name ``path`` when the block ends, and is then durable.
 
-    Written under a temporary name in the same folder; removed if the block fails. What a
-    killed process leaves behind is overwritten by the next one, for the name is fixed.
+    Written under a temporary name in the same folder; removed if the block fails. A file that a
+    killed process leaves is overwritten by the next one, because the temporary name is fixed.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with output_errors(path):
@@ -74,7 +74,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` in UTF-8, durably."""
     with atomic_file(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))  # names of files may be no UTF-8
+        file.write(text.encode("utf-8", "backslashreplace"))  # file names may not be UTF-8
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -31,9 +31,9 @@ _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*
 
 
 def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of ``model``; one that is no folder here is fetched from the hub, weights too.
+    """The folder of ``model``; unless it is a local folder, it is downloaded from the hub.
 
-    Never fetches code or pickled weights. SourceError says why it cannot be had.
+    Never fetches code or pickled weights. SourceError says why it is not available.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -42,10 +42,10 @@ def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
 
 @contextmanager
 def headers_folder(model: str | Path, revision: str | None = None) -> Iterator[Path]:
-    """A folder for a plan: of a hub model, small files and the headers of its shards.
+    """A folder to plan from: for a hub model only small files and the headers of its shards.
 
     The shards in that folder have their true length and header, and hold no weights (sparse
-    files). It is deleted at the end.
+    files). The folder is deleted at the end.
     """
     if Path(model).is_dir():
         yield Path(model)
@@ -57,11 +57,11 @@ def headers_folder(model: str | Path, revision: str | None = None) -> Iterator[P
         raise SourceError(f"{model} has no safetensors weights on the hub") from None
     except SafetensorsParsingError as error:
         raise SourceError(f"{model}: {str(error).splitlines()[0][:200]}") from None
-    except Exception as error:  # the hub's client fails in as many ways as networks do
+    except Exception as error:  # the hub's client raises many kinds of exceptions
         raise _unreachable(model, error) from None
     with tempfile.TemporaryDirectory(prefix="streamcomp-headers-") as name:
         folder = Path(name)
-        for path in small.iterdir():  # weights too, where they were fetched before: not these
+        for path in small.iterdir():  # may hold weights from before: skip them
             if path.is_file() and any(path.match(pattern) for pattern in _SMALL_FILES):
                 (folder / path.name).symlink_to(path.resolve())
         for shard, entry in metadata.files_metadata.items():
@@ -106,6 +106,6 @@ def _write_header(path: Path, tensors: dict[str, Any]) -> None:
     text = json.dumps(header).encode()
     length = max((info.data_offsets[1] for info in tensors.values()), default=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:  # never through a link to what is there
+    with path.open("xb") as file:  # fails on an existing file or link
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + length)

@@ -1,9 +1,9 @@
-"""Contents of a checkpoint folder, read from its headers alone.
+"""The contents of a checkpoint folder, read from its headers alone.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header naming each
 tensor's dtype, shape and byte range, and the bytes. Reading headers is enough to plan a job
-and to find every fault that a later read could stumble over: a missing shard, a truncated
-file, ranges that overlap the end, an index that points out of its folder.
+and to detect every fault that would make a later read fail: a missing shard, a truncated file,
+ranges beyond the end, an index that points out of its folder.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # of a number, of dtypes that are only copied
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # per number, of dtypes that are only copied
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -187,11 +187,11 @@ def check_inside(folder: Path, name: str, shard: object) -> None:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors that one safetensors file says it holds.
+    """The tensors listed in the header of one safetensors file.
 
-    The safetensors library reads the header and checks it against the file's length. It takes
-    only files whose tensors follow each other without gap or overlap up to the last byte, so
-    that the sizes tell every place.
+    The safetensors library reads the header and checks it against the file's length. It accepts
+    only files whose tensors follow each other without gap or overlap up to the last byte, so that
+    their sizes determine their positions.
     """
     try:
         size = path.stat().st_size

@@ -1,9 +1,9 @@
-"""Reads tensors by byte range into memory of their own.
+"""Reads tensors by byte range into newly allocated memory.
 
-``pread`` into a fresh tensor rather than a memory map: a view of a map keeps the whole
-shard mapped and counts in RSS a second time next to its copy, and a file cut short under a
-map ends the process (SIGBUS) where ``pread`` reports it. The page cache is released behind
-each read, so that a job does not push other programs out of memory.
+``pread`` into a new tensor is used instead of a memory map: a view of a map keeps the whole shard
+mapped and counts in RSS in addition to its copy, and a file truncated under a map ends the process
+(SIGBUS), whereas ``pread`` reports an error. The page cache is released after each read, so that a
+job does not push other programs out of memory.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ COPY_BYTES = 8 * 2**20
 class TensorReader:
     """Opens shards when they are first needed and closes them all together.
 
-    A context manager; one per block. Every whole tensor read leaves its BLAKE2b digest, so
-    that a later pass can prove that it saw the same bytes.
+    A context manager; one per block. The BLAKE2b digest of every complete tensor read is kept, so
+    that a later pass can prove that it read the same bytes.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class TensorReader:
         return buffer.view(info.torch_dtype).reshape(info.shape)
 
     def read_rows(self, info: TensorInfo, rows: Tensor) -> Tensor:
-        """Rows ``rows`` (k,) of a matrix (m, n), as (k, n). Holds those rows alone."""
+        """Rows ``rows`` (k,) of a matrix (m, n), as (k, n). Holds only those rows."""
         width = info.nbytes // info.shape[0]
         buffer = torch.empty(len(rows), width, dtype=torch.uint8)
         for row, view in zip(rows.tolist(), buffer.numpy(), strict=True):
@@ -82,12 +82,12 @@ class TensorReader:
         self._forget(info)
 
     def ask_for(self, info: TensorInfo) -> None:
-        """Begin to read the tensor into the page cache."""
+        """Ask the kernel to read the tensor into the page cache, without waiting."""
         advice = os.POSIX_FADV_WILLNEED
         os.posix_fadvise(self._descriptor(info), info.start, info.nbytes, advice)
 
     def digest(self) -> str:
-        """One digest of all whole tensors read so far, whatever their order."""
+        """One digest of all complete tensors read so far, in any order."""
         total = hashlib.blake2b(digest_size=16)
         for name in sorted(self._digests):
             total.update(name.encode() + b"\0" + self._digests[name])
@@ -120,9 +120,9 @@ class TensorReader:
 
 
 def read_ahead(infos: Iterable[TensorInfo]) -> None:
-    """Have the kernel read tensors into its page cache, while the process goes on.
+    """Have the kernel read tensors into its page cache while the process continues.
 
-    Takes no memory of the process. A file that cannot be read is left for the reader to report.
+    Takes no memory of the process. A file that cannot be read is reported by the later read.
     """
     with TensorReader() as reader, suppress(SourceError, OSError):
         for info in infos:
@@ -130,7 +130,7 @@ def read_ahead(infos: Iterable[TensorInfo]) -> None:
 
 
 def check_finite_on_disk(info: TensorInfo) -> None:
-    """NonFiniteError if a tensor of floats holds NaN or infinity; holds ``COPY_BYTES`` of it."""
+    """NonFiniteError if a float tensor holds NaN or infinity; reads ``COPY_BYTES`` at a time."""
     if not info.is_float:
         return
     with TensorReader() as reader:

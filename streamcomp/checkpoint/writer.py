@@ -1,4 +1,4 @@
-"""Writes safetensors shards as a stream: a shard's size never matters to memory."""
+"""Writes safetensors shards as a stream: memory does not depend on a shard's size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor made when its turn comes, of a dtype and shape known before."""
+    """A tensor of given dtype and shape that is computed when it is written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -66,8 +66,8 @@ class Entry:
 def write_shard(path: Path, entries: Iterable[Entry]) -> None:
     """Write ``entries`` to ``path``, durably, in the safetensors format.
 
-    Tensors are in the order of falling item size, then name, so that each is aligned and the
-    same tensors always give the same bytes. Holds ``COPY_BYTES`` more than the caller.
+    Tensors are ordered by falling item size, then name, so that each is aligned and equal tensors
+    always give equal files. Holds ``COPY_BYTES`` in addition to the caller's memory.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.item_bytes, entry.name))
     header = _header(ordered)
@@ -80,7 +80,7 @@ def write_shard(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def _header(entries: Iterable[Entry]) -> bytes:
-    """Length and JSON of a safetensors header for ``entries`` lying back to back."""
+    """Length and JSON of a safetensors header for ``entries`` stored back to back."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -108,7 +108,7 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
 
 
 class _Write:
-    """Appends bytes to a file and keeps its dirty pages few."""
+    """Appends bytes to a file and limits its dirty pages."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -126,7 +126,7 @@ class _Write:
 
 def _tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     flat = tensor.detach().contiguous().cpu().view(-1)
-    if flat.stride() != (1,):  # one number, cut out of a row, counts as contiguous
+    if flat.stride() != (1,):  # one number sliced from a row counts as contiguous
         flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
     if not flat.numel():
         return

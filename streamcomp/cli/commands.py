@@ -187,12 +187,12 @@ _TEXT = [
     ),
     make_option(
         "seq_len", int, 512,
-        Setting(section="common", unit="TOKENS", least=2,
+        Setting(section="common", unit="TOKENS", minimum=2,
                 help="Tokens per window; each is predicted from its window alone."),
     ),
     make_option(
         "windows", int, 64,
-        Setting(section="common", unit="N", least=0,
+        Setting(section="common", unit="N", minimum=0,
                 help="Windows from the beginning of the text; 0 takes all of its first 16 Mi "
                 "characters."),
     ),

@@ -68,7 +68,7 @@ class Form(ABC):
         return sum(m * n for m, n in self.shapes(rows, columns, rank).values())
 
     def costs(self, rows: int, columns: int) -> Tensor:
-        """Numbers stored at each rank below the dense W, from 1 on, and last those of W itself.
+        """Numbers stored at ranks 1, 2, ... as long as they are fewer than W's, then those of W.
 
         (candidates,) fp64, ascending: the costs of a :class:`~streamcomp.linalg.allocation.Curve`.
         """

@@ -719,7 +719,7 @@ ENDLESS = '{"text": "a", "n": ' + "9" * 5000 + "}"
         ("a.json", json.dumps(ALPACA), TURNS_OF_IT),
         ("a.jsonl", json.dumps(ALPACA), TURNS_OF_IT),
         ("a.json", json.dumps([SHAREGPT]), "'id', 'conversations': call them messages.*--chat"),
-        ("a.json", json.dumps({"data": []}), "one has 'data': call what holds the text text"),
+        ("a.json", json.dumps({"data": []}), "one has 'data': call the field with the text .text"),
         ("a.json", json.dumps(["a"]), 'every object must be {"text".*; one is "a"$'),
         ("a.json", json.dumps([{"text": 3}]), "one has the text 3$"),
         ("a.json", json.dumps([{}]), "one has nothing"),
