@@ -29,7 +29,7 @@ from streamcomp.methods import Method
 from streamcomp.model.sites import Site
 from streamcomp.model.skeleton import Skeleton
 from streamcomp.model.streamer import BlockStreamer, LoadedBlock
-from streamcomp.model.taps import Call
+from streamcomp.model.taps import LayerInputs
 from streamcomp.recipe import Recipe
 
 __all__ = ["Stage", "Workspace", "check_finite", "remove_work", "work_files"]
@@ -135,14 +135,14 @@ class Workspace:
             read_ahead(self.read_ahead)
             yield loaded
 
-    def inputs(self, number: int, batch: int, dtype: torch.dtype | None = None) -> Call:
-        """How a block is called for ``batch`` windows.
+    def inputs(self, number: int, batch: int, dtype: torch.dtype | None = None) -> LayerInputs:
+        """Inputs of a block for ``batch`` windows, besides the hidden states.
 
-        In ``dtype`` where it does not run in the model's own: then a copy of its own.
+        With a ``dtype`` other than the model's, a copy in that dtype.
         """
-        call = self.streamer.calls(self.tokens[:batch].long())[number]
+        inputs = self.streamer.layer_inputs(self.tokens[:batch].long())[number]
         if dtype is None or dtype == self.skeleton.dtype:
-            return call
+            return inputs
 
         def cast(tensor: Tensor) -> Tensor:
             if tensor.dtype != self.skeleton.dtype:
@@ -151,15 +151,15 @@ class Workspace:
                 return tensor[:1].to(dtype).expand_as(tensor)
             return tensor.to(dtype)
 
-        return Call(*tree_map_only(Tensor, cast, (call.args, call.kwargs)))
+        return LayerInputs(*tree_map_only(Tensor, cast, (inputs.args, inputs.kwargs)))
 
     def capture(self) -> None:
         """Capture the blocks' inputs for each batch size before a block's weights are loaded."""
         levers, windows = self.levers, self.shape.windows
         for size in {1, *(min(n, windows) for n in (levers.batch, levers.reverse_batch))}:
-            self.streamer.calls(self.tokens[:size].long())
+            self.streamer.layer_inputs(self.tokens[:size].long())
             if rest := windows % size:
-                self.streamer.calls(self.tokens[:rest].long())
+                self.streamer.layer_inputs(self.tokens[:rest].long())
 
     def batches(self, stage: Stage, name: str, size: int) -> Iterator[tuple[int, int]]:
         """Start and stop of each micro-batch of ``size`` windows."""

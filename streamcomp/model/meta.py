@@ -211,9 +211,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     whole = set(model._no_split_modules or ())
     decoder = set(model.get_decoder().modules())  # a tower for images may be next to it
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    lists = [
-        pair for pair in lists if pair[1] in decoder
-    ] or lists  # in some models the head is called decoder
+    lists = [pair for pair in lists if pair[1] in decoder] or lists  # or the head is called decoder
     for name, layers in lists:
         named = re.search(r"(^|\.)(layers|h|blocks)$", name) is not None
         if len(layers) == count and (type(layers[0]).__name__ in whole or named):

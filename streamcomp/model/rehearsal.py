@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 from streamcomp.errors import StreamcompError, UnsupportedModelError
 from streamcomp.model.sites import is_linear
 from streamcomp.model.taps import (
-    Call,
-    Recorder,
+    InputCapture,
+    LayerInputs,
     Returned,
     Stop,
     TapPanel,
-    check_same_calls,
+    check_same_inputs,
     is_state,
 )
 from streamcomp.model.tracing import BlockUse, use_of_block
@@ -74,10 +74,10 @@ def rehearse(
             if actors.certain:
                 break
             continue  # perhaps because the guess is wrong
-        panel.conductor = recorder = Recorder(actors.returns)
+        panel.conductor = capture = InputCapture(actors.returns)
         with torch.no_grad(), suppress(Stop):
             forward(torch.tensor(_TOKENS[1]))
-        check_same_calls(actors.calls, recorder.calls)
+        check_same_inputs(actors.layer_inputs, capture.layer_inputs)
         return Rehearsal(
             tuple(actors.returns),
             tuple(use.called if use else None for use in actors.uses),
@@ -141,7 +141,7 @@ class _Actors:
         self._blocks, self._guess = blocks, guess
         self._seen: dict[Hashable, BlockUse | None] = {}
         self.uses: list[BlockUse | None] = []
-        self.calls: list[Call] = []
+        self.layer_inputs: list[LayerInputs] = []
         self.leaves: list[Tensor] = []
         self._output: Tensor | None = None  # of the block before; models may change it in place
         self._version = 0
@@ -149,7 +149,7 @@ class _Actors:
     @property
     def finished(self) -> bool:
         """Whether the last block has answered."""
-        return len(self.calls) == len(self._blocks)
+        return len(self.layer_inputs) == len(self._blocks)
 
     @property
     def certain(self) -> bool:
@@ -160,8 +160,8 @@ class _Actors:
     def returns(self) -> list[Returned]:
         return [use.returned if use else self._guess for use in self.uses]
 
-    def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
-        if number < len(self.calls):
+    def answer(self, number: int, hidden: Tensor, inputs: LayerInputs) -> Any:
+        if number < len(self.layer_inputs):
             raise UnsupportedModelError("its blocks run in another order than they are listed in")
         self.check_run(number)
         windows, positions = len(_TOKENS[0]), len(_TOKENS[0][0])
@@ -182,8 +182,8 @@ class _Actors:
                     f"block {number} is given a state that depends on the tokens, besides the "
                     f"hidden states ({name}): not supported yet"
                 )
-        self.calls.append(call)
-        self.uses.append(self._use(number, hidden, call))
+        self.layer_inputs.append(inputs)
+        self.uses.append(self._use(number, hidden, inputs))
         self.leaves.append(hidden.detach().clone().requires_grad_())
         self._output = self.leaves[-1].clone()
         self._version = self._output._version
@@ -191,9 +191,9 @@ class _Actors:
 
     def check_run(self, count: int) -> None:
         """Refuse unless the first ``count`` blocks have run."""
-        if len(self.calls) < count:
+        if len(self.layer_inputs) < count:
             raise UnsupportedModelError(
-                f"block {len(self.calls)} does not run on text alone: not supported"
+                f"block {len(self.layer_inputs)} does not run on text alone: not supported"
             )
 
     def check_head(self, arrived: list[Tensor]) -> None:
@@ -214,19 +214,20 @@ class _Actors:
         if last is None:
             raise UnsupportedModelError("its head does not depend on its last block")
 
-    def _use(self, number: int, hidden: Tensor, call: Call) -> BlockUse | None:
+    def _use(self, number: int, hidden: Tensor, inputs: LayerInputs) -> BlockUse | None:
         """How the block uses its linears; blocks that run the same code are traced once."""
         block = self._blocks[number]
-        key = code_of(block), tuple(map(_code_key, call.leaves))
+        key = code_of(block), tuple(map(_code_key, inputs.leaves))
         if key not in self._seen:
-            self._seen[key] = use_of_block(block, hidden, call)
+            self._seen[key] = use_of_block(block, hidden, inputs)
         return self._seen[key]
 
 
-def _named(call: Call) -> list[tuple[str, Tensor]]:
-    """The tensors of ``call`` with the names of the arguments that they are in."""
-    named = {f"argument {place}": value for place, value in enumerate(call.args, 1)} | call.kwargs
-    return [(name, leaf) for name, value in named.items() for leaf in Call((value,), {}).tensors]
+def _named(inputs: LayerInputs) -> list[tuple[str, Tensor]]:
+    """The tensors of ``inputs`` with the names of the arguments that they are in."""
+    arguments = {f"argument {k}": value for k, value in enumerate(inputs.args, 1)} | inputs.kwargs
+    leaves = ((name, leaf) for name, value in arguments.items() for leaf in tree_leaves(value))
+    return [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def code_of(block: nn.Module) -> Hashable:

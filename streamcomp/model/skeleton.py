@@ -1,8 +1,8 @@
-"""A model without weights, and where on disk each of its parameters is.
+"""A model without weights, and where each of its parameters is on disk.
 
-Nothing here knows an architecture. The model is built on the ``meta`` device by
-transformers, its blocks are found by their number, and transformers' own renamings map
-tensors on disk to parameters.
+Nothing here depends on an architecture. transformers builds the model on the ``meta`` device, the
+list of blocks is recognised by its length, and transformers' renamings map tensors on disk to
+parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamcomp.forms.runtime import NameMap
 from streamcomp.model.meta import FLOATS, build_model, find_layers
 from streamcomp.model.rehearsal import Rehearsal, code_of, rehearse
 from streamcomp.model.sites import is_linear
-from streamcomp.model.taps import Call, Conductor, Recorder, Replayer, Stop, TapPanel
+from streamcomp.model.taps import Conductor, InputCapture, LayerInputs, Replayer, Stop, TapPanel
 
 __all__ = ["Skeleton"]
 
@@ -144,25 +144,25 @@ class Skeleton:
     # -- running it ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+    def capture(self, tokens: Tensor) -> tuple[Tensor, list[LayerInputs]]:
         """Run the model's forward on ``tokens`` (batch, seq) with taps instead of blocks.
 
         Returns the hidden states that enter the first block (batch, seq, hidden) and the inputs
         of each block. The outer parameters must be loaded.
         """
-        capture = Recorder(self.rehearsal.returns)
+        capture = InputCapture(self.rehearsal.returns)
         with self._conducted_by(capture), suppress(Stop):
             self._forward(tokens)
         assert capture.hidden is not None
-        return capture.hidden, capture.calls
+        return capture.hidden, capture.layer_inputs
 
-    def dry_record(self, batch: int, seq_len: int) -> tuple[Tensor, list[Call]]:
-        """:meth:`record` on the CPU with all outer parameters zero, before any is loaded.
+    def dry_capture(self, batch: int, seq_len: int) -> tuple[Tensor, list[LayerInputs]]:
+        """Capture on the CPU with all outer parameters zero, before any is loaded.
 
-        Calls do not depend on weights.
+        Layer inputs do not depend on weights.
         """
         with self._zero_parameters():
-            return self.record(torch.zeros(batch, seq_len, dtype=torch.int64))
+            return self.capture(torch.zeros(batch, seq_len, dtype=torch.int64))
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits (batch, seq, vocabulary) of the last block's output (batch, seq, hidden).

@@ -1,7 +1,8 @@
 """Runs a model with the weights of one block in memory.
 
-Modules before the blocks stay (position embeddings, if any), but of the token embedding
-only the rows in use are read. A block's weights live inside a ``with``, and so does the head.
+Modules that run before the blocks stay loaded (position embeddings, if any), but only those rows
+of the token embedding that are in use are read. A block's weights, and the head, are in memory
+only within a ``with``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.model.feed_forward import in_chunks, whole
 from streamcomp.model.skeleton import Skeleton
-from streamcomp.model.taps import Call, check_same_calls, hidden_of, views_of_one
+from streamcomp.model.taps import LayerInputs, check_same_inputs, hidden_of, views_of_one
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
 
@@ -44,23 +45,25 @@ class LoadedBlock:
         self._replaced: dict[str, nn.Module] = {}
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, call: Call) -> Tensor:
+    def run(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         """Output hidden states (batch, seq, hidden) of the block."""
-        return hidden_of(self.module(hidden, *call.args, **call.kwargs))
+        return hidden_of(self.module(hidden, *inputs.args, **inputs.kwargs))
 
     @torch.enable_grad()
-    def differentiate(self, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
+    def differentiate(self, hidden: Tensor, inputs: LayerInputs, gradient: Tensor) -> Tensor:
         """Gradient of the loss at the block's input, from the one at its output (``gradient``).
 
         Both have the shape of ``hidden``. Weights get no gradient, but hooks see the gradients at
         the outputs of linears.
         """
         start = hidden.detach().requires_grad_()
-        output = hidden_of(self.module(start, *call.args, **call.kwargs))
+        output = hidden_of(self.module(start, *inputs.args, **inputs.kwargs))
         below: Tensor = torch.autograd.grad(output, start, gradient)[0]
         return below
 
-    def run_with(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+    def run_with(
+        self, parameters: Mapping[str, Tensor], hidden: Tensor, inputs: LayerInputs
+    ) -> Tensor:
         """Run the block with other values for some parameters, and with autograd where it is on.
 
         ``parameters`` by their names in the block, rounded to the dtype of those they stand for.
@@ -70,7 +73,7 @@ class LoadedBlock:
             for name, value in parameters.items()
         }
         output = torch.func.functional_call(
-            self.module, rounded, (hidden, *call.args), dict(call.kwargs)
+            self.module, rounded, (hidden, *inputs.args), dict(inputs.kwargs)
         )
         return hidden_of(output)
 
@@ -143,40 +146,40 @@ class BlockStreamer:
     ) -> None:
         self.skeleton, self.device = skeleton, device
         self._feed_forward_tokens = feed_forward_tokens
-        self._calls: dict[torch.Size, list[Call]] = {}
+        self._inputs: dict[torch.Size, list[LayerInputs]] = {}
         wanted = skeleton.rehearsal.before - {skeleton.embedding_name}
         _move_buffers(skeleton.model, device)
         self._load_outer(wanted)
 
-    def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+    def capture(self, tokens: Tensor) -> tuple[Tensor, list[LayerInputs]]:
         """Embed ``tokens`` (batch, seq) and capture the inputs of each block.
 
         Holds one row of the embedding per distinct token.
         """
         with self._embedding_rows(tokens):
-            return self.skeleton.record(tokens.to(self.device))
+            return self.skeleton.capture(tokens.to(self.device))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states (batch, seq, hidden) of ``tokens`` as they enter the first block.
 
-        UnsupportedModelError where these tokens call a block otherwise than others of their shape.
+        UnsupportedModelError where layer inputs differ from those of other tokens of this shape.
         """
-        captured = self.calls(tokens)
-        hidden, calls = self.record(tokens)
-        check_same_calls(captured, calls)
+        expected = self.layer_inputs(tokens)
+        hidden, layer_inputs = self.capture(tokens)
+        check_same_inputs(expected, layer_inputs)
         return hidden
 
-    def calls(self, tokens: Tensor) -> list[Call]:
+    def layer_inputs(self, tokens: Tensor) -> list[LayerInputs]:
         """Inputs of each block for ``tokens`` (batch, seq), which depend on their shape alone.
 
         Cached for each shape. Tensors that all windows of a batch share are kept for one window.
         """
-        if tokens.shape not in self._calls:
-            calls = self.record(tokens)[1]
+        if tokens.shape not in self._inputs:
+            layer_inputs = self.capture(tokens)[1]
             if len(tokens) > 1:
-                layer_inputs = views_of_one(layer_inputs, self.calls(tokens[:1]))
-            self._calls[tokens.shape] = calls
-        return self._calls[tokens.shape]
+                layer_inputs = views_of_one(layer_inputs, self.layer_inputs(tokens[:1]))
+            self._inputs[tokens.shape] = layer_inputs
+        return self._inputs[tokens.shape]
 
     @contextmanager
     def block(self, number: int) -> Iterator[LoadedBlock]:

@@ -1,7 +1,7 @@
-"""Stand-ins for decoder blocks, which see how the model's own forward calls them.
+"""Stand-ins for decoder blocks, which see what the model's forward hands to each block.
 
-While a model runs with taps instead of its blocks, a *conductor* decides what each tap
-answers: it records calls, hands back hidden states, or rehearses (:mod:`.rehearsal`).
+While a model runs with taps instead of its blocks, a *conductor* decides what each tap returns:
+it captures layer inputs, hands back hidden states, or rehearses (:mod:`.rehearsal`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from streamcomp.errors import UnsupportedModelError
 
 __all__ = [
-    "Call",
+    "LayerInputs",
     "Conductor",
-    "Recorder",
+    "InputCapture",
     "Replayer",
     "Returned",
     "Stop",
     "Tap",
     "TapPanel",
     "Unstreamed",
-    "call_bytes",
-    "check_same_calls",
+    "input_bytes",
+    "check_same_inputs",
     "hidden_of",
     "is_state",
     "views_of_one",
@@ -35,7 +35,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerInputs:
     """Arguments of one block's forward besides the hidden states: masks, positions."""
 
     args: tuple[Any, ...]
@@ -51,13 +51,13 @@ class Call:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
 
-def call_bytes(calls: Sequence[Call]) -> int:
+def input_bytes(layer_inputs: Sequence[LayerInputs]) -> int:
     """Bytes of all tensors in ``layer_inputs``, each storage counted once."""
-    storages = [tensor.untyped_storage() for call in calls for tensor in call.tensors]
+    storages = [tensor.untyped_storage() for inputs in layer_inputs for tensor in inputs.tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def views_of_one(calls: list[Call], one: list[Call]) -> list[Call]:
+def views_of_one(batch: list[LayerInputs], one: list[LayerInputs]) -> list[LayerInputs]:
     """Layer inputs of a ``batch``, as views of those of ``one`` window wherever they are equal.
 
     This saves memory: the mask of eager attention takes 4 MiB for each window of 1024 tokens, and
@@ -72,17 +72,17 @@ def views_of_one(calls: list[Call], one: list[Call]) -> list[Call]:
         if key not in views:
             same = many.dim() == single.dim() > 0 and single.shape[0] in (1, many.shape[0])
             same = same and single.shape[1:] == many.shape[1:]
-            same = same and torch.equal(many, single.expand_as(mine))
-            views[key] = single.expand_as(mine) if same else many
+            same = same and torch.equal(many, single.expand_as(many))
+            views[key] = single.expand_as(many) if same else many
         return views[key]
 
     return [
-        Call(*tree_map(view, (call.args, call.kwargs), (other.args, other.kwargs)))
+        LayerInputs(*tree_map(view, (inputs.args, inputs.kwargs), (other.args, other.kwargs)))
         for inputs, other in zip(batch, one, strict=True)
     ]
 
 
-def check_same_calls(first: list[Call], second: list[Call]) -> None:
+def check_same_inputs(first: list[LayerInputs], second: list[LayerInputs]) -> None:
     """UnsupportedModelError unless two batches of equal shape led to equal layer inputs.
 
     Layer inputs then depend on the shape of a batch alone, and are kept once per shape.
@@ -185,7 +185,7 @@ def is_state(leaf: Any) -> bool:
 
 
 def _sealed(name: str, value: Any) -> Any:
-    """``value`` of an argument; a mapping or list, which could pass state on, is sealed or refused."""
+    """``value`` of an argument; seals an empty mapping, refuses other mappings and lists."""
     if not isinstance(value, MutableMapping | list):
         return value
     if value or isinstance(value, list):
@@ -202,23 +202,23 @@ class Stop(Exception):  # noqa: N818 - not an error: ends a forward early
 class Conductor(Protocol):
     """Decides what taps return."""
 
-    def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
+    def answer(self, number: int, hidden: Tensor, inputs: LayerInputs) -> Any:
         """Return value of block ``number`` for ``hidden`` (batch, seq, hidden)."""
 
 
-class Recorder:
+class InputCapture:
     """Captures the inputs of each block, and stops the forward at the last one."""
 
     def __init__(self, returns: Sequence[Returned]) -> None:
         self._returns = returns
         self.hidden: Tensor | None = None
-        self.calls: list[Call] = []
+        self.layer_inputs: list[LayerInputs] = []
 
-    def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
+    def answer(self, number: int, hidden: Tensor, inputs: LayerInputs) -> Any:
         if self.hidden is None:
             self.hidden = hidden
-        self.calls.append(call)
-        if len(self.calls) == len(self._returns):
+        self.layer_inputs.append(inputs)
+        if len(self.layer_inputs) == len(self._returns):
             raise Stop
         return self._returns[number].around(hidden)
 
@@ -229,7 +229,7 @@ class Replayer:
     def __init__(self, returns: Sequence[Returned], hidden: Tensor) -> None:
         self._returns, self._hidden = returns, hidden
 
-    def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
+    def answer(self, number: int, hidden: Tensor, inputs: LayerInputs) -> Any:
         return self._returns[number].around(self._hidden)
 
 
@@ -255,8 +255,8 @@ class Tap(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         conductor: Conductor = self.__dict__["panel"].conductor
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-        call = Call(
+        inputs = LayerInputs(
             tuple(_sealed(f"argument {place}", value) for place, value in enumerate(rest, 1)),
             {name: _sealed(name, value) for name, value in kwargs.items()},
         )
-        return conductor.answer(self.__dict__["number"], hidden, call)
+        return conductor.answer(self.__dict__["number"], hidden, inputs)

@@ -24,9 +24,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from streamcomp.errors import UnsupportedModelError
 from streamcomp.model.feed_forward import in_chunks
 from streamcomp.model.sites import Site, linear_modules
-from streamcomp.model.taps import Call, Returned, call_bytes, hidden_of, is_state
+from streamcomp.model.taps import LayerInputs, Returned, hidden_of, input_bytes, is_state
 
-__all__ = ["BlockTrace", "BlockUse", "RecordTrace", "trace_block", "trace_calls", "use_of_block"]
+__all__ = ["BlockTrace", "BlockUse", "CaptureTrace", "trace_block", "trace_capture", "use_of_block"]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -57,26 +57,26 @@ class BlockUse:
 
 
 @dataclass(frozen=True)
-class RecordTrace:
+class CaptureTrace:
     """Inputs of the blocks besides the hidden states of one window: masks, positions."""
 
-    calls: list[Call]  # of each block; tensors without data
+    layer_inputs: list[LayerInputs]  # of each block; tensors without data
     nbytes: int  # of all their tensors together
-    peak_bytes: int  # most alive while they are made, themselves among them
+    peak_bytes: int  # most bytes alive during the capture, these tensors included
 
 
-def trace_calls(make: Callable[[], list[Call]]) -> RecordTrace:
+def trace_capture(capture: Callable[[], list[LayerInputs]]) -> CaptureTrace:
     """Trace ``capture``, which returns the layer inputs of all blocks for one window."""
     with _LiveBytes([]) as live:
         layer_inputs = capture()
     empty = [
-        Call(*tree_map_only(Tensor, lambda t: t.to("meta"), (call.args, call.kwargs)))
+        LayerInputs(*tree_map_only(Tensor, lambda t: t.to("meta"), (inputs.args, inputs.kwargs)))
         for inputs in layer_inputs
     ]
-    return RecordTrace(empty, call_bytes(calls), live.peak)
+    return CaptureTrace(empty, input_bytes(layer_inputs), live.peak)
 
 
-def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | None:
+def use_of_block(block: nn.Module, hidden: Tensor, inputs: LayerInputs) -> BlockUse | None:
     """Which linears ``block`` calls, and what it returns; None where it cannot run without data.
 
     UnsupportedModelError where the block uses a state that is not streamed.
@@ -94,14 +94,14 @@ def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | Non
             stack.enter_context(_quiet())
             try:
                 with torch.no_grad(), FakeTensorMode():
-                    state, start, args, kwargs = _faked(block, hidden, call)
+                    state, start, args, kwargs = _faked(block, hidden, inputs)
                     output = torch.func.functional_call(block, state, (start, *args), kwargs)
                 return BlockUse(frozenset(called), Returned.of(output))
             except UnsupportedModelError:
                 raise
             except Exception as fault:  # whatever the model's own code raises on fake tensors
                 error = fault
-    if any(map(is_state, call.leaves)):
+    if any(map(is_state, inputs.leaves)):
         raise UnsupportedModelError(
             "a block is given a state besides the hidden states, and cannot be run without data to "
             "see whether it uses it: not supported yet"
@@ -138,19 +138,19 @@ def _quiet() -> Iterator[None]:
 
 
 def _faked(
-    block: nn.Module, hidden: Tensor, call: Call
+    block: nn.Module, hidden: Tensor, inputs: LayerInputs
 ) -> tuple[dict[str, Tensor], Tensor, tuple[Any, ...], dict[str, Any]]:
     """Weights, hidden states and other inputs without data; call it in a FakeTensorMode."""
     state = {
         name: torch.empty(value.shape, dtype=value.dtype)
         for name, value in (*block.named_parameters(), *block.named_buffers())
     }
-    args, kwargs = tree_map_only(Tensor, _without_data, (call.args, call.kwargs))
+    args, kwargs = tree_map_only(Tensor, _without_data, (inputs.args, inputs.kwargs))
     return state, torch.empty(hidden.shape, dtype=hidden.dtype), args, kwargs
 
 
 def trace_block(
-    block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call, tokens: int = 0
+    block: nn.Module, sites: Sequence[Site], hidden: Tensor, inputs: LayerInputs, tokens: int = 0
 ) -> BlockTrace:
     """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
 
@@ -161,12 +161,14 @@ def trace_block(
     """
     try:
         with _quiet(), in_chunks(block, tokens):
-            return _trace(block, sites, hidden, call)
+            return _trace(block, sites, hidden, inputs)
     except Exception:  # whatever the model's own code raises on fake tensors
         return _estimate(block, sites, hidden)
 
 
-def _trace(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call) -> BlockTrace:
+def _trace(
+    block: nn.Module, sites: Sequence[Site], hidden: Tensor, inputs: LayerInputs
+) -> BlockTrace:
     groups: list[list[str]] = []
     by_input = WeakIdKeyDictionary()  # weak, so that watching keeps no tensor alive
 
@@ -183,7 +185,7 @@ def _trace(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call) 
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in fed]
     try:
         with torch.no_grad(), FakeTensorMode():
-            state, start, args, kwargs = _faked(block, hidden, call)
+            state, start, args, kwargs = _faked(block, hidden, inputs)
             counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
             with counter, _LiveBytes([start]) as live:
                 torch.func.functional_call(block, state, (start, *args), kwargs)
