@@ -1,4 +1,4 @@
-"""The whole of streamcomp in one call each. The command line is a thin layer over this."""
+"""One function for each task of streamcomp. The command line is a thin layer over them."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def compress(
 
 
 def _check_texts(recipe: Recipe) -> None:
-    """Before a model is fetched: what can be no text is refused."""
+    """Refuse paths that cannot be a text, before a model is fetched."""
     for source in recipe.calibration:
         check_text(source, chat=recipe.chat)
 
@@ -267,7 +267,7 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
 
 
 def _publish(job: Job, output: int) -> Report:
-    """Everything besides the weights; the folder becomes a model with its last file."""
+    """Write all files besides the weights; the last one makes the folder a model."""
     out = job.folders.outputs[output]
     shards = job.folders.shards(output)
     written = [info for shard in shards for info in read_header(shard).values()]
@@ -313,7 +313,7 @@ def _clean(work: Path, report: Report) -> None:
     with suppress(JobLockedError, JobMismatchError), locked(work):
         journal = Journal.read(work)
         if journal is None:
-            over = not any(work.iterdir())  # killed just before the folder itself was removed
+            over = not any(work.iterdir())  # killed just before it removed the folder
         else:
             ours = same_job(journal.header.fingerprint, report.fingerprint)
             over = ours and journal.finished and not journal.header.levers.keep_work

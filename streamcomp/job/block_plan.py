@@ -1,4 +1,4 @@
-"""The blocks of a model before they are read: their sites, moments, and bytes by their traces."""
+"""Blocks of a model before they are read: sites, moments, and bytes according to traces."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class BlockPlan:
     sites: BlockSites
     groups: tuple[MomentGroup, ...]
     stream: StreamShape
-    weight_bytes: int  # all its parameters, in the dtype it runs in
-    merge_bytes: int  # the most that one of them takes on disk as several tensors (experts)
+    weight_bytes: int  # all its parameters, in the dtype in which it runs
+    merge_bytes: int  # the most that tensors on disk take which become one parameter (experts)
     read_bytes: int  # all its tensors on disk
     inputs: CaptureTrace  # masks and positions of all blocks for one window
     trace: BlockTrace  # one window through the block
-    retrace: Callable[[int], BlockTrace]  # with so many tokens per call of the feed-forward
+    retrace: Callable[[int], BlockTrace]  # for a number of tokens per call of the feed-forward
 
     def chunked(self, levers: Levers) -> BlockPlan:
         """This block with its feed-forward run on as many tokens at a time as ``levers`` say."""
@@ -89,7 +89,7 @@ class BlockPlan:
         return sum(site.numel for site in sites) * self.stream.dtype.itemsize
 
     def captured_again_bytes(self, tokens: int) -> int:
-        """Masks and positions that the model makes for ``tokens`` tokens on its way to the head."""
+        """Masks and positions that the model makes for ``tokens`` tokens before the head."""
         return math.ceil(self.inputs.peak_bytes * (tokens / self.stream.seq_len) ** 2)
 
     @property

@@ -199,7 +199,7 @@ class Job:
             return plan
 
     def _with_ranks(self, row: StepRow) -> Plan:
-        """Go on with the ranks that are known now; the levers stay."""
+        """The plan with the ranks in ``row``; the levers stay."""
         self.plan = make_plan(
             self.skeleton, self.recipe, self.conditions, ranks=row.ranks, before=self.plan
         )
@@ -222,5 +222,5 @@ class Job:
 
 
 def rows_of_output(rows: Iterable[StepRow], output: int) -> list[StepRow]:
-    """Rows of the steps that one output rests on: its own, and those that all share."""
+    """Rows of the steps that ``output`` is made by, including those that all outputs share."""
     return [row for row in rows if row.output in (None, output)]

@@ -147,7 +147,7 @@ class Workspace:
         def cast(tensor: Tensor) -> Tensor:
             if tensor.dtype != self.skeleton.dtype:
                 return tensor
-            if tensor.dim() and tensor.stride(0) == 0:  # a view of one window's
+            if tensor.dim() and tensor.stride(0) == 0:  # a view of one window
                 return tensor[:1].to(dtype).expand_as(tensor)
             return tensor.to(dtype)
 
@@ -203,7 +203,7 @@ class Workspace:
         source: States,
         target: States | None,
     ) -> None:
-        """Run all windows through the block; ``target`` keeps what comes out."""
+        """Run all windows through the block and keep its outputs in ``target``."""
         with self.reading(source) as states, self.writing(target) as write:
             for start, stop in self.batches(stage, phase, self.levers.batch):
                 hidden = states.read(start, stop).to(self.device)
@@ -224,7 +224,7 @@ class Workspace:
 
 
 def work_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` that bear a name of a job's own, also unfinished ones."""
+    """The files in ``folder`` with names that jobs use, also unfinished ones."""
 
     def is_ours(path: Path) -> bool:
         name = path.name
@@ -238,7 +238,7 @@ def work_files(folder: Path) -> list[Path]:
 def remove_work(folder: Path) -> None:
     """Delete what a job left in its work folder, and the folder if nothing else is in it.
 
-    The journal goes last: until then, a call that was interrupted knows whose files these are.
+    The journal goes last: until then it tells an interrupted call whose files these are.
     """
     for path in sorted(work_files(folder), key=lambda path: path.name == JOURNAL):
         path.unlink(missing_ok=True)

@@ -58,10 +58,10 @@ def rehearse(
     outer: dict[str, nn.Module],
     head: nn.Module,
 ) -> Rehearsal:
-    """Run ``forward`` of tokens (batch, seq) with ``panel`` instead of the ``blocks``.
+    """Run ``forward`` of tokens (batch, seq) with the taps of ``panel`` instead of ``blocks``.
 
-    ``outer`` are the modules that hold parameters and are in no block, by name; these parameters
-    must be there, with any values, those of the blocks need not. ``head`` is never computed.
+    ``outer`` are the modules outside of blocks that hold parameters, by name; these parameters
+    must have values, whichever, those of the blocks need none. ``head`` is never computed.
     Raises UnsupportedModelError where the model cannot be streamed.
     """
     error: Exception | None = None

@@ -206,7 +206,7 @@ class Skeleton:
 
     @contextmanager
     def _tapped(self) -> Iterator[None]:
-        """Taps instead of the blocks."""
+        """Run taps instead of the blocks within the ``with``."""
         self._parent._modules[self._leaf] = self._panel.taps
         try:
             yield
@@ -216,7 +216,7 @@ class Skeleton:
 
     @contextmanager
     def _conducted_by(self, conductor: Conductor) -> Iterator[None]:
-        """Taps instead of the blocks, which ``conductor`` answers for."""
+        """Run taps, for which ``conductor`` answers, instead of the blocks."""
         self._panel.conductor = conductor
         with self._tapped():
             yield
@@ -233,7 +233,7 @@ class Skeleton:
 
         Tensors that are missing, of another shape than the config says, or no floats. Modules
         that no token runs through (a tower for images) may lack theirs, and without ``head`` also
-        the modules behind the blocks.
+        the modules that run after the blocks.
         """
         outer = self.rehearsal.before
         if head:

@@ -61,7 +61,7 @@ class CaptureTrace:
     """Inputs of the blocks besides the hidden states of one window: masks, positions."""
 
     layer_inputs: list[LayerInputs]  # of each block; tensors without data
-    nbytes: int  # of all their tensors together
+    nbytes: int  # of all tensors together
     peak_bytes: int  # most bytes alive during the capture, these tensors included
 
 
@@ -99,7 +99,7 @@ def use_of_block(block: nn.Module, hidden: Tensor, inputs: LayerInputs) -> Block
                 return BlockUse(frozenset(called), Returned.of(output))
             except UnsupportedModelError:
                 raise
-            except Exception as fault:  # whatever the model's own code raises on fake tensors
+            except Exception as fault:  # model code may raise anything on fake tensors
                 error = fault
     if any(map(is_state, inputs.leaves)):
         raise UnsupportedModelError(
@@ -162,7 +162,7 @@ def trace_block(
     try:
         with _quiet(), in_chunks(block, tokens):
             return _trace(block, sites, hidden, inputs)
-    except Exception:  # whatever the model's own code raises on fake tensors
+    except Exception:  # model code may raise anything on fake tensors
         return _estimate(block, sites, hidden)
 
 

@@ -49,14 +49,14 @@ class Inspection:
     shards: int
     compressed: bool
     families: tuple[Family, ...]
-    left: dict[str, tuple[str, int]]  # module within a block -> why no linear of ours, how many
+    left: dict[str, tuple[str, int]]  # module within a block -> why it cannot be factored, how many
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
-    """Look at every block of ``index``; SourceError and UnsupportedModelError as elsewhere."""
+    """Inspect every block of ``index``; SourceError or UnsupportedModelError if it is unusable."""
     skeleton = Skeleton(index)
     groups: dict[str, list[_Member]] = {}
     left: dict[str, tuple[str, int]] = {}
