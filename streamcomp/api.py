@@ -115,7 +115,7 @@ def compress(
         if finished is None:
             raise
         return finished
-    _clean(job.work, reports[0])
+    _clean(job.work_folder, reports[0])
     return _result(folders, reports, already_done=False)
 
 
@@ -303,19 +303,19 @@ def _result(folders: list[Path], reports: Sequence[Report], already_done: bool) 
     return replace(first, others=tuple(others))
 
 
-def _clean(work: Path, report: Report) -> None:
+def _clean(folder: Path, report: Report) -> None:
     """Remove the work of the finished job with that ``report``, unless it was to be kept.
 
     What another job left in that folder stays, and so does all of it while a process works there.
     """
-    if not work.is_dir():
+    if not folder.is_dir():
         return
-    with suppress(JobLockedError, JobMismatchError), locked(work):
-        journal = Journal.read(work)
+    with suppress(JobLockedError, JobMismatchError), locked(folder):
+        journal = Journal.read(folder)
         if journal is None:
-            over = not any(work.iterdir())  # killed just before it removed the folder
+            over = not any(folder.iterdir())  # killed just before it removed the folder
         else:
             ours = same_job(journal.header.fingerprint, report.fingerprint)
             over = ours and journal.finished and not journal.header.levers.keep_work
         if over:
-            remove_work(work)
+            remove_work(folder)

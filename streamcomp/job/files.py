@@ -48,7 +48,7 @@ class StepFile(ABC):
         """Its size, at most."""
 
     def lasts(self, *, keeps_work: bool) -> bool:
-        """Whether it stays in a job that ``keeps_work`` after the last step that reads it."""
+        """Whether it stays after the last step that reads it, given if the job ``keeps_work``."""
         return False
 
 
