@@ -1,4 +1,4 @@
-"""The whole of streamcomp in one call each. The command line is a thin layer over this."""
+"""One function for each task of streamcomp. The command line is a thin layer over them."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ def compress(
         if finished is None:
             raise
         return finished
-    _clean(job.work, reports[0])
+    _clean(job.work_folder, reports[0])
     return _result(folders, reports, already_done=False)
 
 
 def _check_texts(recipe: Recipe) -> None:
-    """Before a model is fetched: what can be no text is refused."""
+    """Refuse paths that cannot be a text, before a model is fetched."""
     for source in recipe.calibration:
         check_text(source, chat=recipe.chat)
 
@@ -267,7 +267,7 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
 
 
 def _publish(job: Job, output: int) -> Report:
-    """Everything besides the weights; the folder becomes a model with its last file."""
+    """Write all files besides the weights; the last one makes the folder a model."""
     out = job.folders.outputs[output]
     shards = job.folders.shards(output)
     written = [info for shard in shards for info in read_header(shard).values()]
@@ -303,19 +303,19 @@ def _result(folders: list[Path], reports: Sequence[Report], already_done: bool) 
     return replace(first, others=tuple(others))
 
 
-def _clean(work: Path, report: Report) -> None:
+def _clean(folder: Path, report: Report) -> None:
     """Remove the work of the finished job with that ``report``, unless it was to be kept.
 
     What another job left in that folder stays, and so does all of it while a process works there.
     """
-    if not work.is_dir():
+    if not folder.is_dir():
         return
-    with suppress(JobLockedError, JobMismatchError), locked(work):
-        journal = Journal.read(work)
+    with suppress(JobLockedError, JobMismatchError), locked(folder):
+        journal = Journal.read(folder)
         if journal is None:
-            over = not any(work.iterdir())  # killed just before the folder itself was removed
+            over = not any(folder.iterdir())  # killed just before it removed the folder
         else:
             ours = same_job(journal.header.fingerprint, report.fingerprint)
             over = ours and journal.finished and not journal.header.levers.keep_work
         if over:
-            remove_work(work)
+            remove_work(folder)

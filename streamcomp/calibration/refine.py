@@ -31,7 +31,7 @@ from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.model.sites import Site
 from streamcomp.model.streamer import LoadedBlock
-from streamcomp.model.taps import Call
+from streamcomp.model.taps import LayerInputs
 
 __all__ = [
     "Refined",
@@ -61,7 +61,7 @@ class TrainingData:
     windows: int
     inputs: Callable[[int], Tensor]  # the compressed stream, before the block
     targets: Callable[[int], Tensor]  # the dense stream, after the block
-    call: Call  # the block's call for one window
+    layer_inputs: LayerInputs  # the block's, of one window
     gradient: Tensor | None  # Gamma (hidden, hidden), or None
 
 
@@ -235,7 +235,9 @@ class _Measure:
 
     @torch.enable_grad()
     def loss(self, parameters: Mapping[str, Tensor], window: int) -> Tensor:
-        output = self._loaded.run_with(parameters, self._data.inputs(window), self._data.call)
+        output = self._loaded.run_with(
+            parameters, self._data.inputs(window), self._data.layer_inputs
+        )
         target = self._data.targets(window).to(output.device).float()
         error = output.float() - target  # (1, seq, hidden)
         relative = _relative(error, target)

@@ -293,7 +293,7 @@ def inspect(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
 
 
 def main() -> None:
-    """Entry point: errors of ours become one line and their exit code."""
+    """Entry point; a StreamcompError becomes one line and its exit code."""
     _prepare_libraries()
     try:
         cli(standalone_mode=False)
@@ -325,7 +325,7 @@ def _prepare_libraries() -> None:
 
 
 def _drop_output() -> None:
-    """Discard output that could not be printed, else the interpreter tries again as it ends."""
+    """Discard output that could not be printed, or the interpreter tries again at its exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -337,7 +337,7 @@ def _progress(quiet: bool) -> JobProgress:
 
 
 def _make_recipe(settings: dict[str, Any]) -> Recipe:
-    """The recipe in the TOML file, with the options of the command line over it."""
+    """The recipe in the TOML file; command-line options take precedence."""
     config, values = settings["config"], {}
     if config:
         try:

@@ -15,7 +15,7 @@ from streamcomp.settings import SECTIONS, Section, Setting, about, kinds_of
 __all__ = ["Command", "Group", "Option", "make_option", "options_of"]
 
 
-_LARGE = 2**53  # a range with a larger end is nothing that anybody has to be told
+_LARGE = 2**53  # help does not show the end of a range beyond this
 
 
 class Option(click.Option):
@@ -27,7 +27,7 @@ class Option(click.Option):
 
 
 class _InSections:
-    """Shows a command's options section by section; click's own are the last."""
+    """Shows a command's options section by section; click's are the last."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         for section in SECTIONS:
@@ -116,7 +116,7 @@ def _checked(
 
 
 def _default(default: Any, setting: Setting) -> str:
-    """The default in words; a switch is off unless it is given, which goes without saying."""
+    """The default in words; a switch is off unless it is given, so it has none."""
     if isinstance(default, bool):
         return ""
     plain = f"{default:g}" if isinstance(default, float) else default

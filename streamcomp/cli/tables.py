@@ -66,7 +66,7 @@ def print_plan(model: str, made: streamcomp.Plan) -> None:
 
 
 def _at_a_time(made: streamcomp.Plan) -> str:
-    """The levers in words; rounding differs between settings, the speed but little."""
+    """The levers in words; other levers change rounding, and the speed only little."""
     levers, outline = made.levers, made.outline
     seq_len = outline.stream.seq_len
     parts = [f"{levers.batch} windows of {seq_len} tokens at a time"]
@@ -96,7 +96,7 @@ def _device_plan_rows(made: streamcomp.Plan) -> dict[str, str]:
 
 
 def _merged(steps: Any) -> list[tuple[str, Any, float, int]]:
-    """Runs of steps with the same needs as one row: name, example, seconds, bytes written."""
+    """One row for consecutive steps with equal needs: name, example, seconds, bytes written."""
     rows: list[list[Any]] = []
     for step in steps:
         last = rows[-1] if rows else None
@@ -268,7 +268,7 @@ def _method_rows(report: dict[str, Any]) -> dict[str, str]:
 
 
 def _console() -> Console:
-    """Prints text as it is: a path or a name from a checkpoint may look like markup."""
+    """Prints text without markup, which a path or a name from a checkpoint may look like."""
     return Console(markup=False, emoji=False)
 
 

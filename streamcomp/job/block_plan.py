@@ -1,4 +1,4 @@
-"""The blocks of a model before they are read: their sites, moments, and bytes by their traces."""
+"""Blocks of a model before they are read: sites, moments, and bytes according to traces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streamcomp.linalg.dtypes import gradient_dtype, moment_dtype, solve_dtype
 from streamcomp.methods import find_method
 from streamcomp.model.sites import BlockSites, Site, find_sites
 from streamcomp.model.skeleton import Skeleton
-from streamcomp.model.tracing import BlockTrace, RecordTrace, trace_block, trace_calls
+from streamcomp.model.tracing import BlockTrace, CaptureTrace, trace_block, trace_capture
 from streamcomp.recipe import Recipe, chosen_blocks
 
 __all__ = ["BlockPlan", "Pass", "plan_blocks"]
@@ -38,12 +38,12 @@ class BlockPlan:
     sites: BlockSites
     groups: tuple[MomentGroup, ...]
     stream: StreamShape
-    weight_bytes: int  # all its parameters, in the dtype it runs in
-    merge_bytes: int  # the most that one of them takes on disk as several tensors (experts)
+    weight_bytes: int  # all its parameters, in the dtype in which it runs
+    merge_bytes: int  # the most that tensors on disk take which become one parameter (experts)
     read_bytes: int  # all its tensors on disk
-    inputs: RecordTrace  # masks and positions of one window, of all blocks
+    inputs: CaptureTrace  # masks and positions of all blocks for one window
     trace: BlockTrace  # one window through the block
-    retrace: Callable[[int], BlockTrace]  # with so many tokens per call of the feed-forward
+    retrace: Callable[[int], BlockTrace]  # for a number of tokens per call of the feed-forward
 
     def chunked(self, levers: Levers) -> BlockPlan:
         """This block with its feed-forward run on as many tokens at a time as ``levers`` say."""
@@ -89,7 +89,7 @@ class BlockPlan:
         return sum(site.numel for site in sites) * self.stream.dtype.itemsize
 
     def captured_again_bytes(self, tokens: int) -> int:
-        """Masks and positions that the model makes for ``tokens`` tokens on its way to the head."""
+        """Masks and positions that the model makes for ``tokens`` tokens before the head."""
         return math.ceil(self.inputs.peak_bytes * (tokens / self.stream.seq_len) ** 2)
 
     @property
@@ -122,7 +122,7 @@ def plan_blocks(
 
     With ``runs_only`` no block is to be factored, as in an evaluation.
     """
-    inputs = trace_calls(lambda: skeleton.dry_record(1, stream.seq_len)[1])
+    inputs = trace_capture(lambda: skeleton.dry_capture(1, stream.seq_len)[1])
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
     traces: dict[tuple[Any, ...], Callable[[int], BlockTrace]] = {}
     chosen = range(0) if runs_only else chosen_blocks(recipe.blocks, len(skeleton))
@@ -133,7 +133,9 @@ def plan_blocks(
         sites = find_sites(skeleton, number, recipe.include, recipe.exclude)
         kind = (*skeleton.block_kind(number), tuple(site.name for site in sites.eligible))
         if kind not in traces:
-            trace_it = partial(trace_block, module, sites.eligible, hidden, inputs.calls[number])
+            trace_it = partial(
+                trace_block, module, sites.eligible, hidden, inputs.layer_inputs[number]
+            )
             traces[kind] = cache(partial(_with_scores, trace_it, scores))
         trace = traces[kind](0)
         blocks.append(

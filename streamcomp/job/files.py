@@ -1,7 +1,7 @@
 """Files that the steps of a job hand to each other, in its work folder.
 
 A file has a typed name here, and steps say which ones they read and write: that decides when a
-file is deleted, how many bytes of disk a job needs, and which files in a folder are a job's own.
+file is deleted, how many bytes of disk a job needs, and which files in a folder belong to a job.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StepFile(ABC):
         """Its size, at most."""
 
     def lasts(self, *, keeps_work: bool) -> bool:
-        """Whether it stays when no step to come reads it, as a job with ``keeps_work`` asks."""
+        """Whether it stays after the last step that reads it, given if the job ``keeps_work``."""
         return False
 
 
@@ -63,7 +63,7 @@ class Windows(StepFile):
         return "windows"
 
     def lasts(self, *, keeps_work: bool) -> bool:
-        """To the end of the job: every step needs their shape."""
+        """Keep them to the end of the job, because every step needs their shape."""
         return True
 
     def nbytes(self, outline: Outline) -> int:
@@ -95,7 +95,7 @@ class DenseStates(States):
         return f"hidden-{self.block:05d}"
 
     def lasts(self, *, keeps_work: bool) -> bool:
-        """The embeddings do, for other ratios: every compressed stream begins with them."""
+        """Keep the embeddings for other ratios: every compressed stream begins with them."""
         return keeps_work and self.block == 0
 
 
@@ -137,7 +137,7 @@ class Analysis(StepFile):
         return f"analysis-{self.block:05d}"
 
     def lasts(self, *, keeps_work: bool) -> bool:
-        """For other ratios."""
+        """Jobs with other ratios read them."""
         return keeps_work
 
     def nbytes(self, outline: Outline) -> int:

@@ -31,13 +31,13 @@ class JobFolders:
         self, source: Path, out: Path, work: Path | None, recipe: Recipe, blocks: int
     ) -> None:
         self.source, self.out, self.blocks = source, out, blocks
-        self.work = work or out / WORK_FOLDER
+        self.work_folder = work or out / WORK_FOLDER
         self.outputs = output_folders(out, recipe)
 
     @property
     def works_inside(self) -> bool:
         """Whether the work folder is in OUT, and so is this OUT's."""
-        return self.work.resolve().is_relative_to(self.out.resolve())
+        return self.work_folder.resolve().is_relative_to(self.out.resolve())
 
     def shards(self, output: int) -> list[Path]:
         """One for each block, and the last for what is in none."""
@@ -60,7 +60,7 @@ class JobFolders:
         self._refuse_places()
         if not self.out.is_dir():
             return
-        begun = journal is not None or Journal.read(self.work) is not None
+        begun = journal is not None or Journal.read(self.work_folder) is not None
         ours = {WORK_FOLDER}
         if begun and not (journal and journal.inherited):
             written = any(row.output is not None for row in journal.steps) if journal else False
@@ -83,7 +83,7 @@ class JobFolders:
 
     def _refuse_places(self) -> None:
         """Files, dangling links, and folders that are taken already."""
-        out, work = self.out, self.work
+        out, work = self.out, self.work_folder
         if work.exists() and not work.is_dir():
             raise OutputError(f"{work} is a file, --work-dir must be a folder")
         if out.is_symlink() and not out.exists():
@@ -101,26 +101,26 @@ class JobFolders:
             shard = self.shard_of(step)
             if shard is not None and not shard.is_file():
                 raise OutputError(
-                    f"{shard} is missing, and the journal in {self.work} says that it is written: "
-                    "give the OUT of that job, or remove both folders"
+                    f"{shard} is missing, and the journal in {self.work_folder} says that it is "
+                    "written: give the OUT of that job, or remove both folders"
                 )
 
     def check_disk(self, plan: Plan) -> None:
         """OutputError where the disk of OUT, or that of the work folder, has too little space."""
-        out, work = _existing(self.out), _existing(self.work)
+        out, work = _existing(self.out), _existing(self.work_folder)
         if out.stat().st_dev == work.stat().st_dev:
-            self._check_space((self.out, self.work), plan.disk_bytes, "OUT or --work-dir")
+            self._check_space((self.out, self.work_folder), plan.disk_bytes, "OUT or --work-dir")
             return
         self._check_space((self.out,), plan.disk_bytes - plan.work_bytes, "OUT")
-        self._check_space((self.work,), plan.work_bytes, "--work-dir")
+        self._check_space((self.work_folder,), plan.work_bytes, "--work-dir")
 
     def _check_space(self, folders: Sequence[Path], needed: int, setting: str) -> None:
         """OutputError unless ``folders``, on one disk, can hold ``needed`` bytes in all."""
         files: set[Path] = set()
         if self.out in folders:
             files |= {path.resolve() for path in self.out.rglob("*")}
-        if self.work in folders and self.work.is_dir():
-            files |= {path.resolve() for path in work_files(self.work)}
+        if self.work_folder in folders and self.work_folder.is_dir():
+            files |= {path.resolve() for path in work_files(self.work_folder)}
         there = sum(map(_file_bytes, files))
         free = shutil.disk_usage(_existing(folders[0])).free
         if free + there < needed:

@@ -99,12 +99,12 @@ def same_job(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two jobs differ in nothing but what shapes their output."""
+    """Whether two jobs differ only in settings that shape their output."""
     return _same_but(OUTPUT_FIELDS, one, other)
 
 
 def same_moments(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two jobs differ in nothing but what shapes their decompositions and their output."""
+    """Whether two jobs differ only in settings that shape decompositions or output."""
     return _same_but((*DECOMPOSITION_FIELDS, *OUTPUT_FIELDS), one, other)
 
 
@@ -208,14 +208,14 @@ class Journal:
         return Journal(self.path, header, self.steps[: next(ends, 0)], inherited=True)
 
     def trim(self) -> None:
-        """Cut off what a crash left behind the last whole line, before appending."""
+        """Cut off the incomplete line that a crash may have left at the end."""
         lines = [_line(row) for row in (self.header, *self.steps)]
         with output_errors(self.path):
             if self.inherited or self.path.stat().st_size != sum(map(len, lines)):
                 write_text(self.path, "".join(lines))
 
     def commit(self, row: StepRow) -> None:
-        """Append that a step is done, durably."""
+        """Append the row of a finished step, durably."""
         line = _line(row).encode()
         with output_errors(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
@@ -247,7 +247,7 @@ def _same_but(fields: Iterable[str], one: Mapping[str, Any], other: Mapping[str,
 
 
 def _entry(line: bytes) -> dict[str, Any]:
-    """One line of a journal; ValueError where it is none."""
+    """One line of a journal; ValueError where it is not a JSON object."""
     entry = json.loads(line)
     if not isinstance(entry, dict):
         raise ValueError("no object")

@@ -100,7 +100,7 @@ def _plan_output(
 ) -> OutputPlan:
     """Share ``asked`` among the ``chosen`` of all ``eligible`` linears.
 
-    ``ranks`` are those that the spectra have led to, where they are known already.
+    ``ranks`` are those that the spectra have led to, where a step has shared them already.
     """
     form, method = find_form(recipe.form), find_method(recipe.method)
     for site in chosen:

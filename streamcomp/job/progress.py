@@ -24,7 +24,7 @@ __all__ = ["BarProgress", "JobProgress", "LineProgress", "SilentProgress", "cons
 
 
 class JobProgress(Protocol):
-    """Told what a job does; decides what to show."""
+    """Receives the events of a job and decides what to show."""
 
     def begin(self, title: str, seconds: list[float], done: int, budget_bytes: int) -> None:
         """A job of ``len(seconds)`` steps with their estimates, the first ``done`` finished.
@@ -33,7 +33,7 @@ class JobProgress(Protocol):
         """
 
     def stage(self, step: int, name: str, stage: str, share: float) -> None:
-        """Within step number ``step``: what it is at, and how much of that is done (0..1)."""
+        """Step number ``step`` is in ``stage``, of which the ``share`` (0..1) is done."""
 
     def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
         """A step is done and durable."""

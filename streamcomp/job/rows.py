@@ -78,7 +78,7 @@ class LinearRow(AnalysisRow):
 
     rank: int
     relative_loss: float  # share of the energy of its outputs that the factors miss
-    loss: float | None = None  # in the method's own unit
+    loss: float | None = None  # in the unit of the method
     numbers: int | None = None  # stored numbers, where channels share weights
     bits_per_weight: float | None = None  # likewise
     spec: dict[str, Any]  # its entry in config.json, without the dtype

@@ -65,8 +65,8 @@ class Job:
         self.fingerprint = fingerprint(index, recipe)
 
     @property
-    def work(self) -> Path:
-        return self.folders.work
+    def work_folder(self) -> Path:
+        return self.folders.work_folder
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -83,7 +83,7 @@ class Job:
         begun = self._journal()
         self.folders.refuse_foreign(begun)
         if begun is not None:
-            holder = self.out if self.folders.works_inside else self.work
+            holder = self.out if self.folders.works_inside else self.work_folder
             with locked(holder):  # a job that runs there is no "other job" to be removed
                 check_fingerprint(begun.header.fingerprint, self.fingerprint, holder)
         for note in self.skeleton.notes:
@@ -102,8 +102,8 @@ class Job:
         make_folder(self.out)
         with locked(self.out):
             self.folders.refuse_foreign(begun)
-            make_folder(self.work)
-            with locked(self.work):
+            make_folder(self.work_folder)
+            with locked(self.work_folder):
                 self._check_unchanged(begun)
                 for folder in self.folders.outputs:
                     make_folder(folder)
@@ -116,7 +116,7 @@ class Job:
             self.plan.outline,
             self.plan.levers,
             self.here.device,
-            self.work,
+            self.work_folder,
             self.journal,
             self.folders.shards,
         )
@@ -130,7 +130,7 @@ class Job:
         A finished job that kept its work hands its decompositions on to one that differs in its
         output alone, and its moments to one that decomposes them with another damping.
         """
-        begun = Journal.read(self.work) if self.work.is_dir() else None
+        begun = Journal.read(self.work_folder) if self.work_folder.is_dir() else None
         if begun is None or not begun.steps:
             return None
         held, levers = begun.header.fingerprint, begun.header.levers
@@ -163,10 +163,10 @@ class Job:
             from_moments = levers.from_moments
         return Conditions(
             budget_bytes=self.here.budget_bytes,
-            rates=self.here.rates(self.skeleton.dtype, self.work),
+            rates=self.here.rates(self.skeleton.dtype, self.work_folder),
             device_budget=self.here.device_budget,
             kernel_bytes=self._kernel_bytes,
-            work_in_memory=probe().is_memory_backed(self.work),
+            work_in_memory=probe().is_memory_backed(self.work_folder),
             outputs_in_memory=probe().is_memory_backed(self.out),
             keeps_work=keep,
             keeps_analysis=analysis,
@@ -199,7 +199,7 @@ class Job:
             return plan
 
     def _with_ranks(self, row: StepRow) -> Plan:
-        """Go on with the ranks that are known now; the levers stay."""
+        """The plan with the ranks in ``row``; the levers stay."""
         self.plan = make_plan(
             self.skeleton, self.recipe, self.conditions, ranks=row.ranks, before=self.plan
         )
@@ -217,10 +217,10 @@ class Job:
         seconds = tuple(round(step.seconds, 3) for step in self.plan.steps)
         if begun is not None and begun.inherited:
             begun.header = replace(begun.header, total=len(seconds), planned_seconds=seconds)
-        self.journal = begun or Journal.begin(self.work, self.fingerprint, levers, seconds)
+        self.journal = begun or Journal.begin(self.work_folder, self.fingerprint, levers, seconds)
         self.journal.trim()
 
 
 def rows_of_output(rows: Iterable[StepRow], output: int) -> list[StepRow]:
-    """Rows of the steps that one output rests on: its own, and those that all share."""
+    """Rows of the steps that ``output`` is made by, including those that all outputs share."""
     return [row for row in rows if row.output in (None, output)]

@@ -1,7 +1,7 @@
 """Runs the steps of a plan, one after the other, each durable before the next begins.
 
-It knows no kind of step by name: a step does its deed, and its line in the journal is written after
-its files. A job that is killed anywhere does at most one step a second time.
+It depends on no kind of step. The line of a step in the journal is written after its files. A job
+that is killed anywhere does at most one step a second time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_steps(
 ) -> Plan:
     """Do every step of ``plan`` that the journal does not list; the plan in the end.
 
-    ``replanned`` gives the plan to go on with after a step has found ranks. Raises
+    ``replanned`` gives the plan to go on with after a step has shared ranks. Raises
     JobMismatchError where the journal lists other steps than the plan.
     """
     journal, done = work.journal, len(work.journal.steps)

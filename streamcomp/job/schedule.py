@@ -1,11 +1,12 @@
-"""The order of a job's steps: the only place that knows it.
+"""Decides the order of a job's steps.
 
 A sweep is one pass over the blocks. The order of sweeps:
 
 - *forward* (two-sided): the dense stream, every ``store_every``-th state kept;
 - *loss* and *reverse* (two-sided): the gradient stream, last block first; moments are taken and
   decomposed, and what the writing sweeps need of them is kept;
-- *analyse* (one-sided, where several outputs share it or ranks depend on it): the same, forward;
+- *analyse* (one-sided, where several outputs share it or ranks depend on it): moments and their
+  decompositions, without gradients, first block first;
 - *decompose* (where a job differs from the one whose work was kept in the damping alone): again,
   from the kept moments;
 - *ranks*: shared among all sites at once;

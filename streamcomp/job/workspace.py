@@ -29,7 +29,7 @@ from streamcomp.methods import Method
 from streamcomp.model.sites import Site
 from streamcomp.model.skeleton import Skeleton
 from streamcomp.model.streamer import BlockStreamer, LoadedBlock
-from streamcomp.model.taps import Call
+from streamcomp.model.taps import LayerInputs
 from streamcomp.recipe import Recipe
 
 __all__ = ["Stage", "Workspace", "check_finite", "remove_work", "work_files"]
@@ -135,31 +135,31 @@ class Workspace:
             read_ahead(self.read_ahead)
             yield loaded
 
-    def inputs(self, number: int, batch: int, dtype: torch.dtype | None = None) -> Call:
-        """How a block is called for ``batch`` windows.
+    def inputs(self, number: int, batch: int, dtype: torch.dtype | None = None) -> LayerInputs:
+        """Inputs of a block for ``batch`` windows, besides the hidden states.
 
-        In ``dtype`` where it does not run in the model's own: then a copy of its own.
+        With a ``dtype`` other than the model's, a copy in that dtype.
         """
-        call = self.streamer.calls(self.tokens[:batch].long())[number]
+        inputs = self.streamer.layer_inputs(self.tokens[:batch].long())[number]
         if dtype is None or dtype == self.skeleton.dtype:
-            return call
+            return inputs
 
         def cast(tensor: Tensor) -> Tensor:
             if tensor.dtype != self.skeleton.dtype:
                 return tensor
-            if tensor.dim() and tensor.stride(0) == 0:  # a view of one window's
+            if tensor.dim() and tensor.stride(0) == 0:  # a view of one window
                 return tensor[:1].to(dtype).expand_as(tensor)
             return tensor.to(dtype)
 
-        return Call(*tree_map_only(Tensor, cast, (call.args, call.kwargs)))
+        return LayerInputs(*tree_map_only(Tensor, cast, (inputs.args, inputs.kwargs)))
 
     def capture(self) -> None:
         """Capture the blocks' inputs for each batch size before a block's weights are loaded."""
         levers, windows = self.levers, self.shape.windows
         for size in {1, *(min(n, windows) for n in (levers.batch, levers.reverse_batch))}:
-            self.streamer.calls(self.tokens[:size].long())
+            self.streamer.layer_inputs(self.tokens[:size].long())
             if rest := windows % size:
-                self.streamer.calls(self.tokens[:rest].long())
+                self.streamer.layer_inputs(self.tokens[:rest].long())
 
     def batches(self, stage: Stage, name: str, size: int) -> Iterator[tuple[int, int]]:
         """Start and stop of each micro-batch of ``size`` windows."""
@@ -203,7 +203,7 @@ class Workspace:
         source: States,
         target: States | None,
     ) -> None:
-        """Run all windows through the block; ``target`` keeps what comes out."""
+        """Run all windows through the block and keep its outputs in ``target``."""
         with self.reading(source) as states, self.writing(target) as write:
             for start, stop in self.batches(stage, phase, self.levers.batch):
                 hidden = states.read(start, stop).to(self.device)
@@ -224,7 +224,7 @@ class Workspace:
 
 
 def work_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` that bear a name of a job's own, also unfinished ones."""
+    """The files in ``folder`` with names that jobs use, also unfinished ones."""
 
     def is_ours(path: Path) -> bool:
         name = path.name
@@ -238,7 +238,7 @@ def work_files(folder: Path) -> list[Path]:
 def remove_work(folder: Path) -> None:
     """Delete what a job left in its work folder, and the folder if nothing else is in it.
 
-    The journal goes last: until then, a call that was interrupted knows whose files these are.
+    The journal goes last: until then it tells an interrupted call whose files these are.
     """
     for path in sorted(work_files(folder), key=lambda path: path.name == JOURNAL):
         path.unlink(missing_ok=True)

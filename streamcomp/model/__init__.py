@@ -1,1 +1,1 @@
-"""Models of any architecture, one block at a time, through transformers' own code."""
+"""Models of any architecture, one block at a time, through transformers' code."""

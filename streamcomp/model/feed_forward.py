@@ -1,8 +1,8 @@
-"""A block's feed-forward, a chunk of positions at a time.
+"""Runs a block's feed-forward on a chunk of positions at a time.
 
-What it widens the hidden states to is several times as large as they are, and it treats each
-position by itself: so only a chunk of them has to be there at a time. For a backward, a chunk's
-activations are computed again.
+Its intermediate activations are several times as large as the hidden states, and each position
+is independent of the others, so chunks save memory. In a backward, each chunk's activations are
+computed again.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from streamcomp.errors import UnsupportedModelError
 
 __all__ = ["in_chunks", "whole"]
 
-# What transformers' blocks call it.
+# Names of the feed-forward in transformers' blocks.
 _NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
 @contextmanager
 def in_chunks(block: nn.Module, tokens: int) -> Iterator[None]:
-    """Run the feed-forward of ``block`` on ``tokens`` positions at a time, all with 0.
+    """Run the feed-forward of ``block`` on ``tokens`` positions at a time; 0: on all.
 
-    A block without one, or whose feed-forward takes or gives more than hidden states (batch, seq,
-    hidden), runs as ever. Where gradients are wanted, its weights take none.
+    A block without one, or whose feed-forward takes or returns more than hidden states (batch,
+    seq, hidden), runs unchanged. Gradients do not reach the feed-forward's weights.
     """
     module = _feed_forward(block)
     if module is None or not tokens:
@@ -42,7 +42,7 @@ def in_chunks(block: nn.Module, tokens: int) -> Iterator[None]:
             return _Chunks.apply(args[0], at_once, tokens)  # type: ignore[no-untyped-call]
         except _MoreThanStates:
             if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
-                raise UnsupportedModelError(  # its first chunk would be seen twice
+                raise UnsupportedModelError(  # hooks would see its first chunk twice
                     f"{type(module).__name__} gives more than hidden states and cannot run in "
                     "chunks: allow more memory"
                 ) from None
@@ -57,7 +57,7 @@ def in_chunks(block: nn.Module, tokens: int) -> Iterator[None]:
 
 @contextmanager
 def whole(block: nn.Module) -> Iterator[None]:
-    """All positions at once again, for as long as the ``with`` lasts."""
+    """Run the feed-forward on all positions at once within the ``with``."""
     module = _feed_forward(block)
     held = module.__dict__.pop("forward", None) if module is not None else None
     try:
@@ -77,7 +77,7 @@ class _MoreThanStates(Exception):
 
 
 class _Chunks(torch.autograd.Function):
-    """Chunk after chunk, forward without a graph; the graph of each is built in the backward."""
+    """Runs chunk after chunk, without a graph in the forward; the backward builds each graph."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, run: Callable[[Tensor], Any], tokens: int) -> Tensor:

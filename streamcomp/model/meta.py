@@ -24,24 +24,24 @@ __all__ = ["FLOATS", "MetaModel", "build_model", "find_layers"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
-# What a config may choose to run its attention and its experts, by the settings' names, which
-# transformers also writes with an underscore before and ``_internal`` behind. Anything else takes
-# a package or a kernel that has to be installed, or fetched from a hub.
+# Implementations of attention and experts that a config may choose. transformers also writes these
+# settings with an underscore before their name and ``_internal`` after it. Other implementations
+# need a package or a kernel that has to be installed, or fetched from a hub.
 _IMPLEMENTATIONS = {
     "attn_implementation": ("eager", "sdpa"),
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
-# Values that buffers have before transformers fills them; as booleans they differ too.
+# Values of buffers before transformers fills them; they also differ as booleans.
 _MARKS = (0, 1)
 
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A model on ``meta`` and what its source says of it."""
+    """A model on ``meta`` and properties of its source."""
 
     model: PreTrainedModel
     dtype: torch.dtype
-    compressed: bool  # by streamcomp: factored linears are in place
+    compressed: bool  # by streamcomp; then it has factored linears
     notes: tuple[str, ...]  # settings of the config that are not followed
 
 
@@ -75,7 +75,7 @@ def build_model(index: CheckpointIndex) -> MetaModel:
 
 
 def _check_source(index: CheckpointIndex) -> bool:
-    """Whether ``index`` is a model of ours; UnsupportedModelError if quantised by others."""
+    """Whether streamcomp wrote ``index``; UnsupportedModelError if it is quantised otherwise."""
     quantization = index.config.get("quantization_config")
     if quantization is None:
         text = index.config.get("text_config")
@@ -127,7 +127,7 @@ def _plain_floats(value: Any) -> Any:
 
 
 def _runnable(settings: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """``settings`` without implementations that are not part of torch; and notes of those."""
+    """``settings`` without implementations that are not part of torch, and notes on those."""
     kept, notes = dict(settings), list[str]()
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -170,11 +170,11 @@ def _mark_as_quantised(model: PreTrainedModel) -> None:
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:
-    """Give the buffers that no checkpoint holds their values; refuse one that nobody fills.
+    """Give buffers that no checkpoint holds their values; refuse one that transformers leaves.
 
-    As transformers does when it loads a model: ``initialize_weights`` asks each model for its
-    modules' values, parts first. Done twice, from other values to begin with: what nobody
-    fills differs, and so does what is filled with random numbers.
+    ``initialize_weights`` fills them, as it does when transformers loads a model. It runs twice,
+    from different initial values: a buffer that is not filled, or filled with random numbers,
+    then differs.
     """
     first, second = (_initialised(model, mark) for mark in _MARKS)
     for name, value in first.items():
@@ -187,7 +187,7 @@ def _fill_buffers(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _initialised(model: PreTrainedModel, mark: int) -> dict[str, Tensor]:
-    """Fill the buffers of ``model`` with ``mark``, then as transformers does; copies of them."""
+    """Fill buffers of ``model`` with ``mark``, then as transformers does; return copies."""
     names = [name for name, _ in model.named_non_persistent_buffers()]
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
@@ -196,15 +196,15 @@ def _initialised(model: PreTrainedModel, mark: int) -> dict[str, Tensor]:
         buffers = model.get_submodule(owner)._buffers
         buffers[leaf] = torch.full_like(buffers[leaf], mark, device="cpu")
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(mark)  # the CPU's alone: it is put back
+        torch.default_generator.manual_seed(mark)  # only the CPU's, which is restored
         model.initialize_weights()
     return {name: model.get_buffer(name).clone() for name in names}
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks: as many as the config says, of a type kept on one device.
+    """Name and list of the decoder blocks: as long as the config says, of a type never split.
 
-    Where no list has that many, since a block counts as two layers or so, one of such types alone.
+    Where no list has that length (a block may count as two layers), any list of such types.
     """
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)

@@ -1,9 +1,9 @@
-"""One forward of a model without weights, before anything is read.
+"""Runs a model once without weights, before anything is read.
 
 It tells how blocks return their hidden states, which of their linears they call, and which
-modules run before and behind them. And it refuses a model that streaming would get wrong: one
-that hands anything but hidden states from block to block, or from a block to the head. That shows
-in the autograd graph: what each tap returns is a leaf of it.
+modules run before and after them. It also refuses models that streaming would compute wrongly:
+those that hand anything but hidden states from block to block, or from a block to the head. The
+autograd graph shows this, because the output of each tap is a leaf of it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from streamcomp.errors import StreamcompError, UnsupportedModelError
 from streamcomp.model.sites import is_linear
 from streamcomp.model.taps import (
-    Call,
-    Recorder,
+    InputCapture,
+    LayerInputs,
     Returned,
     Stop,
     TapPanel,
-    check_same_calls,
+    check_same_inputs,
     is_state,
 )
 from streamcomp.model.tracing import BlockUse, use_of_block
 
 __all__ = ["Rehearsal", "code_of", "rehearse"]
 
-# Two batches that differ in their tokens, and in nothing else. No row counts up, as positions do.
+# Two batches that differ in their tokens alone. No row is 0, 1, 2, ..., which positions are.
 _TOKENS = ([[1, 0, 1, 1], [0, 0, 1, 0]], [[0, 1, 1, 0], [1, 1, 0, 1]])
 # How a block may return its hidden states where it cannot be run without weights.
 _GUESSES = tuple(Returned(length, frozenset(range(1, length))) for length in range(4))
@@ -42,9 +43,9 @@ class Rehearsal:
     """Results of one forward without weights."""
 
     returns: tuple[Returned, ...]  # of each block
-    called: tuple[frozenset[str] | None, ...]  # linears each block calls; None: not to be told
+    called: tuple[frozenset[str] | None, ...]  # linears each block calls; None: unknown
     before: frozenset[str]  # outer modules that run before the last block
-    behind: frozenset[str]  # and those that run from there on, the head among them
+    behind: frozenset[str]  # outer modules that run only after it, the head among them
     hidden_size: int
 
 
@@ -57,10 +58,10 @@ def rehearse(
     outer: dict[str, nn.Module],
     head: nn.Module,
 ) -> Rehearsal:
-    """Run ``forward`` of tokens (batch, seq) with ``panel`` instead of the ``blocks``.
+    """Run ``forward`` of tokens (batch, seq) with the taps of ``panel`` instead of ``blocks``.
 
-    ``outer`` are the modules that hold parameters and are in no block, by name; these parameters
-    must be there, with any values, those of the blocks need not. ``head`` is never computed.
+    ``outer`` are the modules outside of blocks that hold parameters, by name; these parameters
+    must have values, whichever, those of the blocks need none. ``head`` is never computed.
     Raises UnsupportedModelError where the model cannot be streamed.
     """
     error: Exception | None = None
@@ -68,15 +69,15 @@ def rehearse(
         actors = _Actors(blocks, guess)
         try:
             before, behind = _perform(forward, panel, actors, outer, head)
-        except Exception as fault:  # models fail in as many ways as there are of them
+        except Exception as fault:  # models may raise anything
             error = error or fault
             if actors.certain:
                 break
-            continue  # the guess may be what was wrong
-        panel.conductor = recorder = Recorder(actors.returns)
+            continue  # perhaps because the guess is wrong
+        panel.conductor = capture = InputCapture(actors.returns)
         with torch.no_grad(), suppress(Stop):
             forward(torch.tensor(_TOKENS[1]))
-        check_same_calls(actors.calls, recorder.calls)
+        check_same_inputs(actors.layer_inputs, capture.layer_inputs)
         return Rehearsal(
             tuple(actors.returns),
             tuple(use.called if use else None for use in actors.uses),
@@ -100,7 +101,7 @@ def _perform(
     outer: dict[str, nn.Module],
     head: nn.Module,
 ) -> tuple[set[str], set[str]]:
-    """One forward with ``actors``; the outer modules that run before the last block, and after."""
+    """Run once with ``actors``; return outer modules that run before the last block, and after."""
     tokens = torch.tensor(_TOKENS[0])
     arrived: list[Tensor] = []
     used: tuple[set[str], set[str]] = (set(), set())
@@ -131,16 +132,16 @@ def _perform(
 
 
 class _Actors:
-    """Answers for blocks: each is looked at without weights, and returns a leaf of the graph.
+    """Answers for blocks: traces each without weights, and returns a leaf of the autograd graph.
 
-    Where a block cannot be run without weights, it is taken to return its states as ``guess``.
+    A block that cannot run without weights is assumed to return its states as ``guess`` says.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], guess: Returned) -> None:
         self._blocks, self._guess = blocks, guess
         self._seen: dict[Hashable, BlockUse | None] = {}
         self.uses: list[BlockUse | None] = []
-        self.calls: list[Call] = []
+        self.layer_inputs: list[LayerInputs] = []
         self.leaves: list[Tensor] = []
         self._output: Tensor | None = None  # of the block before; models may change it in place
         self._version = 0
@@ -148,7 +149,7 @@ class _Actors:
     @property
     def finished(self) -> bool:
         """Whether the last block has answered."""
-        return len(self.calls) == len(self._blocks)
+        return len(self.layer_inputs) == len(self._blocks)
 
     @property
     def certain(self) -> bool:
@@ -159,8 +160,8 @@ class _Actors:
     def returns(self) -> list[Returned]:
         return [use.returned if use else self._guess for use in self.uses]
 
-    def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
-        if number < len(self.calls):
+    def answer(self, number: int, hidden: Tensor, inputs: LayerInputs) -> Any:
+        if number < len(self.layer_inputs):
             raise UnsupportedModelError("its blocks run in another order than they are listed in")
         self.check_run(number)
         windows, positions = len(_TOKENS[0]), len(_TOKENS[0][0])
@@ -175,14 +176,14 @@ class _Actors:
                 f"block {number} is given something else than what block {number - 1} returned: "
                 "not supported yet"
             )
-        for name, value in _named(call):
+        for name, value in _named(inputs):
             if value.requires_grad:
                 raise UnsupportedModelError(
                     f"block {number} is given a state that depends on the tokens, besides the "
                     f"hidden states ({name}): not supported yet"
                 )
-        self.calls.append(call)
-        self.uses.append(self._use(number, hidden, call))
+        self.layer_inputs.append(inputs)
+        self.uses.append(self._use(number, hidden, inputs))
         self.leaves.append(hidden.detach().clone().requires_grad_())
         self._output = self.leaves[-1].clone()
         self._version = self._output._version
@@ -190,13 +191,13 @@ class _Actors:
 
     def check_run(self, count: int) -> None:
         """Refuse unless the first ``count`` blocks have run."""
-        if len(self.calls) < count:
+        if len(self.layer_inputs) < count:
             raise UnsupportedModelError(
-                f"block {len(self.calls)} does not run on text alone: not supported"
+                f"block {len(self.layer_inputs)} does not run on text alone: not supported"
             )
 
     def check_head(self, arrived: list[Tensor]) -> None:
-        """The head depends on what the last block returned, and on no other block."""
+        """Check that the head depends on the output of the last block, and of no other block."""
         if not arrived or arrived[0].shape[:-1] != self.leaves[0].shape[:-1]:
             raise UnsupportedModelError("the code behind its last block cannot be run by itself")
         if not arrived[0].requires_grad:
@@ -213,23 +214,24 @@ class _Actors:
         if last is None:
             raise UnsupportedModelError("its head does not depend on its last block")
 
-    def _use(self, number: int, hidden: Tensor, call: Call) -> BlockUse | None:
-        """How the block uses its linears; blocks that run the same code are looked at once."""
+    def _use(self, number: int, hidden: Tensor, inputs: LayerInputs) -> BlockUse | None:
+        """How the block uses its linears; blocks that run the same code are traced once."""
         block = self._blocks[number]
-        key = code_of(block), tuple(map(_looks, call.leaves))
+        key = code_of(block), tuple(map(_code_key, inputs.leaves))
         if key not in self._seen:
-            self._seen[key] = use_of_block(block, hidden, call)
+            self._seen[key] = use_of_block(block, hidden, inputs)
         return self._seen[key]
 
 
-def _named(call: Call) -> list[tuple[str, Tensor]]:
-    """The tensors of ``call`` with the names of the arguments that they are in."""
-    named = {f"argument {place}": value for place, value in enumerate(call.args, 1)} | call.kwargs
-    return [(name, leaf) for name, value in named.items() for leaf in Call((value,), {}).tensors]
+def _named(inputs: LayerInputs) -> list[tuple[str, Tensor]]:
+    """The tensors of ``inputs`` with the names of the arguments that they are in."""
+    arguments = {f"argument {k}": value for k, value in enumerate(inputs.args, 1)} | inputs.kwargs
+    leaves = ((name, leaf) for name, value in arguments.items() for leaf in tree_leaves(value))
+    return [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def code_of(block: nn.Module) -> Hashable:
-    """Equal for blocks that run the same code: its modules and their plain settings, not sizes."""
+    """A key that blocks share if they run the same code: modules and plain settings, not sizes."""
     return tuple((name, type(module), _settings(module)) for name, module in block.named_modules())
 
 
@@ -244,11 +246,11 @@ def _settings(module: nn.Module) -> Hashable:
     )
 
 
-def _looks(leaf: Any) -> Hashable:
+def _code_key(leaf: Any) -> Hashable:
     """Properties of an argument that may decide which code a block runs."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype
     if is_state(leaf):
-        return object()  # every block is looked at: which use it, may be by its number
+        return object()  # trace every block: its number may decide whether it uses this
     plain = isinstance(leaf, str | bool | int | float | None)
     return leaf if plain else type(leaf).__name__

@@ -3,8 +3,8 @@
 A :class:`Site` is all that observing, updating, refining and writing know of a weight, so that they
 work alike wherever it is. Today it is in an ``nn.Linear``. One expert of a mixture, whose weight is
 a slice of a tensor of all of them, can be another kind of site: it watches the module of all
-experts, picks the rows that the router sends to its own, and computes from them, by itself, what
-its watchers are to see; what is put in its place is one part of a module that runs all experts.
+experts, picks the rows that the router sends to its expert, and computes from them what
+its watchers see; its replacement is one part of a module that runs all experts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
     "linear_modules",
 ]
 
-# How configs of mixture models call their number of experts.
+# Settings for the number of experts in configs of mixture models.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # A line of code that multiplies.
 _PRODUCT = re.compile(r"@|\b(linear|matmul|mm|einsum)\(")
@@ -77,7 +77,7 @@ class Site(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weight's on disk."""
+        """The dtype of the weight on disk."""
         return self.source.torch_dtype
 
     @property
@@ -90,11 +90,11 @@ class Site(ABC):
 
     @abstractmethod
     def traced(self, block: nn.Module) -> nn.Module | None:
-        """The module of ``block`` that is fed its inputs; None where those are its own alone."""
+        """The module of ``block`` that gets its inputs; None where no other site can share them."""
 
     @abstractmethod
     def weight(self, block: LoadedBlock) -> Tensor:
-        """A view of the dense W (m, n), also while factors run in its place."""
+        """A view of the dense W (m, n), also while factors run instead of it."""
 
     @abstractmethod
     def bias(self, block: LoadedBlock) -> Tensor | None:
@@ -309,14 +309,14 @@ def _weights_in_products(module: str, name: str) -> frozenset[str]:
     """Every ``leaf`` of which a line in the class's code multiplies ``leaf.weight``."""
     try:
         code = inspect.getsource(operator.attrgetter(name)(sys.modules[module]))
-    except (AttributeError, KeyError, OSError, TypeError):  # a class without code of its own
+    except (AttributeError, KeyError, OSError, TypeError):  # the class has no source code
         return frozenset()
     lines = [line for line in code.splitlines() if _PRODUCT.search(line)]
     return frozenset(leaf for line in lines for leaf in re.findall(r"\.(\w+)\.weight\b", line))
 
 
 def _computes_a_linear(module: nn.Linear) -> bool:
-    """Whether a subclass of ``nn.Linear`` computes what that does: tried on a copy of 3 x 5."""
+    """Whether a subclass of ``nn.Linear`` computes a linear, tried on a 3 x 5 copy."""
     if type(module).forward is nn.Linear.forward:
         return True
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
@@ -334,7 +334,7 @@ def _computes_a_linear(module: nn.Linear) -> bool:
         with torch.no_grad():
             output = type(module).forward(small, inputs)
         return torch.allclose(output, nn.functional.linear(inputs, weight, small.bias), atol=1e-5)
-    except Exception:  # whatever the model's own code raises
+    except Exception:  # model code may raise anything
         return False
 
 
@@ -342,10 +342,10 @@ def _is_router(skeleton: Skeleton, full_name: str, rows: int) -> bool:
     """One output per expert, next to the experts: a list of as many, or one tensor of them all."""
     if rows not in _expert_counts(skeleton):
         return False
-    beside = skeleton.model.get_submodule(full_name.rpartition(".")[0])
-    lists = (m for m in beside.modules() if isinstance(m, nn.ModuleList))
+    module = skeleton.model.get_submodule(full_name.rpartition(".")[0])
+    lists = (m for m in module.modules() if isinstance(m, nn.ModuleList))
     return any(len(experts) == rows for experts in lists) or any(
-        value.dim() == 3 and value.shape[0] == rows for value in beside.parameters()
+        value.dim() == 3 and value.shape[0] == rows for value in module.parameters()
     )
 
 

@@ -1,8 +1,8 @@
-"""A model without weights, and where on disk each of its parameters is.
+"""A model without weights, and where each of its parameters is on disk.
 
-Nothing here knows an architecture. The model is built on the ``meta`` device by
-transformers, its blocks are found by their number, and transformers' own renamings map
-tensors on disk to parameters.
+Nothing here depends on an architecture. transformers builds the model on the ``meta`` device, the
+list of blocks is recognised by its length, and transformers' renamings map tensors on disk to
+parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamcomp.forms.runtime import NameMap
 from streamcomp.model.meta import FLOATS, build_model, find_layers
 from streamcomp.model.rehearsal import Rehearsal, code_of, rehearse
 from streamcomp.model.sites import is_linear
-from streamcomp.model.taps import Call, Conductor, Recorder, Replayer, Stop, TapPanel
+from streamcomp.model.taps import Conductor, InputCapture, LayerInputs, Replayer, Stop, TapPanel
 
 __all__ = ["Skeleton"]
 
@@ -84,7 +84,7 @@ class Skeleton:
         return infos + self.unclaimed
 
     def block_kind(self, number: int) -> tuple[Any, ...]:
-        """Blocks of equal kind have equal shapes and run the same code."""
+        """A key that blocks share if they have equal shapes and run the same code."""
         block = self.block(number)
         shapes = tuple((name, tuple(value.shape)) for name, value in block.state_dict().items())
         return code_of(block), shapes
@@ -144,30 +144,30 @@ class Skeleton:
     # -- running it ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Run the real forward up to the blocks.
+    def capture(self, tokens: Tensor) -> tuple[Tensor, list[LayerInputs]]:
+        """Run the model's forward on ``tokens`` (batch, seq) with taps instead of blocks.
 
-        ``tokens`` (batch, seq). Returns the hidden states entering the first block (batch,
-        seq, hidden) and each block's call. The outer parameters must be in place.
+        Returns the hidden states that enter the first block (batch, seq, hidden) and the inputs
+        of each block. The outer parameters must be loaded.
         """
-        recorder = Recorder(self.rehearsal.returns)
-        with self._conducted_by(recorder), suppress(Stop):
+        capture = InputCapture(self.rehearsal.returns)
+        with self._conducted_by(capture), suppress(Stop):
             self._forward(tokens)
-        assert recorder.hidden is not None
-        return recorder.hidden, recorder.calls
+        assert capture.hidden is not None
+        return capture.hidden, capture.layer_inputs
 
-    def dry_record(self, batch: int, seq_len: int) -> tuple[Tensor, list[Call]]:
-        """:meth:`record` on the CPU with all outer parameters zero, before any is loaded.
+    def dry_capture(self, batch: int, seq_len: int) -> tuple[Tensor, list[LayerInputs]]:
+        """Capture on the CPU with all outer parameters zero, before any is loaded.
 
-        Calls do not depend on weights.
+        Layer inputs do not depend on weights.
         """
         with self._zero_parameters():
-            return self.record(torch.zeros(batch, seq_len, dtype=torch.int64))
+            return self.capture(torch.zeros(batch, seq_len, dtype=torch.int64))
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Logits (batch, seq, vocabulary) of the last block's output (batch, seq, hidden).
 
-        Can be differentiated; wants ``torch.no_grad`` around it where that is not needed.
+        Can be differentiated; call it under ``torch.no_grad`` where that is not needed.
         """
         tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
         with self._conducted_by(Replayer(self.rehearsal.returns, hidden)):
@@ -178,7 +178,7 @@ class Skeleton:
         return logits
 
     def _rehearse(self) -> Rehearsal:
-        """How the model runs; UnsupportedModelError where it cannot be streamed."""
+        """Learn how the model runs; UnsupportedModelError where it cannot be streamed."""
         outer = {name: self.model.get_submodule(name) for name in self.outer_modules}
         try:
             with self._zero_parameters(), self._tapped():
@@ -188,7 +188,7 @@ class Skeleton:
 
     @contextmanager
     def _zero_parameters(self) -> Iterator[None]:
-        """Zeros on the CPU for all outer parameters that are not loaded, each of one number."""
+        """Set outer parameters that are not loaded to zeros on the CPU, one stored number each."""
         held: list[tuple[dict[str, Any], str, Any]] = []
         for name in self.outer_modules:
             module = self.model.get_submodule(name)
@@ -206,7 +206,7 @@ class Skeleton:
 
     @contextmanager
     def _tapped(self) -> Iterator[None]:
-        """Taps instead of the blocks."""
+        """Run taps instead of the blocks within the ``with``."""
         self._parent._modules[self._leaf] = self._panel.taps
         try:
             yield
@@ -216,7 +216,7 @@ class Skeleton:
 
     @contextmanager
     def _conducted_by(self, conductor: Conductor) -> Iterator[None]:
-        """Taps instead of the blocks, which ``conductor`` answers for."""
+        """Run taps, for which ``conductor`` answers, instead of the blocks."""
         self._panel.conductor = conductor
         with self._tapped():
             yield
@@ -233,7 +233,7 @@ class Skeleton:
 
         Tensors that are missing, of another shape than the config says, or no floats. Modules
         that no token runs through (a tower for images) may lack theirs, and without ``head`` also
-        the modules behind the blocks.
+        the modules that run after the blocks.
         """
         outer = self.rehearsal.before
         if head:
@@ -244,7 +244,7 @@ class Skeleton:
                 _check_sources(name, value, self.sources.get(self.ties.get(name, name), []))
 
     def _map_tensors(self) -> tuple[dict[str, list[TensorInfo]], list[TensorInfo]]:
-        """Parameter name -> tensors on disk, and the tensors that no parameter wants."""
+        """Parameter name -> tensors on disk, and the tensors that belong to no parameter."""
         names = NameMap(self.model)
         sources: dict[str, list[TensorInfo]] = {}
         unclaimed = []
@@ -257,10 +257,10 @@ class Skeleton:
         return sources, unclaimed
 
     def _find_ties(self) -> dict[str, str]:
-        """Parameters that are in no shard -> the one that they are tied to, which is.
+        """Parameter that is in no shard -> the parameter on disk that it is tied to.
 
-        As transformers ties them: a parameter that has a tensor of its own keeps it, whatever the
-        config says. Blocks that share weights are refused.
+        A parameter that is on disk keeps its tensor whatever the config says, as in transformers.
+        Blocks that share weights are refused.
         """
         groups: dict[str, list[str]] = {}
         for target, source in self.model.all_tied_weights_keys.items():

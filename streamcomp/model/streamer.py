@@ -1,7 +1,8 @@
 """Runs a model with the weights of one block in memory.
 
-Modules before the blocks stay (position embeddings, if any), but of the token embedding
-only the rows in use are read. A block's weights live inside a ``with``, and so does the head.
+Modules that run before the blocks stay loaded (position embeddings, if any), but only those rows
+of the token embedding that are in use are read. A block's weights, and the head, are in memory
+only within a ``with``.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.model.feed_forward import in_chunks, whole
 from streamcomp.model.skeleton import Skeleton
-from streamcomp.model.taps import Call, check_same_calls, hidden_of, views_of_one
+from streamcomp.model.taps import LayerInputs, check_same_inputs, hidden_of, views_of_one
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
 
-# The loader of the first transformers 5 releases wants one argument more.
+# The loader of the first transformers 5 releases takes one argument more.
 _OLDER_ARGUMENTS = (
     {"tp_plan": None}
     if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
@@ -44,23 +45,25 @@ class LoadedBlock:
         self._replaced: dict[str, nn.Module] = {}
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, call: Call) -> Tensor:
-        """Hidden states (batch, seq, hidden) through the block."""
-        return hidden_of(self.module(hidden, *call.args, **call.kwargs))
+    def run(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
+        """Output hidden states (batch, seq, hidden) of the block."""
+        return hidden_of(self.module(hidden, *inputs.args, **inputs.kwargs))
 
     @torch.enable_grad()
-    def differentiate(self, hidden: Tensor, call: Call, gradient: Tensor) -> Tensor:
-        """The loss's gradient at the block's input, from that at its output (``gradient``).
+    def differentiate(self, hidden: Tensor, inputs: LayerInputs, gradient: Tensor) -> Tensor:
+        """Gradient of the loss at the block's input, from the one at its output (``gradient``).
 
-        Both of the shape of ``hidden``. Weights take no gradient; hooks on what flows through
-        the linears see theirs.
+        Both have the shape of ``hidden``. Weights get no gradient, but hooks see the gradients at
+        the outputs of linears.
         """
         start = hidden.detach().requires_grad_()
-        output = hidden_of(self.module(start, *call.args, **call.kwargs))
+        output = hidden_of(self.module(start, *inputs.args, **inputs.kwargs))
         below: Tensor = torch.autograd.grad(output, start, gradient)[0]
         return below
 
-    def run_with(self, parameters: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+    def run_with(
+        self, parameters: Mapping[str, Tensor], hidden: Tensor, inputs: LayerInputs
+    ) -> Tensor:
         """Run the block with other values for some parameters, and with autograd where it is on.
 
         ``parameters`` by their names in the block, rounded to the dtype of those they stand for.
@@ -70,15 +73,15 @@ class LoadedBlock:
             for name, value in parameters.items()
         }
         output = torch.func.functional_call(
-            self.module, rounded, (hidden, *call.args), dict(call.kwargs)
+            self.module, rounded, (hidden, *inputs.args), dict(inputs.kwargs)
         )
         return hidden_of(output)
 
     @contextmanager
     def cast(self, dtype: torch.dtype) -> Iterator[None]:
-        """Parameters in ``dtype`` for as long as the ``with`` lasts; buffers stay as they are.
+        """Hold parameters in ``dtype`` within the ``with``; buffers stay as they are.
 
-        They must go back: the next load follows the dtype that a parameter was left in.
+        The dtypes must be restored, because the next load follows them.
         """
         dtypes = {parameter: parameter.dtype for parameter in self.module.parameters()}
         for parameter in dtypes:
@@ -91,12 +94,12 @@ class LoadedBlock:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Its feed-forward on all positions at once, for as long as the ``with`` lasts."""
+        """Run the feed-forward on all positions at once within the ``with``."""
         with whole(self.module):
             yield
 
     def original(self, name: str) -> nn.Module:
-        """The module ``name`` as it was loaded, whether it is replaced or not."""
+        """The module ``name`` that was loaded, whether it is replaced now or not."""
         return self._replaced[name] if name in self._replaced else self.running(name)
 
     def running(self, name: str) -> nn.Module:
@@ -110,7 +113,7 @@ class LoadedBlock:
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """The original modules in their places, for as long as the ``with`` lasts."""
+        """Run the original modules again within the ``with``."""
         now = {name: self._swap(name, module) for name, module in self._replaced.items()}
         try:
             yield
@@ -143,40 +146,40 @@ class BlockStreamer:
     ) -> None:
         self.skeleton, self.device = skeleton, device
         self._feed_forward_tokens = feed_forward_tokens
-        self._calls: dict[torch.Size, list[Call]] = {}
+        self._inputs: dict[torch.Size, list[LayerInputs]] = {}
         wanted = skeleton.rehearsal.before - {skeleton.embedding_name}
         _move_buffers(skeleton.model, device)
         self._load_outer(wanted)
 
-    def record(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Embed ``tokens`` (batch, seq) and record each block's call.
+    def capture(self, tokens: Tensor) -> tuple[Tensor, list[LayerInputs]]:
+        """Embed ``tokens`` (batch, seq) and capture the inputs of each block.
 
         Holds one row of the embedding per distinct token.
         """
         with self._embedding_rows(tokens):
-            return self.skeleton.record(tokens.to(self.device))
+            return self.skeleton.capture(tokens.to(self.device))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states (batch, seq, hidden) of ``tokens`` as they enter the first block.
 
-        UnsupportedModelError where these tokens call a block otherwise than others of their shape.
+        UnsupportedModelError where layer inputs differ from those of other tokens of this shape.
         """
-        captured = self.calls(tokens)
-        hidden, calls = self.record(tokens)
-        check_same_calls(captured, calls)
+        expected = self.layer_inputs(tokens)
+        hidden, layer_inputs = self.capture(tokens)
+        check_same_inputs(expected, layer_inputs)
         return hidden
 
-    def calls(self, tokens: Tensor) -> list[Call]:
-        """Each block's call for ``tokens`` (batch, seq), which depends on their shape alone.
+    def layer_inputs(self, tokens: Tensor) -> list[LayerInputs]:
+        """Inputs of each block for ``tokens`` (batch, seq), which depend on their shape alone.
 
-        Kept for each shape; what a window is given alike in a larger batch is kept once.
+        Cached for each shape. Tensors that all windows of a batch share are kept for one window.
         """
-        if tokens.shape not in self._calls:
-            calls = self.record(tokens)[1]
+        if tokens.shape not in self._inputs:
+            layer_inputs = self.capture(tokens)[1]
             if len(tokens) > 1:
-                calls = views_of_one(calls, self.calls(tokens[:1]))
-            self._calls[tokens.shape] = calls
-        return self._calls[tokens.shape]
+                layer_inputs = views_of_one(layer_inputs, self.layer_inputs(tokens[:1]))
+            self._inputs[tokens.shape] = layer_inputs
+        return self._inputs[tokens.shape]
 
     @contextmanager
     def block(self, number: int) -> Iterator[LoadedBlock]:
@@ -198,7 +201,7 @@ class BlockStreamer:
     def head(self, dtype: torch.dtype | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from hidden states (batch, seq, hidden) to logits; holds the whole head.
 
-        It runs in ``dtype``, by default the model's own, and can be differentiated.
+        It runs in ``dtype``, by default the model's, and can be differentiated.
         """
         outer = self.skeleton.rehearsal.behind - {self.skeleton.embedding_name}
         token = torch.zeros(1, 1, dtype=torch.int64)
@@ -234,7 +237,7 @@ class BlockStreamer:
 
     @contextmanager
     def _embedding_rows(self, tokens: Tensor, any_tokens: bool = False) -> Iterator[None]:
-        """The embedding with the rows of ``tokens`` alone, numbered anew.
+        """Load only the rows of ``tokens`` into the embedding, numbered anew.
 
         With ``any_tokens`` its values do not matter and every token takes the first row.
         """
@@ -263,7 +266,7 @@ class BlockStreamer:
             embedding.weight, embedding.padding_idx = empty, padding
 
     def _load(self, wanted: Callable[[str], bool]) -> str:
-        """Load the parameters whose name is ``wanted``; returns the digest of their bytes."""
+        """Load the parameters whose names ``wanted`` accepts; returns the digest of their bytes."""
         model, dtype = self.skeleton.model, self.skeleton.dtype
         with TensorReader() as reader, _quiet_loading():
             state = {
@@ -308,7 +311,7 @@ class _LazyTensor:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No progress bar of transformers', and tensors read one after the other."""
+    """Load without transformers' progress bar, and one tensor after the other."""
     bars = transformers_logging.is_progress_bar_enabled()
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -333,7 +336,7 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _free(block: nn.Module) -> None:
-    """Drop what came from disk; non-persistent buffers stay, nothing would bring them back."""
+    """Drop all that came from disk; other buffers stay, since they could not be loaded again."""
     for module in block.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -344,7 +347,7 @@ def _free(block: nn.Module) -> None:
 
 
 def _check_loaded(name: str, module: nn.Module) -> None:
-    """Refuse missing weights, and NaN and infinite ones, which would spread behind."""
+    """Refuse missing weights, and NaN and infinite ones, which would spread."""
     for leaf, value in module.state_dict().items():
         if value.is_meta:
             raise MissingShardError(f"{name}.{leaf} is in no shard: the checkpoint is incomplete")

@@ -1,7 +1,7 @@
-"""Stand-ins for decoder blocks, which see how the model's own forward calls them.
+"""Stand-ins for decoder blocks, which see what the model's forward hands to each block.
 
-While a model runs with taps instead of its blocks, a *conductor* decides what each tap
-answers: it records calls, hands back hidden states, or rehearses (:mod:`.rehearsal`).
+While a model runs with taps instead of its blocks, a *conductor* decides what each tap returns:
+it captures layer inputs, hands back hidden states, or rehearses (:mod:`.rehearsal`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from streamcomp.errors import UnsupportedModelError
 
 __all__ = [
-    "Call",
+    "LayerInputs",
     "Conductor",
-    "Recorder",
+    "InputCapture",
     "Replayer",
     "Returned",
     "Stop",
     "Tap",
     "TapPanel",
     "Unstreamed",
-    "call_bytes",
-    "check_same_calls",
+    "input_bytes",
+    "check_same_inputs",
     "hidden_of",
     "is_state",
     "views_of_one",
@@ -35,15 +35,15 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Call:
-    """Arguments of one block's forward besides the hidden states."""
+class LayerInputs:
+    """Arguments of one block's forward besides the hidden states: masks, positions."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @property
     def leaves(self) -> list[Any]:
-        """Every value in it, those in tuples one by one."""
+        """All values in the arguments, with tuples flattened."""
         return tree_leaves((self.args, self.kwargs))
 
     @property
@@ -51,40 +51,41 @@ class Call:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
 
-def call_bytes(calls: Sequence[Call]) -> int:
-    """Bytes of all tensors that ``calls`` hold, each storage counted once."""
-    storages = [tensor.untyped_storage() for call in calls for tensor in call.tensors]
+def input_bytes(layer_inputs: Sequence[LayerInputs]) -> int:
+    """Bytes of all tensors in ``layer_inputs``, each storage counted once."""
+    storages = [tensor.untyped_storage() for inputs in layer_inputs for tensor in inputs.tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def views_of_one(calls: list[Call], one: list[Call]) -> list[Call]:
-    """``calls`` of a batch as views of those of ``one`` window, as far as they are alike.
+def views_of_one(batch: list[LayerInputs], one: list[LayerInputs]) -> list[LayerInputs]:
+    """Layer inputs of a ``batch``, as views of those of ``one`` window wherever they are equal.
 
-    The masks of eager attention take 4 MiB for each window of 1024 tokens, and 64 for one of 4096.
+    This saves memory: the mask of eager attention takes 4 MiB for each window of 1024 tokens, and
+    64 MiB for one of 4096.
     """
     views: dict[tuple[int, int], Any] = {}
 
-    def view(mine: Any, single: Any) -> Any:
-        if not isinstance(mine, Tensor) or not isinstance(single, Tensor):
-            return mine
-        key = id(mine), id(single)
+    def view(many: Any, single: Any) -> Any:
+        if not isinstance(many, Tensor) or not isinstance(single, Tensor):
+            return many
+        key = id(many), id(single)
         if key not in views:
-            same = mine.dim() == single.dim() > 0 and single.shape[0] in (1, mine.shape[0])
-            same = same and single.shape[1:] == mine.shape[1:]
-            same = same and torch.equal(mine, single.expand_as(mine))
-            views[key] = single.expand_as(mine) if same else mine
+            same = many.dim() == single.dim() > 0 and single.shape[0] in (1, many.shape[0])
+            same = same and single.shape[1:] == many.shape[1:]
+            same = same and torch.equal(many, single.expand_as(many))
+            views[key] = single.expand_as(many) if same else many
         return views[key]
 
     return [
-        Call(*tree_map(view, (call.args, call.kwargs), (other.args, other.kwargs)))
-        for call, other in zip(calls, one, strict=True)
+        LayerInputs(*tree_map(view, (inputs.args, inputs.kwargs), (other.args, other.kwargs)))
+        for inputs, other in zip(batch, one, strict=True)
     ]
 
 
-def check_same_calls(first: list[Call], second: list[Call]) -> None:
-    """UnsupportedModelError unless two batches of one shape were called alike.
+def check_same_inputs(first: list[LayerInputs], second: list[LayerInputs]) -> None:
+    """UnsupportedModelError unless two batches of equal shape led to equal layer inputs.
 
-    Then a call depends on the shape of a batch alone, and need not be kept for each.
+    Layer inputs then depend on the shape of a batch alone, and are kept once per shape.
     """
     for one, other in zip(first, second, strict=True):
         for a, b in zip(one.leaves, other.leaves, strict=True):
@@ -96,7 +97,7 @@ def check_same_calls(first: list[Call], second: list[Call]) -> None:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a block returns: alone, or first in a tuple."""
+    """Hidden states from the output of a block: the output itself, or the first of a tuple."""
     return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]
 
 
@@ -104,7 +105,7 @@ def hidden_of(output: Any) -> Tensor:
 class Returned:
     """How a block returns its hidden states: alone (``length`` 0), or first of a tuple.
 
-    ``states`` are the places of the tuple's other items that are not None.
+    ``states`` are the indices of the tuple's other items that are not None.
     """
 
     length: int = 0
@@ -119,7 +120,7 @@ class Returned:
         )
 
     def around(self, hidden: Tensor) -> Any:
-        """``hidden`` as the block returns it."""
+        """``hidden`` in the structure in which the block returns it."""
         if not self.length:
             return hidden
         items = (Unstreamed() if k in self.states else None for k in range(1, self.length))
@@ -127,10 +128,10 @@ class Returned:
 
 
 class Unstreamed:
-    """Takes the place of what a block returns besides its hidden states.
+    """Stands for anything that a block returns besides its hidden states.
 
     Only hidden states are streamed. The model may pass this on to the next block; a block that
-    makes use of it raises UnsupportedModelError.
+    uses it raises UnsupportedModelError.
     """
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
@@ -150,13 +151,13 @@ class Unstreamed:
 
 
 class _WriteOnly(MutableMapping[Any, Any]):
-    """Takes the place of an empty mapping that all blocks share: they may fill it, not read it."""
+    """Stands for an empty mapping that all blocks share: they may fill it, not read it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Forgets it."""
+        """Discard the value."""
 
     def __delitem__(self, key: Any) -> None:
         self._refuse()
@@ -184,7 +185,7 @@ def is_state(leaf: Any) -> bool:
 
 
 def _sealed(name: str, value: Any) -> Any:
-    """``value`` of an argument; what would let state pass between blocks is refused or sealed."""
+    """``value`` of an argument; seals an empty mapping, refuses other mappings and lists."""
     if not isinstance(value, MutableMapping | list):
         return value
     if value or isinstance(value, list):
@@ -195,29 +196,29 @@ def _sealed(name: str, value: Any) -> Any:
 
 
 class Stop(Exception):  # noqa: N818 - not an error: ends a forward early
-    """Raised where the rest of a forward is of no interest."""
+    """Raised where the rest of a forward is not needed."""
 
 
 class Conductor(Protocol):
-    """Decides what taps answer."""
+    """Decides what taps return."""
 
-    def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
+    def answer(self, number: int, hidden: Tensor, inputs: LayerInputs) -> Any:
         """Return value of block ``number`` for ``hidden`` (batch, seq, hidden)."""
 
 
-class Recorder:
-    """Records each block's call, and stops the forward at the last block."""
+class InputCapture:
+    """Captures the inputs of each block, and stops the forward at the last one."""
 
     def __init__(self, returns: Sequence[Returned]) -> None:
         self._returns = returns
         self.hidden: Tensor | None = None
-        self.calls: list[Call] = []
+        self.layer_inputs: list[LayerInputs] = []
 
-    def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
+    def answer(self, number: int, hidden: Tensor, inputs: LayerInputs) -> Any:
         if self.hidden is None:
             self.hidden = hidden
-        self.calls.append(call)
-        if len(self.calls) == len(self._returns):
+        self.layer_inputs.append(inputs)
+        if len(self.layer_inputs) == len(self._returns):
             raise Stop
         return self._returns[number].around(hidden)
 
@@ -228,21 +229,21 @@ class Replayer:
     def __init__(self, returns: Sequence[Returned], hidden: Tensor) -> None:
         self._returns, self._hidden = returns, hidden
 
-    def answer(self, number: int, hidden: Tensor, call: Call) -> Any:
+    def answer(self, number: int, hidden: Tensor, inputs: LayerInputs) -> Any:
         return self._returns[number].around(self._hidden)
 
 
 class TapPanel:
-    """Taps for all ``layers``, and the conductor that they ask."""
+    """Taps for all ``layers``, and the conductor that decides what they return."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.conductor: Conductor | None = None
-        # a plain list of modules: models cut it, which makes a new one of its class
+        # a plain ModuleList: models slice it, which builds another list of its class
         self.taps = nn.ModuleList(Tap(layer, place, self) for place, layer in enumerate(layers))
 
 
 class Tap(nn.Module):
-    """One block's place; other attributes are the block's own (``attention_type``)."""
+    """Stands in for one block; its other attributes are the block's (``attention_type``)."""
 
     def __init__(self, layer: nn.Module, number: int, panel: TapPanel) -> None:
         super().__init__()
@@ -254,8 +255,8 @@ class Tap(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         conductor: Conductor = self.__dict__["panel"].conductor
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-        call = Call(
+        inputs = LayerInputs(
             tuple(_sealed(f"argument {place}", value) for place, value in enumerate(rest, 1)),
             {name: _sealed(name, value) for name, value in kwargs.items()},
         )
-        return conductor.answer(self.__dict__["number"], hidden, call)
+        return conductor.answer(self.__dict__["number"], hidden, inputs)

@@ -1,7 +1,7 @@
 """Trace of a block's forward, without weights and without computing.
 
-The block runs on fake tensors: shapes, dtypes and the choice of kernels are real, the data
-is not there. One such forward tells which linears are called, which sites are fed the same tensor,
+The block runs on fake tensors: shapes, dtypes and the choice of kernels are real, but there
+is no data. One such forward tells which linears are called, which sites are fed the same tensor,
 how many bytes are alive at the peak, and how many floating-point operations it takes.
 """
 
@@ -24,16 +24,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from streamcomp.errors import UnsupportedModelError
 from streamcomp.model.feed_forward import in_chunks
 from streamcomp.model.sites import Site, linear_modules
-from streamcomp.model.taps import Call, Returned, call_bytes, hidden_of, is_state
+from streamcomp.model.taps import LayerInputs, Returned, hidden_of, input_bytes, is_state
 
-__all__ = ["BlockTrace", "BlockUse", "RecordTrace", "trace_block", "trace_calls", "use_of_block"]
+__all__ = ["BlockTrace", "BlockUse", "CaptureTrace", "trace_block", "trace_capture", "use_of_block"]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
 
-# The CPU's attention kernel, which torch's own counter does not know.
+# The CPU's attention kernel, which torch's counter of operations does not know.
 _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
@@ -42,49 +42,49 @@ class BlockTrace:
     """One forward of a block on ``batch`` windows."""
 
     groups: tuple[tuple[str, ...], ...]  # sites that share an input, in running order
-    activation_bytes: int  # most bytes alive at a time, the input among them, weights not
-    autograd_bytes: int  # the same of a forward and the backward to the input behind it
+    activation_bytes: int  # peak of the bytes alive, with the input, without weights
+    autograd_bytes: int  # that peak for a forward followed by the backward to the input
     flops: int
-    exact: bool  # False: the block could not be traced, and all of it is an estimate
+    exact: bool  # False: the block could not be traced, and these are estimates
 
 
 @dataclass(frozen=True)
 class BlockUse:
-    """How a block's forward goes."""
+    """How a block uses its linears and returns its hidden states."""
 
-    called: frozenset[str]  # its linears that it calls: of others it reads the weight, or nothing
+    called: frozenset[str]  # linears that the forward calls; of others it may read the weight
     returned: Returned
 
 
 @dataclass(frozen=True)
-class RecordTrace:
+class CaptureTrace:
     """Inputs of the blocks besides the hidden states of one window: masks, positions."""
 
-    calls: list[Call]  # of each block; tensors without data
-    nbytes: int  # of all their tensors together
-    peak_bytes: int  # most alive while they are made, themselves among them
+    layer_inputs: list[LayerInputs]  # of each block; tensors without data
+    nbytes: int  # of all tensors together
+    peak_bytes: int  # most bytes alive during the capture, these tensors included
 
 
-def trace_calls(make: Callable[[], list[Call]]) -> RecordTrace:
-    """Have ``make`` record the calls of all blocks for one window."""
+def trace_capture(capture: Callable[[], list[LayerInputs]]) -> CaptureTrace:
+    """Trace ``capture``, which returns the layer inputs of all blocks for one window."""
     with _LiveBytes([]) as live:
-        calls = make()
+        layer_inputs = capture()
     empty = [
-        Call(*tree_map_only(Tensor, lambda t: t.to("meta"), (call.args, call.kwargs)))
-        for call in calls
+        LayerInputs(*tree_map_only(Tensor, lambda t: t.to("meta"), (inputs.args, inputs.kwargs)))
+        for inputs in layer_inputs
     ]
-    return RecordTrace(empty, call_bytes(calls), live.peak)
+    return CaptureTrace(empty, input_bytes(layer_inputs), live.peak)
 
 
-def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | None:
+def use_of_block(block: nn.Module, hidden: Tensor, inputs: LayerInputs) -> BlockUse | None:
     """Which linears ``block`` calls, and what it returns; None where it cannot run without data.
 
-    UnsupportedModelError where the block makes use of a state that is not streamed.
+    UnsupportedModelError where the block uses a state that is not streamed.
     """
     called: set[str] = set()
     linears = linear_modules(block)
     error: Exception | None = None
-    for choice in (None, "batched_mm"):  # the kernel of grouped experts knows no fake fp32 tensors
+    for choice in (None, "batched_mm"):  # the kernel of grouped experts takes no fake fp32 tensors
         called.clear()
         with ExitStack() as stack:
             for name, linear in linears.items():
@@ -94,14 +94,14 @@ def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | Non
             stack.enter_context(_quiet())
             try:
                 with torch.no_grad(), FakeTensorMode():
-                    state, start, args, kwargs = _faked(block, hidden, call)
+                    state, start, args, kwargs = _faked(block, hidden, inputs)
                     output = torch.func.functional_call(block, state, (start, *args), kwargs)
                 return BlockUse(frozenset(called), Returned.of(output))
             except UnsupportedModelError:
                 raise
-            except Exception as fault:  # whatever the model's own code raises on fake tensors
+            except Exception as fault:  # model code may raise anything on fake tensors
                 error = fault
-    if any(map(is_state, call.leaves)):
+    if any(map(is_state, inputs.leaves)):
         raise UnsupportedModelError(
             "a block is given a state besides the hidden states, and cannot be run without data to "
             "see whether it uses it: not supported yet"
@@ -111,7 +111,7 @@ def use_of_block(block: nn.Module, hidden: Tensor, call: Call) -> BlockUse | Non
 
 @contextmanager
 def _experts_run_by(block: nn.Module, implementation: str | None) -> Iterator[None]:
-    """Experts by one of transformers' implementations; None: as the config says."""
+    """Run experts with one of transformers' implementations; None: the one in the config."""
     configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}
     name = "_experts_implementation_internal"
     before = [(c, getattr(c, name)) for c in configs.values() if hasattr(c, name)]
@@ -127,7 +127,7 @@ def _experts_run_by(block: nn.Module, implementation: str | None) -> Iterator[No
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing is logged of every kernel that knows no fake tensors."""
+    """Silence the log of kernels that do not support fake tensors."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -138,35 +138,37 @@ def _quiet() -> Iterator[None]:
 
 
 def _faked(
-    block: nn.Module, hidden: Tensor, call: Call
+    block: nn.Module, hidden: Tensor, inputs: LayerInputs
 ) -> tuple[dict[str, Tensor], Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Weights, hidden states and the rest of the call without data; in a FakeTensorMode."""
+    """Weights, hidden states and other inputs without data; call it in a FakeTensorMode."""
     state = {
         name: torch.empty(value.shape, dtype=value.dtype)
         for name, value in (*block.named_parameters(), *block.named_buffers())
     }
-    args, kwargs = tree_map_only(Tensor, _without_data, (call.args, call.kwargs))
+    args, kwargs = tree_map_only(Tensor, _without_data, (inputs.args, inputs.kwargs))
     return state, torch.empty(hidden.shape, dtype=hidden.dtype), args, kwargs
 
 
 def trace_block(
-    block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call, tokens: int = 0
+    block: nn.Module, sites: Sequence[Site], hidden: Tensor, inputs: LayerInputs, tokens: int = 0
 ) -> BlockTrace:
     """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
 
-    With ``tokens`` its feed-forward runs as many positions at a time.
+    With ``tokens`` its feed-forward runs that many positions at a time.
 
     A block whose code depends on the data (a mixture's routing) cannot be traced: then no
     sharing is assumed, and bytes and operations are estimated from its weights.
     """
     try:
         with _quiet(), in_chunks(block, tokens):
-            return _trace(block, sites, hidden, call)
-    except Exception:  # whatever the model's own code raises on fake tensors
+            return _trace(block, sites, hidden, inputs)
+    except Exception:  # model code may raise anything on fake tensors
         return _estimate(block, sites, hidden)
 
 
-def _trace(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call) -> BlockTrace:
+def _trace(
+    block: nn.Module, sites: Sequence[Site], hidden: Tensor, inputs: LayerInputs
+) -> BlockTrace:
     groups: list[list[str]] = []
     by_input = WeakIdKeyDictionary()  # weak, so that watching keeps no tensor alive
 
@@ -183,7 +185,7 @@ def _trace(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Call) 
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in fed]
     try:
         with torch.no_grad(), FakeTensorMode():
-            state, start, args, kwargs = _faked(block, hidden, call)
+            state, start, args, kwargs = _faked(block, hidden, inputs)
             counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
             with counter, _LiveBytes([start]) as live:
                 torch.func.functional_call(block, state, (start, *args), kwargs)
@@ -210,7 +212,7 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 class _Backward(nn.Module):
-    """A forward, and a backward to its input from a gradient of ones."""
+    """A forward of ``block``, then a backward to its input from a gradient of ones."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -223,8 +225,8 @@ class _Backward(nn.Module):
 
 
 def _estimate(block: nn.Module, sites: Sequence[Site], hidden: Tensor) -> BlockTrace:
-    """No sharing. Alive at once: four copies of the input in fp32, and every linear's output in
-    fp32 or what goes into and out of all the experts that a token chooses."""
+    """Estimate without a trace: no sites share an input. Alive at once are four fp32 copies of the
+    input, and every linear's output in fp32 or the inputs and outputs of a token's experts."""
     tokens = hidden.shape[0] * hidden.shape[1]
     outputs = sum(linear.out_features for linear in linear_modules(block).values())
     chosen = max((getattr(module, "top_k", 0) for module in block.modules()), default=0)

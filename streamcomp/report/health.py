@@ -1,4 +1,4 @@
-"""Numerical health of a finished job: which of its linears deserve a second look."""
+"""Numerical problems of a finished job: linears whose figures deserve a second look."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from streamcomp.methods import find_method
 
 __all__ = ["Health", "loss_of", "numerical_health"]
 
-_FAR = 10  # damping that many times what was asked for is worth a warning
-_HEAVY = 0.2  # so is one linear with this share of the whole loss
-_MANY = 20  # linears; of fewer, such a share is not far from an even one
+_FAR = 10  # times the damping asked for; from there on a linear is warned of
+_HEAVY = 0.2  # share of the whole loss above which a single linear is warned of
+_MANY = 20  # linears; with fewer, an even share is not far below _HEAVY
 
 
 @dataclass(frozen=True)
 class Health:
-    """Linears by what happened to them."""
+    """Linears of a report, and those among them with numerical problems."""
 
     linears: Sequence[LinearRow]
     fallbacks: Sequence[LinearRow]  # the data did not allow the method itself
-    damped: Sequence[LinearRow]  # far more than was asked for
+    damped: Sequence[LinearRow]  # with far more damping than was asked for
     singular: Sequence[LinearRow]  # the moment that was decomposed has no finite condition number
     total_loss: float | None  # None where losses of linears do not compare
-    heavy: LinearRow | None  # one linear with a large share of it
+    heavy: LinearRow | None  # the linear that causes a large share of it, if one does
 
     def warnings(self) -> list[str]:
-        """One sentence for each thing that matters, with numbers and the worst of its kind."""
+        """One sentence for each kind of problem, with its count and the worst linear."""
         told = []
         if self.fallbacks:
             first = self.fallbacks[0]
@@ -64,9 +64,9 @@ class Health:
 
 
 def numerical_health(report: Report) -> Health:
-    """Look at the linears of a report."""
+    """Find the linears of a report that have numerical problems."""
     linears, settings = report.linears, report.settings
-    # one-sided losses are energies of a linear's outputs, which say nothing next to another's
+    # one-sided losses are energies of a linear's outputs, which do not compare between linears
     method = find_method(settings.method)
     compares = method.losses_compare
     asked = settings.damping or method.default_damping or FIRST_DAMPING
@@ -84,7 +84,7 @@ def numerical_health(report: Report) -> Health:
 
 
 def loss_of(linear: LinearRow) -> float:
-    """The loss in its own unit; 0 where there is none."""
+    """The loss in the unit of the method; 0 where there is none."""
     return _finite(linear.loss or 0.0)
 
 

@@ -149,7 +149,7 @@ def _dense_perplexity(report: Report) -> Iterable[_Figure]:
 
 
 def _change(before: float, after: float, form: Callable[[float], str]) -> str:
-    """Before -> after, which may only break before the arrow."""
+    """Before -> after, with a line break only before the arrow."""
     first, second = (form(value).replace(" ", "\xa0") for value in (before, after))
     return f"{first} \N{RIGHTWARDS ARROW}\xa0{second}"
 
@@ -162,7 +162,7 @@ def _large(count: float) -> str:
 
 
 def _warnings(health: Health, steps: Sequence[StepRow], budget: int) -> Section | None:
-    """Numbers of the job that deserve a second look; None where all is well."""
+    """Warnings about the job's numbers; None where there are none."""
     over = [(step.peak_bytes - budget, step.step) for step in steps]
     missed = [(step.peak_bytes - step.predicted_bytes, step.step) for step in steps]
     told = [
@@ -189,7 +189,7 @@ class _Module:
 
 
 def _left_table(left: Mapping[str, str]) -> Section | None:
-    """Modules that are as they were, by reason."""
+    """Modules that were not compressed, by reason."""
     if not left:
         return None
     by_reason: dict[str, list[_Module]] = defaultdict(list)

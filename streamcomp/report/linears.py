@@ -77,7 +77,7 @@ def _by_block(linears: Iterable[N]) -> dict[int, list[N]]:
 
 
 def _losses(linears: Iterable[LinearRow]) -> list[tuple[float, str]]:
-    """The losses that are numbers, and whose they are."""
+    """The losses that are finite, and their linears."""
     return [(row.relative_loss, row.name) for row in linears if math.isfinite(row.relative_loss)]
 
 
@@ -130,7 +130,7 @@ def rank_map(linears: Sequence[LinearRow], dense: Sequence[DenseRow]) -> Section
 
 
 def _rank_share(linear: LinearRow | DenseRow) -> float:
-    """1 where it stays dense."""
+    """Share of the full rank; 1 where it stays dense."""
     full = min(linear.rows, linear.columns)
     return linear.rank / full if isinstance(linear, LinearRow) else 1.0
 
@@ -142,7 +142,7 @@ def _rank_told(linear: LinearRow | DenseRow, whole: bool, share: float) -> str:
 
 
 def _shade(share: float) -> float:
-    """Opacity of a cell: one of rank 1 is still seen."""
+    """Opacity of a cell; rank 1 is still visible."""
     return 0.08 + 0.92 * share
 
 
@@ -175,7 +175,7 @@ def loss_plot(linears: Sequence[LinearRow], health: Health) -> Section | None:
 def _family_line(
     linears: Sequence[LinearRow], axis: Axis, places: Mapping[int, float], color: str, dash: str
 ) -> list[Line]:
-    """A line through the mean loss of each block, and dots that tell the numbers."""
+    """A line through the mean loss of each block, with dots that show the numbers."""
     blocks = {block: losses for block, m in _by_block(linears).items() if (losses := _losses(m))}
     stride = min((b - a for a, b in pairwise(blocks)), default=0)  # hybrids have gaps everywhere
     path, dots, size, before = "", [], 6 if len(places) <= _BIG_DOTS else 4, -math.inf

@@ -1,4 +1,4 @@
-"""Sections of the page on steps: memory, time, and how close they came to the machine's speed."""
+"""Sections of the page on steps: memory, time, and share of the machine's speed reached."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def seconds_plot(steps: Sequence[StepRow]) -> Section:
 
 
 def speed(report: Report) -> Section | None:
-    """Stages against what the machine can do; None where no stage took long enough."""
+    """Speed of stages as a share of the machine's; None where no stage took long enough."""
     stages, limits, rates = report.stages, report.limits, report.rates
     long_enough = [name for name in stages if limits.get(name, 0.0) >= _LEAST_LIMIT]
     if not long_enough:

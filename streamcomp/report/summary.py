@@ -1,4 +1,4 @@
-"""The report of a finished job, from its journal and what it wrote."""
+"""The report of a finished job, from its journal and the files it wrote."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["job_report", "model_name", "perplexity"]
 
 # Why a linear stays dense that the plan would have factored.
 _UNREACHED = "no calibration token reached it"
-_MOST_NLL = 700.0  # above, its exponential is no number
+_MOST_NLL = 700.0  # above it, the exponential overflows
 
 
 def job_report(
@@ -40,7 +40,7 @@ def job_report(
     steps: Sequence[StepRow],
     asked: float,
 ) -> Report:
-    """All that ``streamcomp_report.json`` holds of one output.
+    """Contents of ``streamcomp_report.json`` for one output.
 
     ``written`` are the tensors of the output, ``header`` and ``steps`` come from the journal;
     ``rates`` are this machine's, which the ``limits`` of the stages were counted with; ``asked`` is

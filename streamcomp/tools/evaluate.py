@@ -33,7 +33,7 @@ from streamcomp.recipe import Resources
 
 __all__ = ["Evaluation", "evaluate_checkpoint"]
 
-_MOST_NLL = 700.0  # its exponential is about the largest number there is
+_MOST_NLL = 700.0  # its exponential is near the largest fp64 number
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Evaluation:
     budget_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """In plain values; JSON has no infinite perplexity: None."""
+        """Plain values; an infinite perplexity is None, since JSON has no infinity."""
         return asdict(self) | {"perplexity": self.perplexity if self.nll < _MOST_NLL else None}
 
 
@@ -122,7 +122,7 @@ def evaluate_checkpoint(
 
 
 def _workspace(plan: Plan, here: Machine, folder: Path) -> Workspace:
-    """A workspace with a journal of its own, which ends with the ``folder``."""
+    """A workspace with a new journal in ``folder``."""
     levers = JobLevers(
         **asdict(plan.levers),
         threads=torch.get_num_threads(),

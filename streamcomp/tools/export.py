@@ -1,4 +1,4 @@
-"""A compressed model for tools that know no factors."""
+"""Writes a compressed model for tools that do not support factored linears."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _check_names(index: CheckpointIndex, modules: Mapping[str, Any]) -> None:
 
 
 def _check_products(modules: dict[str, dict[str, Any]]) -> None:
-    """Refuse what two factors cannot hold, by the first linear of its kind."""
+    """Refuse a form that two factors cannot express, naming its first linear."""
     for name, spec in modules.items():
         if not find_form(spec["form"]).is_product:
             raise RecipeError(
@@ -104,7 +104,7 @@ def _check_products(modules: dict[str, dict[str, Any]]) -> None:
 
 
 def _claim(index: CheckpointIndex, destination: Path, form: str) -> None:
-    """Mark an empty ``destination`` as ours, or recognise our own unfinished one."""
+    """Mark an empty ``destination`` as an export, or recognise an unfinished export."""
     marks = [[s.name, s.stat().st_size, s.stat().st_mtime_ns] for s in index.shards]
     marker = {"source": str(index.folder.resolve()), "form": form, "shards": marks}
     path = destination / _MARKER
@@ -121,7 +121,7 @@ def _claim(index: CheckpointIndex, destination: Path, form: str) -> None:
 def _entries(
     index: CheckpointIndex, shard: Path, modules: dict[str, dict[str, Any]], factors: Uv | None
 ) -> Iterator[Entry]:
-    """The tensors that take the place of those in ``shard``."""
+    """The tensors to write instead of those in ``shard``."""
     for name, info in index.tensors.items():
         owner, _, leaf = name.rpartition(".")
         if info.shard != shard:

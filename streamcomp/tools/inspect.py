@@ -14,7 +14,7 @@ from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.forms.runtime import FactoredLinear, SharedLinear
 from streamcomp.model.sites import every_linear, find_sites
 from streamcomp.model.skeleton import Skeleton
-from streamcomp.model.tracing import trace_block, trace_calls
+from streamcomp.model.tracing import trace_block, trace_capture
 
 __all__ = ["Family", "Inspection", "inspect_checkpoint"]
 
@@ -49,14 +49,14 @@ class Inspection:
     shards: int
     compressed: bool
     families: tuple[Family, ...]
-    left: dict[str, tuple[str, int]]  # module within a block -> why no linear of ours, how many
+    left: dict[str, tuple[str, int]]  # module within a block -> why it cannot be factored, how many
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
-    """Look at every block of ``index``; SourceError and UnsupportedModelError as elsewhere."""
+    """Inspect every block of ``index``; SourceError or UnsupportedModelError if it is unusable."""
     skeleton = Skeleton(index)
     groups: dict[str, list[_Member]] = {}
     left: dict[str, tuple[str, int]] = {}
@@ -146,7 +146,7 @@ def _range(numbers: Iterable[int | None]) -> tuple[int, int] | None:
 
 def _shared_inputs(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:
     """For each linear, the others of its block that are fed the same tensor."""
-    calls = trace_calls(lambda: skeleton.dry_record(1, _TRACED_TOKENS)[1]).calls
+    layer_inputs = trace_capture(lambda: skeleton.dry_capture(1, _TRACED_TOKENS)[1]).layer_inputs
     stream = StreamShape(1, _TRACED_TOKENS, skeleton.hidden_size, skeleton.dtype)
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
     shared: dict[str, tuple[str, ...]] = {}
@@ -157,7 +157,9 @@ def _shared_inputs(skeleton: Skeleton) -> dict[str, tuple[str, ...]]:
             continue
         kinds.add(kind)
         sites = every_linear(skeleton, number)
-        for names in trace_block(skeleton.block(number), sites, hidden, calls[number]).groups:
+        for names in trace_block(
+            skeleton.block(number), sites, hidden, layer_inputs[number]
+        ).groups:
             for name in names:
                 shared[name] = tuple(other for other in names if other != name)
     return shared

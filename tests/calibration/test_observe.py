@@ -35,8 +35,8 @@ def captured(
     streamer = BlockStreamer(skeleton, CPU)
     linears = find_sites(skeleton, 1).eligible
     block = skeleton.block(1)
-    hidden, calls = skeleton.dry_record(1, 8)
-    shared = trace_block(block, linears, hidden, calls[1]).groups
+    hidden, layer_inputs = skeleton.dry_capture(1, 8)
+    shared = trace_block(block, linears, hidden, layer_inputs[1]).groups
     groups = group_moments(linears, shared)
     if side == "outputs":
         groups = tuple(MomentGroup("outputs", one.rows, (one,)) for one in linears)
@@ -55,8 +55,8 @@ def captured(
         watch(one.name)
     with streamer.block(1) as loaded, Observer(loaded, groups, CPU) as observer:
         for seed in range(3):
-            hidden, calls = streamer.record(pico_tokens(seed=seed))
-            loaded.run(hidden, calls[1])
+            hidden, layer_inputs = streamer.capture(pico_tokens(seed=seed))
+            loaded.run(hidden, layer_inputs[1])
         return [
             (
                 group,

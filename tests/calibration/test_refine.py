@@ -65,7 +65,7 @@ class Problem:
         """By its definition, of what runs in the block now."""
         losses = []
         for window in (0, 8):
-            output = self.loaded.run(self.data.inputs(window), self.data.call).double()[0]
+            output = self.loaded.run(self.data.inputs(window), self.data.layer_inputs).double()[0]
             target = self.data.targets(window).double()[0]
             metrics = [torch.eye(HIDDEN, dtype=torch.float64)]
             if self.data.gradient is not None:
@@ -93,22 +93,22 @@ def problem(
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)
     random = torch.Generator().manual_seed(0)
-    dense, calls = streamer.record(pico_tokens(windows, 16))
-    call = streamer.record(pico_tokens(1, 16))[1][1]
+    dense, layer_inputs = streamer.capture(pico_tokens(windows, 16))
+    one_window = streamer.capture(pico_tokens(1, 16))[1][1]
     noise = torch.randn(dense.shape, generator=random).to(dense.dtype)
     compressed = dense + 0.1 * dense.std() * noise if streams_differ else dense
     rows = torch.randn(64, HIDDEN, generator=random) * torch.logspace(0, -2, HIDDEN)
     with streamer.block(1) as loaded:
-        target = loaded.run(dense, calls[1])
+        target = loaded.run(dense, layer_inputs[1])
         sites = find_sites(skeleton, 1).eligible
         modules = {site: install(loaded, site, form) for site in sites}
         if reachable:
-            target = loaded.run(compressed, calls[1])
+            target = loaded.run(compressed, layer_inputs[1])
         data = TrainingData(
             windows,
             lambda w: compressed[w : w + 1],
             lambda w: target[w : w + 1],
-            call,
+            one_window,
             rows.T @ rows if weighted else None,
         )
         yield Problem(loaded, modules, data)

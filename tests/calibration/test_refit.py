@@ -147,9 +147,9 @@ def compressed_block(
     random = torch.Generator().manual_seed(0)
     batches = []
     for seed in range(3):
-        hidden, calls = streamer.record(pico_tokens(seed=seed))
+        hidden, layer_inputs = streamer.capture(pico_tokens(seed=seed))
         noise = torch.randn(hidden.shape, dtype=hidden.dtype, generator=random)
-        batches.append((hidden, hidden + 0.3 * hidden.std() * noise, calls[1]))
+        batches.append((hidden, hidden + 0.3 * hidden.std() * noise, layer_inputs[1]))
     with streamer.block(1) as loaded:
         sites = find_sites(skeleton, 1).eligible
         modules = {site: install(loaded, site, form) for site in sites}
@@ -175,20 +175,20 @@ def test_the_sums_are_those_of_both_streams_in_memory(
 ) -> None:
     with compressed_block(pico(architecture, dtype=F64), form) as (loaded, modules, batches):
         refit = Refit(loaded, list(modules), anchor)
-        for dense, shifted, call in batches:
+        for dense, shifted, inputs in batches:
             with refit.dense():
-                loaded.run(dense, call)
+                loaded.run(dense, inputs)
             with refit.compressed():
-                loaded.run(shifted, call)
+                loaded.run(shifted, inputs)
         found = {site: refit.factors(site) for site in modules}
         names = [site.name for site in modules]
 
         with inputs_of(loaded.module, names) as seen:
-            for _, shifted, call in batches:
-                loaded.run(shifted, call)
+            for _, shifted, inputs in batches:
+                loaded.run(shifted, inputs)
         with loaded.dense(), inputs_of(loaded.module, names) as seen_dense:
-            for dense, _, call in batches:
-                loaded.run(dense, call)
+            for dense, _, inputs in batches:
+                loaded.run(dense, inputs)
         for site, module in modules.items():
             weight, right = site.weight(loaded), module.weight
             inputs, anchored = torch.cat(seen[site.name]), torch.cat(seen_dense[site.name])
@@ -208,13 +208,13 @@ def test_the_sums_are_those_of_both_streams_in_memory(
 def test_the_sums_leave_no_hook_and_the_factors_in_their_places(pico: Callable[..., Path]) -> None:
     with compressed_block(pico("llama", dtype=F64), "pivot") as (loaded, modules, batches):
         refit = Refit(loaded, list(modules), 1.0)
-        dense, shifted, call = batches[0]
+        dense, shifted, inputs = batches[0]
         with refit.dense():
             assert all(type(loaded.running(site.name)) is nn.Linear for site in modules)
-            loaded.run(dense, call)
+            loaded.run(dense, inputs)
         with refit.compressed():
             assert all(loaded.running(site.name) is m for site, m in modules.items())
-            loaded.run(shifted, call)
+            loaded.run(shifted, inputs)
 
         for site, module in modules.items():
             assert loaded.running(site.name) is module

@@ -333,17 +333,17 @@ def streamed_gradient(folder: Path, tokens: Tensor) -> Tensor:
     """The loss's gradient at the first block's input, with one block in memory at a time."""
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)
-    hidden, calls = streamer.record(tokens)
+    hidden, layer_inputs = streamer.capture(tokens)
     states = [hidden]
     for number in range(len(skeleton)):
         with streamer.block(number) as block:
-            states.append(block.run(states[-1], calls[number]))
+            states.append(block.run(states[-1], layer_inputs[number]))
     last = states[-1].detach().requires_grad_()
     with streamer.head() as head:
         gradient = torch.autograd.grad(_loss(head(last), tokens), last)[0]
     for number in reversed(range(len(skeleton))):
         with streamer.block(number) as block:
-            gradient = block.differentiate(states[number], calls[number], gradient)
+            gradient = block.differentiate(states[number], layer_inputs[number], gradient)
     return gradient
 
 

@@ -296,7 +296,7 @@ def test_a_budget_too_small_is_refused_with_the_least_that_works(
         ("-1G", "not understood"),
         ("900P", "not understood"),
         ("900T", r"--max-ram 900T is more than the .* of this machine"),
-        ("120%", "above 0% and at most at 100%"),
+        ("120%", "above 0% and at most 100%"),
     ],
 )
 def test_a_budget_that_is_none_is_refused(

@@ -27,10 +27,10 @@ def streamed_logits(folder: Path, tokens: Tensor) -> Tensor:
     """Logits (windows, seq, vocabulary) with one block in memory at a time."""
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)
-    hidden, calls = streamer.record(tokens)
+    hidden, layer_inputs = streamer.capture(tokens)
     for number in range(len(skeleton)):
         with streamer.block(number) as block:
-            hidden = block.run(hidden, calls[number])
+            hidden = block.run(hidden, layer_inputs[number])
     with streamer.head() as head:
         return head(hidden)
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from streamcomp.errors import UnsupportedModelError
 from streamcomp.model.feed_forward import in_chunks, whole
 from streamcomp.model.streamer import BlockStreamer
-from streamcomp.model.taps import Call
+from streamcomp.model.taps import LayerInputs
 from streamcomp.model.tracing import BlockTrace, trace_block
 from tests.model.folders import CPU, open_skeleton
 from tests.pico import ARCHITECTURES, pico_tokens
@@ -45,15 +45,15 @@ class Noting(nn.Module):
 def through_blocks(folder: Path, tokens: int) -> tuple[Tensor, Tensor]:
     """Hidden states (3, 16, hidden) behind all blocks, and the gradient of their sum of squares."""
     streamer = BlockStreamer(open_skeleton(folder), CPU, tokens)
-    hidden, calls = streamer.record(pico_tokens())
+    hidden, layer_inputs = streamer.capture(pico_tokens())
     states = [hidden]
-    for number, call in enumerate(calls):
+    for number, inputs in enumerate(layer_inputs):
         with streamer.block(number) as block:
-            states.append(block.run(states[-1], call))
+            states.append(block.run(states[-1], inputs))
     gradient = 2 * states[-1]
-    for number, call in reversed(list(enumerate(calls))):
+    for number, inputs in reversed(list(enumerate(layer_inputs))):
         with streamer.block(number) as block:
-            gradient = block.differentiate(states[number], call, gradient)
+            gradient = block.differentiate(states[number], inputs, gradient)
     return states[-1], gradient
 
 
@@ -148,10 +148,10 @@ def test_less_is_alive_at_a_time() -> None:
     model = LlamaForCausalLM(config).to("meta")
     hidden = torch.empty(1, 256, 64, device="meta")
     place = tuple(torch.zeros(1, 256, 32) for _ in range(2))
-    call = Call((), {"position_embeddings": place})
+    inputs = LayerInputs((), {"position_embeddings": place})
 
     def traced(tokens: int) -> BlockTrace:
-        found = trace_block(model.model.layers[0], [], hidden, call, tokens)
+        found = trace_block(model.model.layers[0], [], hidden, inputs, tokens)
         assert found.exact
         return found
 

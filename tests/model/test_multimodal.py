@@ -42,10 +42,10 @@ def test_of_a_model_with_a_tower_for_images_the_text_part_is_streamed(tmp_path: 
 
     skeleton = Skeleton(read_index(tmp_path))
     streamer = BlockStreamer(skeleton, CPU)
-    hidden, calls = streamer.record(tokens)
+    hidden, layer_inputs = streamer.capture(tokens)
     for number in range(len(skeleton)):
         with streamer.block(number) as block:
-            hidden = block.run(hidden, calls[number])
+            hidden = block.run(hidden, layer_inputs[number])
     with streamer.head() as head:
         logits = head(hidden)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamcomp.errors import SourceError, UnsupportedModelError
-from streamcomp.model.taps import Call, call_bytes, check_same_calls, views_of_one
+from streamcomp.model.taps import LayerInputs, check_same_inputs, input_bytes, views_of_one
 from tests.model.folders import edit_config, open_skeleton, save_edited
 from tests.pico import ARCHITECTURES, save_pico
 
@@ -86,53 +86,56 @@ def test_blocks_that_return_tuples_are_recorded_at_any_depth(tmp_path: Path) -> 
     # Each takes the first of what the one before returned: of a bare tensor, its first window.
     skeleton = open_skeleton(save_pico(tmp_path, "gpt_neo", blocks=6))
 
-    hidden, calls = skeleton.dry_record(2, 10)
+    hidden, layer_inputs = skeleton.dry_capture(2, 10)
 
-    assert (hidden.shape, len(calls)) == ((2, 10, skeleton.hidden_size), 6)
+    assert (hidden.shape, len(layer_inputs)) == ((2, 10, skeleton.hidden_size), 6)
 
 
-def test_calls_of_a_batch_are_views_of_those_of_one_window() -> None:
+def test_inputs_of_a_batch_are_views_of_those_of_one_window() -> None:
     mask, positions = torch.randn(1, 1, 4, 4), torch.arange(4)[None]
     own = torch.randn(3, 2)
-    one = [Call((mask,), {"positions": positions, "own": own[:1], "flag": True}) for _ in range(2)]
+    one = [
+        LayerInputs((mask,), {"positions": positions, "own": own[:1], "flag": True})
+        for _ in range(2)
+    ]
     batch = [
-        Call((mask.repeat(3, 1, 1, 1),), {"positions": positions, "own": own, "flag": True})
+        LayerInputs((mask.repeat(3, 1, 1, 1),), {"positions": positions, "own": own, "flag": True})
         for _ in range(2)
     ]
 
     shared = views_of_one(batch, one)
 
-    for call, made in zip(shared, batch, strict=True):
-        assert torch.equal(call.args[0], made.args[0])
-        assert call.args[0].untyped_storage().data_ptr() == mask.untyped_storage().data_ptr()
-        assert call.kwargs["own"] is own  # its windows differ
-        assert call.kwargs["flag"] is True
+    for inputs, made in zip(shared, batch, strict=True):
+        assert torch.equal(inputs.args[0], made.args[0])
+        assert inputs.args[0].untyped_storage().data_ptr() == mask.untyped_storage().data_ptr()
+        assert inputs.kwargs["own"] is own  # its windows differ
+        assert inputs.kwargs["flag"] is True
     numbers = mask.nbytes + positions.nbytes + own.nbytes
-    assert call_bytes(shared) == numbers
-    assert call_bytes(batch) == numbers + 5 * mask.nbytes
+    assert input_bytes(shared) == numbers
+    assert input_bytes(batch) == numbers + 5 * mask.nbytes
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_dry_record_has_the_shapes_of_a_real_one(
+def test_a_dry_capture_has_the_shapes_of_a_real_one(
     architecture: str, pico: Callable[..., Path]
 ) -> None:
     skeleton = open_skeleton(pico(architecture))
 
-    hidden, calls = skeleton.dry_record(3, 10)
+    hidden, layer_inputs = skeleton.dry_capture(3, 10)
 
     assert hidden.shape == (3, 10, 32)
-    assert len(calls) == 2
+    assert len(layer_inputs) == 2
     assert all(value.is_meta for value in skeleton.model.parameters())
 
 
 def test_calls_that_differ_are_refused() -> None:
-    first = [Call((), {"mask": None, "position": (torch.zeros(2), torch.ones(2))})]
-    same = [Call((), {"mask": None, "position": (torch.zeros(2), torch.ones(2))})]
-    other = [Call((), {"mask": None, "position": (torch.zeros(2), torch.zeros(2))})]
+    first = [LayerInputs((), {"mask": None, "position": (torch.zeros(2), torch.ones(2))})]
+    same = [LayerInputs((), {"mask": None, "position": (torch.zeros(2), torch.ones(2))})]
+    other = [LayerInputs((), {"mask": None, "position": (torch.zeros(2), torch.zeros(2))})]
 
-    check_same_calls(first, same)
+    check_same_inputs(first, same)
     with pytest.raises(UnsupportedModelError, match="depends on the tokens"):
-        check_same_calls(first, other)
+        check_same_inputs(first, other)
 
 
 # -- what is refused

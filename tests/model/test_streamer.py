@@ -62,7 +62,7 @@ def test_hidden_states_are_held_by_those_who_asked_for_them_alone(
 ) -> None:
     streamer = BlockStreamer(open_skeleton(pico("llama")), CPU)
 
-    hidden, _ = streamer.record(pico_tokens())
+    hidden, _ = streamer.capture(pico_tokens())
     embedded = weakref.ref(hidden)
     del hidden
     assert embedded() is None
@@ -104,7 +104,7 @@ def test_of_the_embedding_only_the_rows_in_use_are_read(pico: Callable[..., Path
         lambda module, args: seen.append(tuple(module.weight.shape))
     )
 
-    BlockStreamer(skeleton, CPU).record(torch.tensor([[7, 3, 7, 200], [3, 3, 7, 3]]))
+    BlockStreamer(skeleton, CPU).capture(torch.tensor([[7, 3, 7, 200], [3, 3, 7, 3]]))
 
     assert seen[-1] == (3, 32)
 
@@ -121,12 +121,12 @@ def test_a_padding_token_beyond_the_rows_in_use_is_no_trouble(tmp_path: Path) ->
 def test_a_block_may_be_loaded_again(architecture: str, pico: Callable[..., Path]) -> None:
     skeleton = open_skeleton(pico(architecture))
     streamer = BlockStreamer(skeleton, CPU)
-    hidden, calls = streamer.record(pico_tokens())
+    hidden, layer_inputs = streamer.capture(pico_tokens())
 
     outputs = []
     for _ in range(2):
         with streamer.block(1) as block:
-            outputs.append(block.run(hidden, calls[1]))
+            outputs.append(block.run(hidden, layer_inputs[1]))
 
     assert torch.equal(*outputs)
 
@@ -179,15 +179,15 @@ def test_loading_leaves_transformers_settings_alone(
 def test_a_linear_replaced_runs_until_the_block_is_dropped(pico: Callable[..., Path]) -> None:
     skeleton = open_skeleton(pico("llama"))
     streamer = BlockStreamer(skeleton, CPU)
-    hidden, calls = streamer.record(pico_tokens())
+    hidden, layer_inputs = streamer.capture(pico_tokens())
     original = skeleton.block(0).get_submodule("mlp.up_proj")
 
     with streamer.block(0) as block:
-        dense = block.run(hidden, calls[0])
+        dense = block.run(hidden, layer_inputs[0])
         block.replace("mlp.up_proj", nn.Linear(32, 48))
-        changed = block.run(hidden, calls[0])
+        changed = block.run(hidden, layer_inputs[0])
         block.restore()
-        restored = block.run(hidden, calls[0])
+        restored = block.run(hidden, layer_inputs[0])
         block.replace("mlp.up_proj", nn.Linear(32, 48))
 
     assert not torch.equal(changed, dense)
@@ -200,16 +200,16 @@ def test_a_weight_may_be_dropped_before_its_block_and_is_there_again_in_the_next
 ) -> None:
     skeleton = open_skeleton(pico("llama"))
     streamer = BlockStreamer(skeleton, CPU)
-    hidden, calls = streamer.record(pico_tokens())
+    hidden, layer_inputs = streamer.capture(pico_tokens())
     sites = {site.leaf: site for site in find_sites(skeleton, 0).eligible}
 
     with streamer.block(0) as block:
-        dense = block.run(hidden, calls[0])
+        dense = block.run(hidden, layer_inputs[0])
         sites["up_proj"].free(block)
         assert sites["up_proj"].weight(block).is_meta
         assert not sites["gate_proj"].weight(block).is_meta
     with streamer.block(0) as block:
-        assert torch.equal(block.run(hidden, calls[0]), dense)
+        assert torch.equal(block.run(hidden, layer_inputs[0]), dense)
 
 
 # -- checkpoints that do not hold what the model needs
@@ -331,7 +331,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(pico: Callable[..., Path]) -> 
     streamer = BlockStreamer(open_skeleton(pico("llama")), CPU)
 
     with pytest.raises(CorruptShardError, match="tokens 1 to 264 do not fit the 264 rows"):
-        streamer.record(torch.tensor([[1, 264]]))
+        streamer.capture(torch.tensor([[1, 264]]))
 
 
 def test_norms_of_a_wider_dtype_are_rounded_as_transformers_does(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ TRACEABLE = [name for name in ARCHITECTURES if name != "mixtral"]
 def trace(folder: Path, batch: int, seq_len: int = 32) -> BlockTrace:
     skeleton = open_skeleton(folder)
     block = skeleton.block(0)
-    hidden, calls = skeleton.dry_record(batch, seq_len)
-    return trace_block(block, find_sites(skeleton, 0).eligible, hidden, calls[0])
+    hidden, layer_inputs = skeleton.dry_capture(batch, seq_len)
+    return trace_block(block, find_sites(skeleton, 0).eligible, hidden, layer_inputs[0])
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_a_block_whose_code_depends_on_data_is_estimated(pico: Callable[..., Pat
 def test_tracing_touches_no_weight_and_leaves_no_hook(pico: Callable[..., Path]) -> None:
     skeleton = open_skeleton(pico("llama"))
     block = skeleton.block(0)
-    hidden, calls = skeleton.dry_record(1, 8)
+    hidden, layer_inputs = skeleton.dry_capture(1, 8)
 
-    trace_block(block, find_sites(skeleton, 0).eligible, hidden, calls[0])
+    trace_block(block, find_sites(skeleton, 0).eligible, hidden, layer_inputs[0])
 
     assert all(value.is_meta for value in block.parameters())
     assert not any(module._forward_pre_hooks for module in block.modules())

@@ -38,9 +38,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Analyse(Step):
-    """Moments of one block's inputs or outputs, and what is decomposed of them.
+    """Takes moments of one block's inputs or outputs, and decomposes its weights by them.
 
-    In one pass over the windows, or in several, each with the moments of some groups alone.
+    In one pass over the windows, or in several passes that each take moments of some groups.
     """
 
     @classmethod
@@ -98,7 +98,7 @@ def observing(
 
 
 def moment_seconds(outline: Outline, groups: Pass) -> float:
-    """Summing up the moments of ``groups``, and those of their gradients."""
+    """Seconds that summing up the moments of ``groups`` and of their gradients takes."""
     moments, products = observing_flops(groups, outline.tokens)
     return moments / outline.rates.moment_flops + products / outline.rates.model_flops
 
@@ -117,13 +117,13 @@ def decomposing_one(
     outline: Outline, block: BlockPlan, group: MomentGroup, site: Site, moments: int, dropped: int
 ) -> Phase:
     """One decomposition; ``moments`` bytes of them are there, ``dropped`` bytes of weights not."""
-    work = outline.method.working_bytes(
+    working = outline.method.working_bytes(
         site, group.side, group.tokens(outline.tokens), block.stream.dtype, outline.recipe
     )
     parts = {
         "weights": block.weight_bytes - dropped,
         "moments": moments,
-        "decomposition": work,
+        "decomposition": working,
     }
     rates = outline.rates
     seconds = rates.eigh_seconds(min(site.rows, site.columns))
@@ -132,7 +132,7 @@ def decomposing_one(
 
 
 def kept_files(block: int, chosen: range, *, keeps_moments: bool) -> tuple[StepFile, ...]:
-    """Files that a sweep leaves of a block's decompositions."""
+    """Files in which a sweep keeps a block's decompositions."""
     if block not in chosen:
         return ()
     return (Analysis(block), Moments(block)) if keeps_moments else (Analysis(block),)
@@ -184,7 +184,7 @@ def decompose_one(
     moment: Moment,
     analysed: Analysed,
 ) -> float:
-    """Decompose one site into the work folder and free its weight; the damping that it took."""
+    """Decompose one site into the work folder and free its weight; return the damping used."""
     stage(f"decomposing {site.leaf}")
     analysis = work.method.analyse(site.weight(loaded), moment, work.recipe)
     kept.write_decomposition(work.folder, loaded.number, site, analysis)

@@ -1,4 +1,4 @@
-"""A step: what it reads and writes, what it holds phase by phase, how long that takes, its deed.
+"""A step: the files it reads and writes, memory and seconds of each phase, and its work.
 
 A phase has one name, which the plan, the progress bar, the journal and the report share.
 """
@@ -18,7 +18,7 @@ from streamcomp.job.workspace import Stage, Workspace
 
 __all__ = ["Phase", "Step", "capturing", "loading", "running"]
 
-# The part of a phase's bytes that are the blocks' inputs next to the hidden states.
+# Name of the part of a phase's bytes that layer inputs take.
 _CAPTURED = "masks and positions"
 
 
@@ -29,7 +29,7 @@ class Phase:
     name: str
     parts: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0  # at the machine's measured rates; no code can be faster
-    site: str = ""  # the site that it is about, if it is one
+    site: str = ""  # the site that it works on, if only one
 
     @property
     def nbytes(self) -> int:
@@ -40,7 +40,7 @@ class Phase:
         return f"{self.name} {self.site}" if self.site else self.name
 
     def next_to(self, captured: int) -> Phase:
-        """This phase with so many bytes of masks and positions in memory."""
+        """This phase with ``captured`` more bytes of masks and positions in memory."""
         return replace(
             self, parts={**self.parts, _CAPTURED: captured + self.parts.get(_CAPTURED, 0)}
         )
@@ -48,7 +48,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Step(ABC):
-    """One step of a job, durable as a whole. Each kind is a subclass in a file of its own."""
+    """One step of a job, durable as a whole. Each kind is a subclass, in a separate file."""
 
     name: str
     block: int = -1  # number of the block that it works on
@@ -58,7 +58,7 @@ class Step(ABC):
 
     @abstractmethod
     def phases(self, outline: Outline, levers: Levers) -> Iterator[Phase]:
-        """Every phase in the order of :meth:`run`; one that comes again is given each time."""
+        """All phases in the order of :meth:`run`, repeated ones each time."""
 
     @abstractmethod
     def run(self, work: Workspace, stage: Stage) -> StepResult:
@@ -71,7 +71,7 @@ class Step(ABC):
 
     @property
     def on_host(self) -> bool:
-        """Whether it leaves the GPU alone."""
+        """Whether it does not use the GPU."""
         return False
 
     @property
@@ -94,7 +94,7 @@ class Step(ABC):
 def capturing(block: BlockPlan, batch: int) -> Phase:
     """Masks and positions of ``batch`` windows are made before a block is read.
 
-    One window's are kept; others of the same values are views of them.
+    Those of one window are kept; equal ones of other windows are views of them.
     """
     return Phase("capturing", {_CAPTURED: batch * block.inputs.peak_bytes})
 

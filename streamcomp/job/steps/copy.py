@@ -1,4 +1,4 @@
-"""The step that copies what is in no block."""
+"""The step that copies the tensors outside of blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Copy"]
 
 @dataclass(frozen=True)
 class Copy(Step):
-    """All tensors that are in no block, byte for byte, ``COPY_BYTES`` at a time."""
+    """Copies all tensors outside of blocks, byte for byte, ``COPY_BYTES`` at a time."""
 
     @classmethod
     def make(cls, output: int, prefix: str) -> Copy:

@@ -43,12 +43,12 @@ def updating(
     outline: Outline, block: BlockPlan, batch: int, ranks: Mapping[Site, int], factors: int
 ) -> Phase:
     """Both blocks over ``batch`` windows, the outputs of all sites, and the sums of the fits."""
-    sums, work = refit_bytes(ranks, block.stream.dtype, batch * block.stream.seq_len)
+    sums, outputs = refit_bytes(ranks, block.stream.dtype, batch * block.stream.seq_len)
     parts = {
         "weights": block.weight_bytes,
         "factors": factors,
         "moments": sums,
-        "activations": 2 * block.activations(batch) + work,
+        "activations": 2 * block.activations(batch) + outputs,
     }
     return Phase("updating", parts, 2 * outline.forward_seconds(block.number))
 
@@ -79,14 +79,14 @@ def refining(
     seconds = outline.recipe.refine * flops / outline.rates.model_flops
     trained = {"factors": factors + training, "activations": activations}
     yield Phase("refining", parts | trained, seconds)
-    work = (
+    working = (
         max(
             balancing_bytes(site.rows, site.columns, rank),
             form.encoding_bytes(site.rows, site.columns, rank, stream.dtype),
         )
         for site, rank in most.items()
     )
-    stored = {"factors": 2 * factors + converting, "decomposition": max(work, default=0)}
+    stored = {"factors": 2 * factors + converting, "decomposition": max(working, default=0)}
     yield Phase("refining", parts | stored)
 
 

@@ -20,7 +20,7 @@ from streamcomp.linalg.dtypes import gradient_dtype, moment_dtype
 
 __all__ = ["Loss", "head_bytes", "loading_head"]
 
-_LARGEST = 700.0  # its exponential is about the largest number there is
+_LARGEST = 700.0  # its exponential is near the largest fp64 number
 _F32 = 4
 
 
@@ -35,7 +35,7 @@ class Loss(Step):
 
     @classmethod
     def make(cls, depth: int) -> Loss:
-        """Behind the last of ``depth`` blocks."""
+        """The step after the last of ``depth`` blocks."""
         return cls(
             "gradient of the loss",
             reads=(Windows(), DenseStates(depth)),
@@ -94,7 +94,7 @@ def loading_head(outline: Outline, run_dtype: torch.dtype) -> Phase:
 
 
 def head_bytes(outline: Outline, run_dtype: torch.dtype) -> int:
-    """The head as it is read, in the model's dtype and in ``run_dtype``: each that is another."""
+    """The head in the dtypes on disk, of the model and of the run, once for each distinct one."""
     skeleton = outline.skeleton
     dtypes = {skeleton.embedding_source.torch_dtype, skeleton.dtype, run_dtype}
     return int(skeleton.head.weight.numel() * sum(dtype.itemsize for dtype in dtypes))

@@ -33,16 +33,15 @@ from streamcomp.recipe import Recipe
 
 __all__ = ["Reverse"]
 
-_BACKWARD = 2  # a backward, in forwards
+_BACKWARD = 2  # forwards that take as long as a backward
 
 
 @dataclass(frozen=True)
 class Reverse(Step):
-    """Moments of one block's inputs, outputs and gradients, and what is decomposed of them.
+    """Takes moments of one block's inputs, outputs and gradients, and decomposes its weights.
 
-    In one pass over the windows, or in several, each with the moments of some groups alone. Where
-    not every block's input was stored, those of the blocks since the last one that was are made
-    anew first.
+    In one pass over the windows, or in several passes that each take moments of some groups.
+    Where its input was not stored, it is computed first, from the last one that was.
     """
 
     @classmethod

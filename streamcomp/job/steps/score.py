@@ -23,7 +23,7 @@ _F32 = 4
 
 @dataclass(frozen=True)
 class Score(Step):
-    """Negative log-likelihood of each window's tokens, predicted from the window's own beginning.
+    """Negative log-likelihood of each window's tokens, predicted from those before it.
 
     Holds the head, one window, and for ``head_tokens`` tokens logits in the model's dtype and twice
     in fp32.
@@ -31,7 +31,7 @@ class Score(Step):
 
     @classmethod
     def make(cls, depth: int) -> Score:
-        """Behind the last of ``depth`` blocks."""
+        """The step after the last of ``depth`` blocks."""
         return cls("head", reads=(Windows(), DenseStates(depth)))
 
     def phases(self, outline: Outline, levers: Levers) -> Iterator[Phase]:

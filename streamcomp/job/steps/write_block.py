@@ -1,4 +1,4 @@
-"""The step that writes one block of one output: a shard of factors and of what stays dense."""
+"""The step that writes one block of one output: a shard of factors and dense tensors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class WriteBlock(Step):
         target = compressed_states(self.block + 1, self.output)
         return target if target in self.writes else None
 
-    # -- what it takes -------------------------------------------------------------------
+    # -- bytes and seconds -------------------------------------------------------------------
 
     def phases(self, outline: Outline, levers: Levers) -> Iterator[Phase]:
         recipe, factors = outline.recipe, 0
