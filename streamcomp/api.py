@@ -14,7 +14,7 @@ from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_index
 from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
 from streamcomp.integrations.transformers import AUTO_MAP, PLUGIN, plugin_source
 from streamcomp.job.folders import WORK_FOLDER, output_folders
-from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked
+from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked, same_job
 from streamcomp.job.plan import Plan, make_plan
 from streamcomp.job.planner import Conditions
 from streamcomp.job.progress import JobProgress, SilentProgress
@@ -249,7 +249,7 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
             recipe=report.recipe,
         )
     if journal is None:
-        raise OutputError(f"{out} holds no job, or its work lies elsewhere: give --work-dir")
+        raise OutputError(f"{out} holds no job, or its work is elsewhere: give --work-dir")
     seconds = sum(step.seconds for step in journal.steps)
     planned, done = journal.header.planned_seconds, len(journal.steps)
     pace = seconds / (sum(planned[:done]) or seconds) if seconds else 1.0
@@ -315,7 +315,7 @@ def _clean(work: Path, report: Report) -> None:
         if journal is None:
             over = not any(work.iterdir())  # killed just before the folder itself was removed
         else:
-            ours = journal.header.fingerprint == report.fingerprint
+            ours = same_job(journal.header.fingerprint, report.fingerprint)
             over = ours and journal.finished and not journal.header.levers.keep_work
         if over:
             remove_work(work)

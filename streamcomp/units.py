@@ -23,7 +23,7 @@ def parse_bytes(text: str, *, whole: int | None = None) -> int:
     if whole is not None and (share := _SHARE.fullmatch(stripped)):
         percent = float(share[1])
         if not 0 < percent <= 100:
-            raise RecipeError(f"size {text!r}: a share lies above 0% and at most at 100%")
+            raise RecipeError(f"size {text!r}: a share must be above 0% and at most 100%")
         return int(whole * percent / 100)
     match = _SIZE.fullmatch(stripped)
     if match is None:

@@ -11,12 +11,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the suite
 # says the environment of what tests start, too.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from tests.jobs import varied_text  # noqa: E402
 from tests.pico import save_pico  # noqa: E402
+
+_WORKER_BYTES = 3 * 2**29  # a worker of pytest-xdist at its largest, with a process that it starts
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker for each core, as far as memory is free for them."""
+    fit = int(psutil.virtual_memory().available) // _WORKER_BYTES
+    return max(1, min(len(os.sched_getaffinity(0)), fit))
+
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

@@ -90,7 +90,7 @@ def refine_block(
     Whatever their form, the two factors U sqrt(S) and sqrt(S) V of the product's SVD are trained:
     pivot rows, which span all others, would move the whole matrix with each of their numbers. The
     block runs in the dtype of its weights, on copies rounded from fp32. At the end the factors
-    return to their form, and are measured as they will be stored. Holds, beside the block, both
+    return to their form, and are measured as they will be stored. Holds, next to the block, both
     factors of its sites five times in fp32 (with gradient, momentum, the best so far and the
     rounded copies), the largest three times more, and the graph of one window.
     """

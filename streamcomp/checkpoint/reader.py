@@ -1,7 +1,7 @@
 """Reads tensors by byte range into memory of their own.
 
 ``pread`` into a fresh tensor rather than a memory map: a view of a map keeps the whole
-shard mapped and counts in RSS a second time beside its copy, and a file cut short under a
+shard mapped and counts in RSS a second time next to its copy, and a file cut short under a
 map ends the process (SIGBUS) where ``pread`` reports it. The page cache is released behind
 each read, so that a job does not push other programs out of memory.
 """

@@ -66,8 +66,8 @@ class Entry:
 def write_shard(path: Path, entries: Iterable[Entry]) -> None:
     """Write ``entries`` to ``path``, durably, in the safetensors format.
 
-    Tensors lie in the order of falling item size, then name, so that each is aligned and the
-    same tensors always give the same bytes. Holds ``COPY_BYTES`` beside what the caller holds.
+    Tensors are in the order of falling item size, then name, so that each is aligned and the
+    same tensors always give the same bytes. Holds ``COPY_BYTES`` more than the caller.
     """
     ordered = sorted(entries, key=lambda entry: (-entry.item_bytes, entry.name))
     header = _header(ordered)

@@ -221,7 +221,7 @@ _STREAM_DIR = options_of(
 def evaluate(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Measure the perplexity of MODEL, streamed block by block.
 
-    MODEL is dense or compressed.
+    MODEL is dense or compressed: a folder, or a name on the hub.
 
     \b
     Examples:
@@ -259,9 +259,9 @@ _EXPORTED = make_option(
     ]
 )
 def export(out: str, dest: Path, form: str | None, as_json: bool, quiet: bool) -> None:
-    """Write the compressed model OUT to DEST without pivots.
+    """Write the compressed model OUT to DEST for other tools.
 
-    For tools that know no pivots, or no factors either.
+    DEST becomes a plain checkpoint, or one with two factors per linear and no pivots.
 
     \b
     Example:

@@ -98,15 +98,17 @@ def make_option(name: str, kind: type, default: Any, setting: Setting) -> Option
         is_flag=kind is bool,
         multiple=kind is tuple,
         default=None,
-        callback=_checked(setting),
+        callback=_checked(default, setting),
     )
 
 
-def _checked(setting: Setting) -> Callable[[click.Context, click.Parameter, Any], Any]:
+def _checked(
+    default: Any, setting: Setting
+) -> Callable[[click.Context, click.Parameter, Any], Any]:
     """A callback that refuses values that the setting cannot have."""
 
     def check(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-        if value not in (None, ()):
+        if value not in (None, (), default):
             setting.check_value(parameter.name or "", value)
         return value
 

@@ -86,7 +86,7 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
         """transformers only warns of missing tensors; a missing factor is an error."""
         from streamcomp.forms.runtime import FactoredLinear
 
-        # what save_pretrained makes of this model has no plugin beside it for auto_map to name
+        # what save_pretrained makes of this model has no plugin next to it for auto_map to name
         vars(model.config).pop("auto_map", None)
         for name, module in model.named_modules():
             if not isinstance(module, FactoredLinear):

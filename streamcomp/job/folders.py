@@ -1,6 +1,6 @@
 """The folders of a job: OUT, one in it for each of several outputs, and the work folder.
 
-OUT and the work folder may lie on different disks, and hold what belongs to somebody else: then
+OUT and the work folder may be on different disks, and hold what belongs to somebody else: then
 the job is refused before it has touched anything.
 """
 
@@ -36,7 +36,7 @@ class JobFolders:
 
     @property
     def works_inside(self) -> bool:
-        """Whether the work folder lies in OUT, and so is this OUT's."""
+        """Whether the work folder is in OUT, and so is this OUT's."""
         return self.work.resolve().is_relative_to(self.out.resolve())
 
     def shards(self, output: int) -> list[Path]:

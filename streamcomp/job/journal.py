@@ -24,9 +24,16 @@ import transformers
 from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.errors import CalibrationError, JobLockedError, JobMismatchError, OutputError
+from streamcomp.errors import (
+    CalibrationError,
+    JobLockedError,
+    JobMismatchError,
+    OutputError,
+    RecipeError,
+)
 from streamcomp.job.rows import Header, JobLevers, Row, StepRow
 from streamcomp.recipe import DECOMPOSITION_FIELDS, OUTPUT_FIELDS, Recipe
+from streamcomp.settings import about
 
 __all__ = [
     "JOURNAL",
@@ -36,6 +43,7 @@ __all__ = [
     "fingerprint",
     "locked",
     "same_analysis",
+    "same_job",
     "same_moments",
 ]
 
@@ -50,7 +58,7 @@ Fingerprint = dict[str, Any]
 def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
     """All that decides a job's result: source, recipe, calibration files, library versions."""
     fields: Fingerprint = {"source": _source_hash(index)}
-    fields |= {name: _plain(value) for name, value in asdict(recipe).items()}
+    fields |= _settings(recipe)
     fields["calibration_files"] = [
         [name, _text_hash(Path(name))] for name in recipe.calibration if Path(name).exists()
     ]
@@ -85,6 +93,11 @@ def check_fingerprint(
             )
 
 
+def same_job(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of one job."""
+    return _same_but((), one, other)
+
+
 def same_analysis(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two jobs differ in nothing but what shapes their output."""
     return _same_but(OUTPUT_FIELDS, one, other)
@@ -97,7 +110,21 @@ def same_moments(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _completed(held: Mapping[str, Any]) -> Fingerprint:
     """``held`` with the defaults of settings that did not exist when it was taken."""
-    return {name: _plain(value) for name, value in asdict(Recipe()).items()} | dict(held)
+    stored = {name: held[name] for name in about(Recipe) if name in held}
+    try:
+        return _settings(Recipe.from_mapping(stored)) | dict(held)
+    except RecipeError:  # from a version with other rules
+        return dict(held)
+
+
+def _settings(recipe: Recipe) -> Fingerprint:
+    """Plain values of the settings that affect the result."""
+    described = about(recipe)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(recipe).items()
+        if described[name].affects != "nothing"
+    }
 
 
 @contextmanager
@@ -251,7 +278,3 @@ def _text_hash(path: Path) -> str:
         except OSError as error:
             raise CalibrationError(f"{file} cannot be read: {error.strerror}") from error
     return total.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

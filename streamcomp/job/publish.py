@@ -26,7 +26,7 @@ __all__ = [
 
 REPORT = "streamcomp_report.json"
 
-# What lies beside the weights and belongs to the model. Never code, never weights.
+# Files next to the weights that belong to the model. Never code, never weights.
 _COMPANIONS = (
     "*.json",
     "*.jinja",

@@ -25,6 +25,7 @@ from streamcomp.job.journal import (
     fingerprint,
     locked,
     same_analysis,
+    same_job,
     same_moments,
 )
 from streamcomp.job.plan import Plan, make_plan
@@ -133,7 +134,7 @@ class Job:
         if begun is None or not begun.steps:
             return None
         held, levers = begun.header.fingerprint, begun.header.levers
-        if held == self.fingerprint or not (levers.keep_work and begun.finished):
+        if same_job(held, self.fingerprint) or not (levers.keep_work and begun.finished):
             return begun
         if same_analysis(held, self.fingerprint):
             return begun.inherit(self.fingerprint, (ShareRanks.label,))

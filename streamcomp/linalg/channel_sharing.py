@@ -125,7 +125,7 @@ def average_bits(
     """Bits for each weight of a rows x columns linear, as the paper reports them.
 
     Floats take ``itemsize`` bytes, labels ceil(log2 k) bits. With ``stored`` labels are counted
-    as they lie on disk: 16 bits where int16 holds them, else 32.
+    as they are on disk: 16 bits where int16 holds them, else 32.
     """
     channels = rows if axis == "rows" else columns
     floats = shared_numbers(rows, columns, axis, clusters, rank) - channels

@@ -222,7 +222,7 @@ def decompose_two_sided_outputs(
     """Two-sided, from the moments of the outputs K and of their gradients Gamma, (m, m) both.
 
     Meant for m <= n. ``damping`` is added to Gamma, relative to its mean diagonal. Holds the
-    fp64 factor of Gamma beside what :func:`eigh` does; K itself may be freed with ``spend``.
+    fp64 factor of Gamma on top of what :func:`eigh` does; K itself may be freed with ``spend``.
     """
     if not float(gradients.diagonal().sum()) > 0:
         return _without_gradients(decompose_outputs(weight, outputs))

@@ -13,7 +13,7 @@ from streamcomp.linalg.symmetric import exact_products, mirror
 
 __all__ = ["ROWS_PER_UPDATE", "SecondMoment", "moment_flops", "panel_of"]
 
-# Rows cast and multiplied at a time, so that the cast copy stays small beside the moment.
+# Rows cast and multiplied at a time, so that the cast copy stays small next to the moment.
 ROWS_PER_UPDATE = 2048
 
 

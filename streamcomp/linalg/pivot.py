@@ -31,8 +31,8 @@ def interpolate(basis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Pivots come from LU with partial pivoting; rows are then exchanged as in a strong
     rank-revealing QR (Gu and Eisenstat 1996) until no coefficient exceeds
     ``MOST_COEFFICIENT``. Each exchange grows the volume of the pivot rows by that factor, so
-    there are few. ``basis`` is overwritten where it lies in the order of columns, else copied; the
-    coefficients share its memory. Holds three r x r matrices beside it.
+    there are few. ``basis`` is overwritten where it is in the order of columns, else copied; the
+    coefficients share its memory. Holds three r x r matrices in addition to it.
     """
     rows, rank = basis.shape
     packed = basis if basis.mT.is_contiguous() else basis.mT.contiguous().mT

@@ -82,7 +82,7 @@ def gram(matrix: Tensor) -> Tensor:
     Products of half-precision numbers are exact in fp32: they are added up there within a panel,
     and in fp64 across panels. Holds the result and two panels.
     """
-    size, panel = matrix.shape[1], (PANEL + 1) // 2  # narrow ones multiply less beside the diagonal
+    size, panel = matrix.shape[1], (PANEL + 1) // 2  # narrow ones multiply less next to it
     result = torch.zeros(size, size, dtype=torch.float64, device=matrix.device)
     for rows in matrix.split(PANEL):
         wide = rows.to(solve_dtype(matrix.dtype))
@@ -165,7 +165,7 @@ def _graded(matrix: Tensor) -> tuple[Tensor, Tensor]:
     half = product - 0.5 * reflector @ (middle.T @ (reflector.T @ product))
     matrix.addmm_(half, reflector.T, alpha=-1).addmm_(reflector, half.T, alpha=-1)
     few, turned = torch.linalg.eigh(matrix[:count, :count])
-    # what couples both parts lies between directions that are all kept, and is left out
+    # what couples both parts is between directions that are all kept, and is left out
     rest = matrix[count:, count:].float()
     probe = torch.ones(size - count, dtype=torch.float64, device=matrix.device)
     probe[1::2] = -1

@@ -23,7 +23,7 @@ def warm_up(
     """Touch the kernels that a job uses, so that their code and buffers are resident.
 
     ``gradients`` are those of the loss in a reverse sweep, ``training`` is a refinement's. Returns
-    the bytes that products take beside their operands and give back, measured on this machine.
+    the bytes that products take in addition to their operands and give back, as measured here.
     """
     square = torch.eye(64, dtype=dtype, device=device)
     torch.nn.functional.linear(square, square)

@@ -119,7 +119,7 @@ def budget_bytes(max_ram: str | None, *, elsewhere: bool = False) -> int:
 
 
 def is_memory_backed(folder: Path) -> bool:
-    """Whether files in ``folder`` lie in memory (tmpfs), and so count in the budget."""
+    """Whether files in ``folder`` are in memory (tmpfs), and so count in the budget."""
     resolved = folder.resolve()
     while not resolved.exists():
         resolved = resolved.parent

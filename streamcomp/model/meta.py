@@ -115,7 +115,7 @@ def _model_dtype(index: CheckpointIndex) -> torch.dtype:
 
 
 def _plain_floats(value: Any) -> Any:
-    """``value`` with floats in the place of ``{"__float__": "Infinity"}`` and the like.
+    """``value`` with floats instead of ``{"__float__": "Infinity"}`` and the like.
 
     So transformers writes what JSON has no number for.
     """
@@ -209,7 +209,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
     whole = set(model._no_split_modules or ())
-    decoder = set(model.get_decoder().modules())  # beside it may stand a tower for images
+    decoder = set(model.get_decoder().modules())  # a tower for images may be next to it
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     lists = [pair for pair in lists if pair[1] in decoder] or lists  # or the head is called decoder
     for name, layers in lists:

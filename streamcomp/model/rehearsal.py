@@ -57,9 +57,9 @@ def rehearse(
     outer: dict[str, nn.Module],
     head: nn.Module,
 ) -> Rehearsal:
-    """Run ``forward`` of tokens (batch, seq) with ``panel`` in the place of the ``blocks``.
+    """Run ``forward`` of tokens (batch, seq) with ``panel`` instead of the ``blocks``.
 
-    ``outer`` are the modules that hold parameters and lie in no block, by name; these parameters
+    ``outer`` are the modules that hold parameters and are in no block, by name; these parameters
     must be there, with any values, those of the blocks need not. ``head`` is never computed.
     Raises UnsupportedModelError where the model cannot be streamed.
     """

@@ -339,7 +339,7 @@ def _computes_a_linear(module: nn.Linear) -> bool:
 
 
 def _is_router(skeleton: Skeleton, full_name: str, rows: int) -> bool:
-    """One output per expert, beside the experts: a list of as many, or one tensor of them all."""
+    """One output per expert, next to the experts: a list of as many, or one tensor of them all."""
     if rows not in _expert_counts(skeleton):
         return False
     beside = skeleton.model.get_submodule(full_name.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""A model without weights, and where on disk each of its parameters lies.
+"""A model without weights, and where on disk each of its parameters is.
 
 Nothing here knows an architecture. The model is built on the ``meta`` device by
 transformers, its blocks are found by their number, and transformers' own renamings map
@@ -132,7 +132,7 @@ class Skeleton:
 
     @property
     def outer_modules(self) -> set[str]:
-        """Names of the modules that hold parameters and lie in no block."""
+        """Names of the modules that hold parameters and are in no block."""
         prefix = self.layers_name + "."
         return {
             name
@@ -206,7 +206,7 @@ class Skeleton:
 
     @contextmanager
     def _tapped(self) -> Iterator[None]:
-        """Taps in the place of the blocks."""
+        """Taps instead of the blocks."""
         self._parent._modules[self._leaf] = self._panel.taps
         try:
             yield
@@ -216,7 +216,7 @@ class Skeleton:
 
     @contextmanager
     def _conducted_by(self, conductor: Conductor) -> Iterator[None]:
-        """Taps in the place of the blocks, which ``conductor`` answers for."""
+        """Taps instead of the blocks, which ``conductor`` answers for."""
         self._panel.conductor = conductor
         with self._tapped():
             yield
@@ -233,7 +233,7 @@ class Skeleton:
 
         Tensors that are missing, of another shape than the config says, or no floats. Modules
         that no token runs through (a tower for images) may lack theirs, and without ``head`` also
-        what lies behind the blocks.
+        the modules behind the blocks.
         """
         outer = self.rehearsal.before
         if head:

@@ -1,6 +1,6 @@
 """Runs a model with the weights of one block in memory.
 
-What lies before the blocks stays (position embeddings, if any), but of the token embedding
+Modules before the blocks stay (position embeddings, if any), but of the token embedding
 only the rows in use are read. A block's weights live inside a ``with``, and so does the head.
 """
 
@@ -215,7 +215,7 @@ class BlockStreamer:
                 _free(self.skeleton.model.get_submodule(name))
 
     def _load_outer(self, names: Set[str]) -> None:
-        """Load modules that lie in no block; all their tensors must be there."""
+        """Load modules that are in no block; all their tensors must be there."""
         self._load(lambda parameter: parameter.rpartition(".")[0] in names)
         for parameter in self.skeleton.ties:
             if parameter.rpartition(".")[0] in names:

@@ -1,6 +1,6 @@
 """Stand-ins for decoder blocks, which see how the model's own forward calls them.
 
-While a model runs with taps in the place of its blocks, a *conductor* decides what each tap
+While a model runs with taps instead of its blocks, a *conductor* decides what each tap
 answers: it records calls, hands back hidden states, or rehearses (:mod:`.rehearsal`).
 """
 

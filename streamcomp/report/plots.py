@@ -33,7 +33,7 @@ _MOST_LABELS = 8  # below a plot
 _LABEL_WIDTH = 3.5  # of a block's number, percent of the plot
 _LETTER_WIDTH = 1.8  # of a sweep's name, percent of the plot
 _LOG_FROM = 30  # a log axis where the largest loss is that many times the least
-_LOG_DECADES = 6  # losses further below the largest lie on the floor of the plot
+_LOG_DECADES = 6  # losses further below the largest are on the floor of the plot
 _ROW_REM = 1.35  # height of a row of cells
 
 
