@@ -96,13 +96,14 @@ def observing_bytes(groups: Sequence[MomentGroup], stream: StreamShape, batch: i
 
 
 def observing_flops(groups: Sequence[MomentGroup], tokens: int) -> tuple[float, float]:
-    """Operations of the moments of ``groups`` over ``tokens``, and of their products W^T g."""
+    """Operations of the moments of ``groups``, and of products W^T g, for a stream's ``tokens``."""
     moments, products = 0.0, 0.0
     for group in groups:
-        moments += moment_flops(group.size, tokens)
+        moments += moment_flops(group.size, group.tokens(tokens))
         for site in group.sites if group.gradients else ():
-            moments += moment_flops(min(site.rows, site.columns), tokens)
-            products += 2.0 * tokens * site.numel if site.rows > site.columns else 0.0
+            rows = site.tokens(tokens)
+            moments += moment_flops(min(site.rows, site.columns), rows)
+            products += 2.0 * rows * site.numel if site.rows > site.columns else 0.0
     return moments, products
 
 

@@ -88,13 +88,13 @@ class Refit:
         return see
 
 
-def refit_bytes(ranks: Mapping[Site, int], dtype: torch.dtype, rows: int) -> tuple[int, int]:
-    """Bytes of the sums, and of the dense outputs of ``rows`` tokens with the largest of the fits.
+def refit_bytes(ranks: Mapping[Site, int], dtype: torch.dtype, tokens: int) -> tuple[int, int]:
+    """Bytes of the sums, and of the dense outputs for ``tokens`` with the largest of the fits.
 
     ``ranks`` are those of the sites that are fitted together. A fit is solved in fp64 and holds
     both sums three times.
     """
     numbers = [rank * rank + site.rows * rank for site, rank in ranks.items()]
-    outputs = sum(site.rows for site in ranks) * dtype.itemsize * rows
+    outputs = sum(site.rows * site.tokens(tokens) for site in ranks) * dtype.itemsize
     fit = 3 * torch.float64.itemsize * max(numbers, default=0)
     return sum(numbers) * moment_dtype(dtype).itemsize, outputs + fit

@@ -191,7 +191,7 @@ def _groups(
         trace.groups,
         gradients=method.needs_gradients,
         inputs_only=method.needs_inputs or recipe.statistics == "none",
-        tokens=stream.windows * stream.seq_len if narrow else 0,
+        tokens=stream.tokens if narrow else 0,
     )
 
 

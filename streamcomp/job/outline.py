@@ -56,7 +56,7 @@ class Outline:
     @property
     def tokens(self) -> int:
         """Tokens of all windows together."""
-        return self.stream.windows * self.stream.seq_len
+        return self.stream.tokens
 
     @property
     def vocabulary(self) -> int:
