@@ -82,7 +82,7 @@ def options_of(
 def make_option(name: str, kind: type, default: Any, setting: Setting) -> Option:
     """The option ``--name`` of a setting whose single values are of this ``kind``."""
     option = f"--{name.replace('_', '-')}"
-    told = "" if (setting.most or 0) > _LARGE else setting.range
+    told = "" if (setting.maximum or 0) > _LARGE else setting.range
     remarks = "; ".join(filter(None, (_default(default, setting), told)))
     parts = [setting.help]
     if remarks:

@@ -20,7 +20,7 @@ from streamcomp.forms.storage import Floats
 from streamcomp.linalg.fitting import refit_left
 from streamcomp.model.sites import Site
 from streamcomp.model.streamer import BlockStreamer, LoadedBlock
-from streamcomp.model.taps import Call
+from streamcomp.model.taps import LayerInputs
 from tests.model.experts import CHOSEN, EXPERTS, ExpertSite, PartlyFactored, expert_sites, gated
 from tests.model.folders import CPU, open_skeleton
 from tests.pico import pico_tokens
@@ -61,10 +61,10 @@ def truncate(loaded: LoadedBlock, sites: list[ExpertSite], form: str) -> None:
         site.install(loaded, tensors, {"form": form, "rank": rank})
 
 
-def streams(streamer: BlockStreamer, windows: int = 3) -> tuple[Tensor, Tensor, Call]:
+def streams(streamer: BlockStreamer, windows: int = 3) -> tuple[Tensor, Tensor, LayerInputs]:
     """A dense and a compressed stream in front of the block, and the block's call."""
     random = torch.Generator().manual_seed(0)
-    dense, calls = streamer.record(pico_tokens(windows, 16))
+    dense, calls = streamer.capture(pico_tokens(windows, 16))
     noise = torch.randn(dense.shape, dtype=dense.dtype, generator=random)
     return dense, dense + 0.1 * dense.std() * noise, calls[1]
 
@@ -101,7 +101,7 @@ def test_each_expert_is_observed_on_its_own_tokens(side: str, given: Given) -> N
 
 
 def by_autograd(
-    loaded: LoadedBlock, hidden: Tensor, call: Call, gradient: Tensor
+    loaded: LoadedBlock, hidden: Tensor, call: LayerInputs, gradient: Tensor
 ) -> tuple[dict[Any, Tensor], dict[Any, Tensor], dict[Any, Tensor]]:
     """Inputs, outputs and outputs' gradients of each expert's weights, by one backward."""
 
@@ -127,7 +127,7 @@ def by_autograd(
 
 def test_an_expert_that_no_token_reaches_says_nothing(given: Given) -> None:
     loaded, sites, streamer = given
-    hidden, calls = streamer.record(pico_tokens(1, 1))
+    hidden, calls = streamer.capture(pico_tokens(1, 1))
     groups = group_moments(sites, (), gradients=True)
 
     with Observer(loaded, groups, CPU) as observer:
@@ -188,7 +188,7 @@ def test_experts_are_refined_with_the_block(form: str, given: Given) -> None:
     loaded, sites, streamer = given
     dense, compressed, call = streams(streamer, windows=11)
     target = loaded.run(dense, call)
-    call = streamer.record(pico_tokens(1, 16))[1][1]
+    call = streamer.capture(pico_tokens(1, 16))[1][1]
     truncate(loaded, sites, form)
     running = loaded.running("mlp.experts")
     data = TrainingData(
