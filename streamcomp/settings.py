@@ -27,7 +27,6 @@ Section = Literal["common", "method", "calibration", "memory", "output"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 
 _METADATA = "setting"  # key in a field's metadata
-_LARGE = 2**53  # larger maxima are not mentioned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +56,10 @@ class Setting:
     @property
     def range(self) -> str:
         """Its range in words: "0 to 1", "at least 0 and below 1"; "" where there is none."""
-        top = None if self.maximum is None or self.maximum > _LARGE else self.maximum
-        if self.minimum is not None and top is not None:
-            return f"{self.minimum} to {top}"
+        if self.minimum is not None and self.maximum is not None:
+            return f"{self.minimum} to {self.maximum}"
         ends = {"at least": self.minimum, "above": self.above}
-        ends |= {"at most": top, "below": self.below}
+        ends |= {"at most": self.maximum, "below": self.below}
         return " and ".join(f"{word} {end}" for word, end in ends.items() if end is not None)
 
     def allows(self, number: float) -> bool:
