@@ -36,13 +36,7 @@ _OUTPUT_GRADIENT = "output_gradient"
 def figures(site: Site, decomposition: Decomposition) -> AnalysisRow:
     """How the decomposition of ``site`` went."""
     return AnalysisRow(
-        name=site.disk_name,
-        rows=site.rows,
-        columns=site.columns,
-        energy=decomposition.energy,
-        damping=decomposition.damping,
-        condition=decomposition.finite_condition,
-        fallback=decomposition.fallback,
+        name=site.disk_name, rows=site.rows, columns=site.columns, **decomposition.figures
     )
 
 

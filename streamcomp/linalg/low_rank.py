@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,6 +137,16 @@ class Decomposition:
     def energy(self) -> float:
         """Sum of the spectrum."""
         return float(self.spectrum.sum())
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """How it went, as the journal and the report tell it."""
+        return {
+            "energy": self.energy,
+            "damping": self.damping,
+            "condition": self.finite_condition,
+            "fallback": self.fallback,
+        }
 
     @property
     def finite_condition(self) -> float | None:
