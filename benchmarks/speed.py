@@ -279,7 +279,7 @@ def _factored(linear: nn.Linear, form: str, ratio: float) -> nn.Module:
     if form == "dense":
         return linear
     rows, columns = linear.weight.shape
-    stored = find_form(form)
+    stored = find_form(form)()
     rank = stored.largest_rank(rows, columns, (1 - ratio) * rows * columns)
     module = stored.module(columns, rows, rank, dtype=linear.weight.dtype)
     for value in module.parameters():

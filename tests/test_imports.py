@@ -18,12 +18,13 @@ PACKAGE = Path(streamcomp.__path__[0])
 _MATHS = {"errors", "linalg", "forms", "methods"}
 _BASE = _MATHS | {"units", "settings", "recipe"}
 _MODELS = _BASE | {"checkpoint", "model"}
-_JOBS = _MODELS | {"machine", "calibration", "job"}
+_JOBS = _MODELS | {"terminal", "machine", "calibration", "job"}
 
 # A room -> the rooms it may import, beside itself.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
+    "terminal": set(),
     "linalg": {"errors"},
     "forms": {"errors", "linalg"},
     "methods": {"errors", "linalg", "forms"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors", "units", "recipe"},
     "model": _BASE | {"checkpoint"},
     "calibration": _MODELS,
-    "job": _MODELS | {"machine", "calibration"},
+    "job": _MODELS | {"terminal", "machine", "calibration"},
     "report": _JOBS,
     "tools": _JOBS,
     "integrations": _JOBS,

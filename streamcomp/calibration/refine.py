@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamcomp.forms import find_form, storage_of
+from streamcomp.forms import Form
 from streamcomp.forms.runtime import FactoredLinear, LowRankLinear
 from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
@@ -81,6 +81,7 @@ def refine_block(
     data: TrainingData,
     steps: int,
     *,
+    form: Form,
     rate: float = 0.0,
     seed: int = 0,
     progress: Callable[[float], None] = lambda share: None,
@@ -119,10 +120,10 @@ def refine_block(
     if not kept:
         return Refined(closed, before, before, 0)
     refined = {
-        site: find_form(module.form).encode(
+        site: form.encode(
             best[site.parameter("U")].to(solve_dtype(module.weight.dtype)),
             best[site.parameter("weight")].to(solve_dtype(module.weight.dtype)),
-            storage_of(module.weight.dtype),
+            module.weight.dtype,
         )
         for site, module in factored.items()
     }

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -21,6 +25,7 @@ from streamcomp.cli.options import Group, Option, make_option, options_of
 from streamcomp.errors import RecipeError, StreamcompError
 from streamcomp.recipe import Recipe, Resources
 from streamcomp.settings import Setting
+from streamcomp.terminal import drop
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -131,10 +136,11 @@ def compress(model: str, out: Path, as_json: bool, quiet: bool, **settings: Any)
     if as_json:
         tables.print_json(_with_others(result))
         return
-    if result.already_done:
-        click.echo(f"{out} is already done; to compress anew, remove it or give another OUT")
-    for made in (result, *result.others):
-        tables.print_summary(made.out, made.report)
+    with _unheard():
+        if result.already_done:
+            click.echo(f"{out} is already done; to compress anew, remove it or give another OUT")
+        for made in (result, *result.others):
+            tables.print_summary(made.out, made.report)
 
 
 def _with_others(result: streamcomp.CompressResult) -> dict[str, Any]:
@@ -272,7 +278,8 @@ def export(out: str, dest: Path, form: str | None, as_json: bool, quiet: bool) -
     if as_json:
         tables.print_json({"out": str(path), "form": form})
     else:
-        click.echo(f"{path} holds {out} in form {form}")
+        with _unheard():
+            click.echo(f"{path} holds {out} in form {form}")
 
 
 @cli.command(params=[_MODEL, _REVISION, *_PRINTING])
@@ -296,23 +303,85 @@ def main() -> None:
     """Entry point; a StreamcompError becomes one line and its exit code."""
     _prepare_libraries()
     try:
-        cli(standalone_mode=False)
+        with _stopping():
+            cli(standalone_mode=False)
     except StreamcompError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(f"error: {error}", error.exit_code)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
+        with _unheard():
+            error.show()
         sys.exit(error.exit_code)
     except OSError as error:
-        _drop_output()
         where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        with _unheard():
+            click.echo(f"error: {where}{error.strerror or error}", err=True)
+        _drop_output()  # what could not be written may be the output itself
         sys.exit(1)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: the finished steps are kept, the same command goes on", err=True)
-        sys.exit(130)
+    except (_Stopped, KeyboardInterrupt, click.Abort) as stop:
+        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+        by = "" if number == signal.SIGINT else f" by {number.name}"
+        _fail(
+            f"interrupted{by}: the finished steps are kept, the same command goes on", 128 + number
+        )
+
+
+class _Stopped(BaseException):
+    """The process is asked to end by the signal ``number``."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Raise :class:`_Stopped` on a signal that asks the process to end.
+
+    A second one ends it at once. Signals that the process was started to ignore (``nohup``)
+    stay ignored.
+    """
+    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if threading.current_thread() is not threading.main_thread():
+        asked = []  # Python handles signals there alone
+    before = {number: signal.getsignal(number) for number in asked}
+    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
+        raise _Stopped(signal.Signals(number))
+
+    for number in handled:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Say why on stderr, where that can be written, and exit with ``code``."""
+    with _unheard():
+        click.echo(message, err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Go on where what is said in this block cannot be written (a closed pipe, a full disk)."""
+    try:
+        yield
+    except OSError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Discard output that could not be printed, or the interpreter tries again at its exit."""
+    drop(sys.stdout)
+    drop(sys.stderr)
 
 
 def _prepare_libraries() -> None:
@@ -322,12 +391,6 @@ def _prepare_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not any(name in os.environ for name in (*_SPINNING, *_OTHERS_SPINNING)):
         os.environ.update(_SPINNING)
-
-
-def _drop_output() -> None:
-    """Discard output that could not be printed, or the interpreter tries again at its exit."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _progress(quiet: bool) -> JobProgress:

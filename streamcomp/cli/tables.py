@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import streamcomp
+from streamcomp.terminal import OpenConsole
 from streamcomp.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def _method_rows(report: dict[str, Any]) -> dict[str, str]:
 
 def _console() -> Console:
     """Prints text without markup, which a path or a name from a checkpoint may look like."""
-    return Console(markup=False, emoji=False)
+    return OpenConsole(markup=False, emoji=False)
 
 
 def _print_rows(console: Console, rows: dict[str, str], title: str | None = None) -> None:

@@ -6,7 +6,7 @@ from streamcomp.errors import RecipeError
 from streamcomp.forms.base import Allowance, Form, Matrix
 from streamcomp.forms.pivot import Pivot
 from streamcomp.forms.shared import Shared
-from streamcomp.forms.storage import Floats, Storage, storage_of
+from streamcomp.forms.storage import Floats, Storage, StorageSettings, storage_of
 from streamcomp.forms.uv import Uv
 
 __all__ = [
@@ -16,15 +16,21 @@ __all__ = [
     "Form",
     "Matrix",
     "Storage",
+    "StorageSettings",
     "find_form",
-    "storage_of",
+    "form_of",
 ]
 
-FORMS: dict[str, Form] = {form.name: form for form in (Pivot(), Uv(), Shared())}
+FORMS: dict[str, type[Form]] = {form.name: form for form in (Pivot, Uv, Shared)}
 
 
-def find_form(name: str) -> Form:
+def find_form(name: str) -> type[Form]:
     """The form called ``name``; RecipeError if there is none."""
     if name not in FORMS:
         raise RecipeError(f"form {name!r} unknown; one of: {', '.join(FORMS)}")
     return FORMS[name]
+
+
+def form_of(settings: StorageSettings) -> Form:
+    """The form that ``settings`` choose, with the storage that they choose."""
+    return find_form(settings.form)(storage_of(settings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamcomp.errors import NonFiniteError
 from streamcomp.forms.runtime import FactoredLinear
-from streamcomp.forms.storage import Storage
+from streamcomp.forms.storage import Floats, Storage
 from streamcomp.linalg.allocation import Curve, even_choices, min_loss_choices
 from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.symmetric import PANEL
@@ -43,12 +43,16 @@ class Allowance:
     numbers: int
 
 
+@dataclass(frozen=True)
 class Form(ABC):
     """Encodes W' = left right, counts numbers and bytes, and shares them among weights.
 
-    Costs are counts of numbers. Working bytes and operations include those of
-    :mod:`streamcomp.linalg`.
+    ``storage`` gives the storage of each matrix by the dtype of the dense weight; it raises
+    RecipeError for integers. Costs are counts of numbers. Working bytes and operations include
+    those of :mod:`streamcomp.linalg`.
     """
+
+    storage: Callable[[torch.dtype], Storage] = Floats
 
     name: ClassVar[str]
     source: ClassVar[str] = ""  # where it was published, if it was
@@ -86,9 +90,9 @@ class Form(ABC):
         """Bytes on disk of indices, which do not count as numbers."""
         return 0
 
-    def nbytes(self, rows: int, columns: int, allowance: Allowance, storage: Storage) -> int:
-        """Bytes on disk of all tensors of the form."""
-        matrices = self.shapes(rows, columns, allowance.rank).values()
+    def nbytes(self, rows: int, columns: int, allowance: Allowance, dtype: torch.dtype) -> int:
+        """Bytes on disk of all tensors that stand for a weight in ``dtype``."""
+        matrices, storage = self.shapes(rows, columns, allowance.rank).values(), self.storage(dtype)
         return sum(storage.nbytes(*shape) for shape in matrices) + self.extra_bytes(rows, columns)
 
     # -- how numbers are shared ------------------------------------------------------------
@@ -122,11 +126,11 @@ class Form(ABC):
     # -- encoding --------------------------------------------------------------------------
 
     @abstractmethod
-    def encode(self, left: Tensor, right: Tensor, storage: Storage) -> dict[str, Tensor]:
+    def encode(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """W' = left right as the tensors of this form, by their names on disk.
 
-        ``left`` (m, r) and ``right`` (r, n) are overwritten. The r x n factor is rounded first and
-        the other one fitted to it.
+        They stand for a weight in ``dtype``. ``left`` (m, r) and ``right`` (r, n) are overwritten.
+        The r x n factor is rounded first and the other one fitted to it.
         """
 
     def encoding_bytes(self, rows: int, columns: int, rank: int, dtype: torch.dtype) -> int:
@@ -147,6 +151,10 @@ class Form(ABC):
             "moment_flops": (3.0 * columns + 2.0 * rows) * rank**2,  # the fit's products
             "solve_flops": solving,
         }
+
+    def spec(self, rank: int, **options: Any) -> dict[str, Any]:
+        """The entry in config.json of a weight of that rank, without the dtype."""
+        return {"form": self.name, "rank": rank, **options}
 
     # -- at run time -----------------------------------------------------------------------
 

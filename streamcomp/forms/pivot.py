@@ -9,7 +9,6 @@ from torch import Tensor
 
 from streamcomp.forms.base import Form
 from streamcomp.forms.runtime import PivotLinear
-from streamcomp.forms.storage import Storage
 from streamcomp.linalg.fitting import fit_left
 from streamcomp.linalg.pivot import interpolate
 from streamcomp.linalg.symmetric import PANEL
@@ -35,7 +34,8 @@ class Pivot(Form):
     def extra_bytes(self, rows: int, columns: int) -> int:
         return 4 * rows
 
-    def encode(self, left: Tensor, right: Tensor, storage: Storage) -> dict[str, Tensor]:
+    def encode(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        storage = self.storage(dtype)
         pivots, rest, coefficients, square = interpolate(left)
         for columns in right.split(PANEL, dim=1):  # (r, n), the pivot rows of W'
             columns.copy_(square @ columns)

@@ -11,7 +11,6 @@ from torch import Tensor
 from streamcomp.errors import RecipeError
 from streamcomp.forms.base import Allowance, Form, Matrix
 from streamcomp.forms.runtime import AXES, SharedLinear
-from streamcomp.forms.storage import Storage
 from streamcomp.forms.uv import Uv
 from streamcomp.linalg.channel_sharing import SharedChannels
 
@@ -40,8 +39,8 @@ class Shared(Form):
     def can_hold(self, rows: int, columns: int) -> bool:
         return _FEWEST * (rows + columns) < rows * columns
 
-    def nbytes(self, rows: int, columns: int, allowance: Allowance, storage: Storage) -> int:
-        return storage.nbytes(1, allowance.numbers)
+    def nbytes(self, rows: int, columns: int, allowance: Allowance, dtype: torch.dtype) -> int:
+        return self.storage(dtype).nbytes(1, allowance.numbers)
 
     def share_evenly(self, weights: Sequence[Matrix], ratio: float) -> list[Allowance | None]:
         """The excess of weights that stay dense over their share is taken from the others."""
@@ -63,17 +62,17 @@ class Shared(Form):
             )
         return Allowance(max(1, int(allowed) // (rows + columns)), int(allowed))
 
-    def encode(self, left: Tensor, right: Tensor, storage: Storage) -> dict[str, Tensor]:
+    def encode(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Refused: a product of two factors has no codebook."""
         raise RecipeError(f"form {self.name} holds no plain product: use encode_channels")
 
-    def encode_channels(self, shared: SharedChannels, storage: Storage) -> dict[str, Tensor]:
-        """``shared`` as the tensors of this form, by their names on disk."""
+    def encode_channels(self, shared: SharedChannels, dtype: torch.dtype) -> dict[str, Tensor]:
+        """``shared``, of a weight in ``dtype``, as the tensors of this form."""
         clusters = shared.codebook.shape[AXES.index(shared.axis)]
         whole = torch.int16 if clusters <= torch.iinfo(torch.int16).max else torch.int32
-        codebook = storage.encode("codebook", shared.codebook)
+        codebook = self.storage(dtype).encode("codebook", shared.codebook)
         return {
-            **Uv().encode(shared.left.clone(), shared.right.clone(), storage),
+            **Uv(self.storage).encode(shared.left.clone(), shared.right.clone(), dtype),
             **{name: tensor.contiguous() for name, tensor in codebook.items()},
             "labels": shared.labels.to(whole),
         }

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamcomp.errors import RecipeError
 
-__all__ = ["Floats", "Storage", "storage_of"]
+__all__ = ["Floats", "Storage", "StorageSettings", "storage_of"]
+
+
+class StorageSettings(Protocol):
+    """The settings of a recipe that choose the form and the storage of factors."""
+
+    @property
+    def form(self) -> str: ...
 
 
 class Storage(ABC):
@@ -33,16 +41,18 @@ class Storage(ABC):
     def decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """The rounded matrix ``name`` that ``tensors`` hold."""
 
-    @abstractmethod
-    def multiply(self, inputs: Tensor, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """``inputs`` (..., columns) times the transposed matrix: (..., rows)."""
-
 
 @dataclass(frozen=True)
 class Floats(Storage):
     """One float of ``dtype`` for each number."""
 
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if not self.dtype.is_floating_point:
+            raise RecipeError(
+                f"no storage for numbers of {self.dtype}: factors are stored as floats"
+            )
 
     def nbytes(self, rows: int, columns: int) -> int:
         return self.dtype.itemsize * rows * columns
@@ -53,12 +63,7 @@ class Floats(Storage):
     def decode(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors[name]
 
-    def multiply(self, inputs: Tensor, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        return nn.functional.linear(inputs, tensors[name])
 
-
-def storage_of(dtype: torch.dtype) -> Storage:
-    """The storage for factors of a dense weight in ``dtype``; RecipeError if there is none."""
-    if not dtype.is_floating_point:
-        raise RecipeError(f"no storage for numbers of {dtype}: factors are stored as floats")
-    return Floats(dtype)
+def storage_of(settings: StorageSettings) -> Callable[[torch.dtype], Storage]:
+    """What gives the storage of factors by the dtype of the dense weight, as ``settings`` ask."""
+    return Floats

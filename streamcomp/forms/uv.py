@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from streamcomp.forms.base import Form
 from streamcomp.forms.runtime import LowRankLinear
-from streamcomp.forms.storage import Storage
 from streamcomp.linalg.fitting import balanced, fit_left
 
 __all__ = ["Uv"]
@@ -25,7 +25,8 @@ class Uv(Form):
     def shapes(self, rows: int, columns: int, rank: Any) -> dict[str, tuple[Any, Any]]:
         return {"weight": (rank, columns), "U": (rows, rank)}
 
-    def encode(self, left: Tensor, right: Tensor, storage: Storage) -> dict[str, Tensor]:
+    def encode(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        storage = self.storage(dtype)
         left, right = balanced(left, right)
         stored = storage.encode("weight", right)
         rounded = storage.decode("weight", stored)

@@ -12,7 +12,7 @@ import torch
 
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, group_moments
-from streamcomp.forms import find_form
+from streamcomp.forms import form_of
 from streamcomp.job.levers import Levers
 from streamcomp.linalg.dtypes import gradient_dtype, moment_dtype, solve_dtype
 from streamcomp.methods import find_method
@@ -185,7 +185,7 @@ def _groups(
     recipe: Recipe, sites: BlockSites, trace: BlockTrace, stream: StreamShape
 ) -> tuple[MomentGroup, ...]:
     narrow = solve_dtype(stream.dtype) != torch.float64
-    method, form = find_method(recipe.method), find_form(recipe.form)
+    method, form = find_method(recipe.method), form_of(recipe)
     return group_moments(
         [site for site in sites.eligible if form.can_hold(site.rows, site.columns)],
         trace.groups,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamcomp.calibration.hidden_states import StreamShape
-from streamcomp.forms import Form, find_form
+from streamcomp.forms import Form, form_of
 from streamcomp.job.block_plan import BlockPlan
 from streamcomp.job.outputs import OutputPlan
 from streamcomp.machine.rates import MachineRates
@@ -36,7 +36,7 @@ class Outline:
 
     @property
     def form(self) -> Form:
-        return find_form(self.recipe.form)
+        return form_of(self.recipe)
 
     @property
     def eligible(self) -> list[Site]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from streamcomp.errors import RecipeError
-from streamcomp.forms import Allowance, Form, find_form, storage_of
+from streamcomp.forms import Allowance, Form, form_of
 from streamcomp.job.block_plan import BlockPlan
 from streamcomp.methods import find_method
 from streamcomp.model.sites import Site
@@ -77,7 +77,7 @@ def _asked_ratios(skeleton: Skeleton, recipe: Recipe, sites: Sequence[Site]) -> 
     infos = [i for k in range(len(skeleton)) for i in skeleton.block_tensors(k)]
     whole = sum(info.nbytes for info in (*infos, *skeleton.other_tensors()))
     dense = sum(site.source.nbytes for site in sites)
-    form = find_form(recipe.form)
+    form = form_of(recipe)
     extra = sum(form.extra_bytes(site.rows, site.columns) for site in sites)
     headers = _HEADER_BYTES * (len(infos) + len(form.tensors) * len(sites))
     least = whole - dense + extra + headers
@@ -102,7 +102,7 @@ def _plan_output(
 
     ``ranks`` are those that the spectra have led to, where a step has shared them already.
     """
-    form, method = find_form(recipe.form), find_method(recipe.method)
+    form, method = form_of(recipe), find_method(recipe.method)
     for site in chosen:
         method.check(site, recipe)
     if ranks is None:
@@ -152,7 +152,7 @@ def allocate(
 ) -> dict[str, int | None]:
     """Ranks of the ``chosen`` linears that lose least, given the spectrum of each."""
     inner = _inner_ratio(recipe, asked, eligible, chosen)
-    shared = find_form(recipe.form).share_by_loss(chosen, spectra, inner)
+    shared = form_of(recipe).share_by_loss(chosen, spectra, inner)
     return {
         m.full_name: kept.rank if kept else None for m, kept in zip(chosen, shared, strict=True)
     }
@@ -166,7 +166,7 @@ def _output_bytes(
 ) -> int:
     total = sum(i.nbytes for k in range(len(skeleton)) for i in skeleton.block_tensors(k))
     total += sum(info.nbytes for info in skeleton.other_tensors())
-    return total + sum(block_saving(find_form(recipe.form), site, allowances) for site in sites)
+    return total + sum(block_saving(form_of(recipe), site, allowances) for site in sites)
 
 
 def block_saving(form: Form, site: Site, allowances: Allowances) -> int:
@@ -174,5 +174,4 @@ def block_saving(form: Form, site: Site, allowances: Allowances) -> int:
     kept = allowances[site.full_name]
     if kept is None:
         return 0
-    storage = storage_of(site.dtype)
-    return form.nbytes(site.rows, site.columns, kept, storage) - site.source.nbytes
+    return form.nbytes(site.rows, site.columns, kept, site.dtype) - site.source.nbytes

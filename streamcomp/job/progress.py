@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -18,9 +20,17 @@ from rich.progress import (
 from rich.text import Text
 
 from streamcomp.machine.memory import resident_bytes
+from streamcomp.terminal import OpenConsole, drop
 from streamcomp.units import format_bytes, format_seconds
 
-__all__ = ["BarProgress", "JobProgress", "LineProgress", "SilentProgress", "console_progress"]
+__all__ = [
+    "BarProgress",
+    "JobProgress",
+    "LineProgress",
+    "SilentProgress",
+    "UnheardProgress",
+    "console_progress",
+]
 
 
 class JobProgress(Protocol):
@@ -171,9 +181,43 @@ class BarProgress:
         return f"[{colour}]{format_bytes(used)}[/]{allowed}"
 
 
+class UnheardProgress:
+    """Shows what ``shown`` shows until stderr cannot be written any more, then nothing.
+
+    A job outlives the reader of its progress: a pipe that was closed, a disk that is full.
+    """
+
+    def __init__(self, shown: JobProgress) -> None:
+        self._shown: JobProgress = shown
+
+    def begin(self, title: str, seconds: list[float], done: int, budget_bytes: int) -> None:
+        self._tell(self._shown.begin, title, seconds, done, budget_bytes)
+
+    def stage(self, step: int, name: str, stage: str, share: float) -> None:
+        self._tell(self._shown.stage, step, name, stage, share)
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
+        self._tell(self._shown.finish_step, step, name, seconds, detail)
+
+    def note(self, text: str) -> None:
+        self._tell(self._shown.note, text)
+
+    def end(self) -> None:
+        self._tell(self._shown.end)
+
+    def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except OSError:
+            drop(sys.stderr)
+            with suppress(OSError):
+                self._shown.end()  # a bar's thread
+            self._shown = SilentProgress()
+
+
 def console_progress(quiet: bool) -> JobProgress:
     """A bar where stderr is a terminal, lines where it is not, nothing when ``quiet``."""
     if quiet:
         return SilentProgress()
-    console = Console(stderr=True)
-    return BarProgress(console) if console.is_terminal else LineProgress()
+    console = OpenConsole(stderr=True)
+    return UnheardProgress(BarProgress(console) if console.is_terminal else LineProgress())

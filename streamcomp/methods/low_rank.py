@@ -61,11 +61,11 @@ class LowRank(Method):
         allowance: Allowance,
         settings: Settings,
     ) -> Factors:
-        from streamcomp.forms import find_form, storage_of
+        from streamcomp.forms import form_of
 
-        rank = allowance.rank
+        form, rank = form_of(settings), allowance.rank
         left, right = analysis.factors(weight, rank)
-        tensors = find_form(settings.form).encode(left, right, storage_of(site.dtype))
+        tensors = form.encode(left, right, site.dtype)
         figures = Figures(
             name=site.disk_name,
             rows=site.rows,
@@ -75,8 +75,7 @@ class LowRank(Method):
             relative_loss=analysis.relative_loss(rank),
             loss=float(analysis.spectrum[rank:].sum()),
         )
-        spec = {"form": settings.form, "rank": rank}
-        return Factors(tensors, spec, figures, analysis.min_damping)
+        return Factors(tensors, form.spec(rank), figures, analysis.min_damping)
 
     def working_bytes(
         self, site: Site, side: Side, tokens: int, dtype: torch.dtype, settings: Settings

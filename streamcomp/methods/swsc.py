@@ -52,8 +52,8 @@ class Swsc(Method):
         settings: Settings,
     ) -> Factors:
         """The best of several splits between codebook and rank, each within ``allowance``."""
-        from streamcomp.forms import storage_of
         from streamcomp.forms.shared import Shared
+        from streamcomp.forms.storage import storage_of
         from streamcomp.linalg.channel_sharing import average_bits, share_channels, shared_numbers
 
         if moment is not None and moment.side != "inputs":
@@ -81,8 +81,9 @@ class Swsc(Method):
             numbers=shared_numbers(*split),
             bits_per_weight=average_bits(*split),
         )
-        spec = {"form": settings.form, "rank": rank, "clusters": clusters, "axis": shared.axis}
-        return Factors(Shared().encode_channels(shared, storage_of(site.dtype)), spec, figures)
+        form = Shared(storage_of(settings))
+        spec = form.spec(rank, clusters=clusters, axis=shared.axis)
+        return Factors(form.encode_channels(shared, site.dtype), spec, figures)
 
     def working_bytes(
         self, site: Site, side: Side, tokens: int, dtype: torch.dtype, settings: Settings

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from streamcomp.calibration.refine import TrainingData, refine_block
-from streamcomp.forms import Floats, find_form
+from streamcomp.forms import find_form
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.model.sites import Site, find_sites
@@ -118,15 +118,17 @@ def install(loaded: LoadedBlock, site: Site, form: str) -> FactoredLinear:
     """The truncated SVD of half the rank instead of the weight."""
     weight, rank = site.weight(loaded), min(site.rows, site.columns) // 2
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    tensors = find_form(form).encode(
-        left[:, :rank], values[:rank, None] * right[:rank], Floats(weight.dtype)
+    tensors = find_form(form)().encode(
+        left[:, :rank], values[:rank, None] * right[:rank], weight.dtype
     )
     site.install(loaded, tensors, {"form": form, "rank": rank})
     return site.factored(loaded)
 
 
 def refine(given: Problem, steps: int, **settings: Any) -> Any:
-    return refine_block(given.loaded, list(given.factored), given.data, steps, **settings)
+    form = find_form(next(iter(given.factored.values())).form)()
+    sites = list(given.factored)
+    return refine_block(given.loaded, sites, given.data, steps, form=form, **settings)
 
 
 def same(one: dict[Site, dict[str, Tensor]], other: dict[Site, dict[str, Tensor]]) -> bool:

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.calibration.refit import Refit
-from streamcomp.forms import Floats, find_form
+from streamcomp.forms import find_form
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.linalg.fitting import refit_left
 from streamcomp.model.sites import Site, find_sites
@@ -115,7 +115,7 @@ def test_without_any_input_nothing_is_put_out() -> None:
 
     assert torch.equal(found, torch.zeros(9, 6, dtype=F64))
     for form in ("uv", "pivot"):
-        tensors = find_form(form).encode(found, torch.ones(6, 14, dtype=F64), Floats(torch.float32))
+        tensors = find_form(form)().encode(found, torch.ones(6, 14, dtype=F64), torch.float32)
         assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
@@ -160,8 +160,8 @@ def install(loaded: LoadedBlock, site: Site, form: str) -> FactoredLinear:
     """The truncated SVD of half the rank instead of the weight."""
     weight, rank = site.weight(loaded), min(site.rows, site.columns) // 2
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    tensors = find_form(form).encode(
-        left[:, :rank], values[:rank, None] * right[:rank], Floats(weight.dtype)
+    tensors = find_form(form)().encode(
+        left[:, :rank], values[:rank, None] * right[:rank], weight.dtype
     )
     site.install(loaded, tensors, {"form": form, "rank": rank})
     return site.factored(loaded)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,8 @@ import pytest
 import torch
 
 from streamcomp import cli
+from streamcomp.job.progress import SilentProgress
+from tests.forks import in_a_fork
 from tests.jobs import (
     SMALL,
     Finished,
@@ -310,6 +316,64 @@ def test_an_interrupted_job_says_that_it_goes_on(
     assert stopped.err.strip() == told  # click ends the line of ^C
     assert stopped.out == ""
     assert run_cli("status", tmp_path, "--json").json["steps_done"] == 3
+
+
+class SignalAt(SilentProgress):
+    """Sends this process a signal as soon as a step is durable."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
+        if step == 1:
+            os.kill(os.getpid(), self.number)
+
+
+def signalled(model: Path, text: Path, out: Path, name: str, ignored: bool) -> list[Any]:
+    number = signal.Signals[name]
+    signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    progress = mock.patch(
+        "streamcomp.job.progress.console_progress", side_effect=lambda quiet: SignalAt(number)
+    )
+    with progress:
+        done = job(model, out, text)
+    return [done.code, done.err.strip()]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_to_end_is_answered_in_a_line(
+    model: Path, text: Path, tmp_path: Path, name: str, code: int
+) -> None:
+    by = "" if name == "SIGINT" else f" by {name}"
+
+    stopped = in_a_fork(signalled, model, text, tmp_path, name, False)
+
+    told = f"interrupted{by}: the finished steps are kept, the same command goes on"
+    assert stopped == [code, told]
+    assert run_cli("status", tmp_path, "--json").json["steps_done"] == 2
+
+
+def test_a_job_that_shall_outlive_its_terminal_does(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    assert in_a_fork(signalled, model, text, tmp_path, "SIGHUP", True) == [0, ""]
+
+
+def test_a_job_whose_words_cannot_be_written_is_done_all_the_same(
+    model: Path, text: Path, done: Path, tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "streamcomp", "compress", model, tmp_path, *LITTLE]
+    command += ["--max-ram", "4G", "--calibration", text]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(list(map(str, command)), stdout=full, stderr=writer, check=False)
+    os.close(writer)
+
+    assert ended.returncode == 0
+    made, expected = stored_tensors(tmp_path), stored_tensors(done)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], expected[name]) for name in made)
 
 
 # -- tables ---------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from streamcomp.forms import Floats, find_form
+from streamcomp.forms import find_form
 from streamcomp.forms.runtime import MODULES
 
 FORMS = ("uv", "pivot")
@@ -26,7 +26,7 @@ def product(form: str, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def encoded(form: str, left: Tensor, right: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    return find_form(form).encode(left, right, Floats(dtype))
+    return find_form(form)().encode(left, right, dtype)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -123,7 +123,7 @@ def test_as_many_floats_are_stored_as_the_allocation_counts(
     tensors = encoded(form, basis.clone(), basis.T @ weight, torch.float16)
 
     floats = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
-    assert floats == find_form(form).numbers(*shape, rank)
+    assert floats == find_form(form)().numbers(*shape, rank)
 
 
 @pytest.mark.parametrize("form", FORMS)

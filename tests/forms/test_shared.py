@@ -5,7 +5,7 @@ import torch
 from torch import Generator
 
 from streamcomp.errors import RecipeError
-from streamcomp.forms import Floats, find_form, runtime
+from streamcomp.forms import find_form, runtime
 from streamcomp.forms.runtime import SharedLinear, factored
 from streamcomp.forms.shared import Shared
 from streamcomp.linalg.channel_sharing import AXES, SharedChannels, share_channels, shared_numbers
@@ -32,7 +32,7 @@ def test_the_runtime_module_holds_the_same_matrix(
     module = factored(dense, spec).requires_grad_(False)
     assert isinstance(module, SharedLinear)
 
-    tensors = Shared().encode_channels(found, Floats(torch.float64))
+    tensors = Shared().encode_channels(found, torch.float64)
     module.load_state_dict(tensors)
 
     assert {name: (t.dtype, t.shape) for name, t in tensors.items()} == {
@@ -49,7 +49,7 @@ def test_narrow_tensors_come_as_close_as_their_dtype_allows(
     weight = torch.randn(12, 20, dtype=torch.float64, generator=random)
     found = share_channels(weight, None, 190, axis=axis, dtype=dtype)
 
-    tensors = Shared().encode_channels(found, Floats(dtype))
+    tensors = Shared().encode_channels(found, dtype)
 
     assert {t.dtype for name, t in tensors.items() if name != "labels"} == {dtype}
     assert torch.equal(tensors["codebook"], found.codebook)
@@ -71,7 +71,7 @@ def test_labels_are_as_narrow_as_their_module_has_them(
     )
     found = SharedChannels(torch.zeros(clusters, 2), labels, "rows", *factors, 0.0, 0.0)
 
-    stored = Shared().encode_channels(found, Floats(torch.float32))["labels"]
+    stored = Shared().encode_channels(found, torch.float32)["labels"]
 
     module = SharedLinear(2, 40_000, 1, clusters=clusters, axis="rows")
     assert stored.dtype == module.labels.dtype == dtype
@@ -87,7 +87,7 @@ def test_as_many_numbers_are_stored_as_were_counted(
     rank, clusters = found.left.shape[1], found.codebook.shape[AXES.index(axis)]
 
     stored = sum(
-        tensor.numel() for tensor in Shared().encode_channels(found, Floats(torch.float16)).values()
+        tensor.numel() for tensor in Shared().encode_channels(found, torch.float16).values()
     )
 
     rows, columns = shape
@@ -119,4 +119,4 @@ def test_a_share_below_the_smallest_codebook_is_refused() -> None:
 
 def test_a_plain_product_is_refused() -> None:
     with pytest.raises(RecipeError, match="form shared holds no plain product"):
-        find_form("shared").encode(torch.ones(3, 1), torch.ones(1, 3), Floats(torch.float32))
+        find_form("shared")().encode(torch.ones(3, 1), torch.ones(1, 3), torch.float32)

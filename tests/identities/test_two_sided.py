@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from streamcomp.forms import Floats, find_form
+from streamcomp.forms import find_form
 from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import (
     GRADIENT_DAMPING,
@@ -219,7 +219,7 @@ def test_full_rank_gives_the_weight_back(
     weight, inputs = normal(*shape, random=random), moment(shape[1], random)
     found = decompose(weight, inputs, moment(shape[0], random))
 
-    tensors = find_form(form).encode(*found.factors(weight, min(shape)), Floats(F64))
+    tensors = find_form(form)().encode(*found.factors(weight, min(shape)), F64)
 
     assert close(low(found, weight, min(shape)), weight)
     assert close(stored(form, tensors), weight)
@@ -234,7 +234,7 @@ def test_every_form_stores_the_same_matrix(
     weight, inputs = normal(*shape, random=random), moment(shape[1], random)
     found = decompose(weight, inputs, moment(shape[0], random))
 
-    tensors = find_form(form).encode(*found.factors(weight, rank), Floats(F64))
+    tensors = find_form(form)().encode(*found.factors(weight, rank), F64)
 
     assert close(stored(form, tensors), low(found, weight, rank))
 
@@ -342,7 +342,7 @@ def test_inputs_of_few_tokens_are_reproduced(
     found = decompose(weight, tokens @ tokens.T, gradients)
 
     for rank in (4, 7, min(shape) - 1):
-        tensors = find_form(form).encode(*found.factors(weight, rank), Floats(F64))
+        tensors = find_form(form)().encode(*found.factors(weight, rank), F64)
         wanted = weight @ tokens
         assert (stored(form, tensors) @ tokens - wanted).norm() < 1e-3 * wanted.norm()
         assert found.relative_loss(rank) < 1e-4
@@ -357,7 +357,7 @@ def test_one_token_alone_is_survived(form: str, shape: tuple[int, int], random: 
 
     found = decompose(weight, token @ token.T, moment(shape[0], random, rank=1))
 
-    tensors = find_form(form).encode(*found.factors(weight, 3), Floats(F64))
+    tensors = find_form(form)().encode(*found.factors(weight, 3), F64)
     assert (stored(form, tensors) @ token - weight @ token).norm() < 1e-2 * (weight @ token).norm()
 
 
@@ -371,7 +371,7 @@ def test_inputs_that_are_always_zero_are_survived(
     found = decompose(weight, torch.zeros(shape[1], shape[1], dtype=F64), moment(shape[0], random))
 
     assert not found.spectrum.any()
-    tensors = find_form(form).encode(*found.factors(weight, 5), Floats(F64))
+    tensors = find_form(form)().encode(*found.factors(weight, 5), F64)
     assert stored(form, tensors).isfinite().all()
 
 
@@ -387,7 +387,7 @@ def test_a_weight_of_low_rank_is_given_back_at_any_higher_one(
     found = decompose(weight, moment(columns, random), moment(rows, random))
 
     for kept in (max(rank, 1), 6, min(shape)):
-        tensors = find_form(form).encode(*found.factors(weight, kept), Floats(F64))
+        tensors = find_form(form)().encode(*found.factors(weight, kept), F64)
         assert (stored(form, tensors) - weight).norm() <= 1e-7 * weight.norm()
         assert found.relative_loss(kept) < 1e-12
 
@@ -407,7 +407,7 @@ def test_channels_of_zeros_are_survived(
 
     metric = damped(gradients, GRADIENT_DAMPING)
     for rank in (2, 6, 10):
-        tensors = find_form(form).encode(*found.factors(weight, rank), Floats(F64))
+        tensors = find_form(form)().encode(*found.factors(weight, rank), F64)
         lost = objective(weight - stored(form, tensors), inputs, metric)
         whole = objective(weight, inputs, metric)
         assert lost == pytest.approx(float(found.spectrum[rank:].sum()), abs=1e-4 * whole)
@@ -423,7 +423,7 @@ def test_a_linear_of_one_row_or_column_is_given_back(
 
     found = decompose(weight, inputs, gradients)
 
-    tensors = find_form(form).encode(*found.factors(weight, 1), Floats(F64))
+    tensors = find_form(form)().encode(*found.factors(weight, 1), F64)
     assert close(stored(form, tensors), weight)
     whole = objective(weight, inputs, damped(gradients, GRADIENT_DAMPING))
     assert float(found.spectrum.sum()) == pytest.approx(whole, rel=1e-9)

@@ -692,7 +692,7 @@ def test_factors_take_the_seconds_of_their_ranks(models: dict[str, Path]) -> Non
         output, block = made.outputs[step.step.output], made.outline.blocks[step.step.block]
         ranks = {m: output.ranks[m.full_name] for m in block.targets}
         wanted = sum(
-            RATES.seconds(find_form("pivot").encoding_flops(m.rows, m.columns, rank))
+            RATES.seconds(find_form("pivot")().encoding_flops(m.rows, m.columns, rank))
             for m, rank in ranks.items()
             if rank is not None
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import pytest
@@ -13,8 +14,10 @@ from streamcomp.job.progress import (
     JobProgress,
     LineProgress,
     SilentProgress,
+    UnheardProgress,
     console_progress,
 )
+from streamcomp.terminal import OpenConsole
 
 
 class Terminal(io.StringIO):
@@ -98,4 +101,20 @@ def test_the_place_decides_what_is_shown(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
 
-    assert type(console_progress(quiet)) is kind
+    progress = console_progress(quiet)
+    assert type(getattr(progress, "_shown", progress)) is kind
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_what_nobody_can_read_ends_no_job(bar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        shown = (
+            BarProgress(OpenConsole(stderr=True, force_terminal=True)) if bar else LineProgress()
+        )
+
+        work(UnheardProgress(shown))
+
+        print("written to nowhere from now on", file=closed)  # or closing it would fail

@@ -20,11 +20,11 @@ Ranks = list[int | None]
 
 
 def stored_numbers(form: str, rows: int, columns: int, rank: int) -> int:
-    return int(find_form(form).numbers(rows, columns, rank))
+    return int(find_form(form)().numbers(rows, columns, rank))
 
 
 def largest_rank(form: str, rows: int, columns: int, numbers: float) -> int:
-    return find_form(form).largest_rank(rows, columns, numbers)
+    return find_form(form)().largest_rank(rows, columns, numbers)
 
 
 def ranks_at(costs: list[Tensor], places: list[int]) -> Ranks:
@@ -34,14 +34,14 @@ def ranks_at(costs: list[Tensor], places: list[int]) -> Ranks:
 
 
 def uniform_ranks(shapes: list[Shape], ratio: float, form: str) -> Ranks:
-    costs = [find_form(form).costs(*shape) for shape in shapes]
+    costs = [find_form(form)().costs(*shape) for shape in shapes]
     return ranks_at(costs, even_choices(costs, ratio))
 
 
 def loss_ranks(
     spectra: list[Tensor], shapes: list[Shape], ratio: float, form: str, floor: float = 0.05
 ) -> Ranks:
-    costs = [find_form(form).costs(*shape) for shape in shapes]
+    costs = [find_form(form)().costs(*shape) for shape in shapes]
     curves = [Curve.of_spectrum(*pair) for pair in zip(costs, spectra, strict=True)]
     return ranks_at(costs, min_loss_choices(curves, ratio, floor=floor))
 

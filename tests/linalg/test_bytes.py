@@ -37,7 +37,7 @@ MEASURE = """
 import ctypes, json, sys
 import torch
 from streamcomp.linalg.low_rank import decompose_weight
-from streamcomp.forms import Allowance, Floats, find_form
+from streamcomp.forms import Allowance, find_form
 from streamcomp.methods import GradientMoment, Moment, find_method
 from streamcomp.recipe import Recipe
 from streamcomp.machine.allocator import release, settled
@@ -86,7 +86,7 @@ def once(rows, columns, ranks, side, method, dtype):
     for form, rank in ranks.items():
         release()
         meter.restart()
-        held = find_form(form).encode(*found.factors(weight, rank), Floats(dtype))
+        held = find_form(form)().encode(*found.factors(weight, rank), dtype)
         results.append(taken(before))
         held = None
     return results
@@ -118,7 +118,7 @@ class Measured:
 
 def rank_of(shape: tuple[int, int], form: str) -> int:
     """The rank of a ratio of 0.2."""
-    return find_form(form).largest_rank(*shape, 0.8 * shape[0] * shape[1])
+    return find_form(form)().largest_rank(*shape, 0.8 * shape[0] * shape[1])
 
 
 def measure(keys: list[Key], forms: tuple[str, ...] = ()) -> Measured:
@@ -187,7 +187,7 @@ def test_a_factorization_takes_what_was_counted_and_not_much_less(
     measured: Measured, shape: tuple[int, int], side: str, form: str, method: str, dtype: str
 ) -> None:
     kind = getattr(torch, dtype)
-    counted = find_form(form).encoding_bytes(*shape, rank_of(shape, form), kind)
+    counted = find_form(form)().encoding_bytes(*shape, rank_of(shape, form), kind)
     counted += basis_bytes(*shape, solve_dtype(kind), gradients=method == "two-sided")
     taken = measured.parts[shape, side, method, dtype][1 + FORMS.index(form)]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from streamcomp.errors import RecipeError
-from streamcomp.forms import FORMS, Allowance, Floats, find_form
+from streamcomp.forms import FORMS, Allowance, find_form
 from streamcomp.linalg.low_rank import FIRST_DAMPING, GRADIENT_DAMPING, damped_outputs
 from streamcomp.methods import METHODS, GradientMoment, Method, Moment, find_method
 from streamcomp.methods.low_rank import LowRank
@@ -70,7 +70,7 @@ def test_compressing_is_analysing_and_factoring(
     parts = method.factors(site, weight, analysis, allowance, recipe)
     assert whole.spec == parts.spec == {"form": form, "rank": 5}
     assert whole.figures == parts.figures
-    assert set(whole.tensors) == set(find_form(form).tensors)
+    assert set(whole.tensors) == set(find_form(form)().tensors)
     assert all(torch.equal(whole.tensors[name], parts.tensors[name]) for name in parts.tensors)
     assert whole.spare(allowance) == 0
 
@@ -100,7 +100,7 @@ def test_a_decomposition_outlives_the_factors_made_of_it(
     before = torch.matmul(*found.factors(weight, 5))
 
     left, right = found.factors(weight, 5)
-    find_form(form).encode(left, right, Floats(torch.float64))  # overwrites both
+    find_form(form)().encode(left, right, torch.float64)  # overwrites both
 
     assert torch.equal(torch.matmul(*found.factors(weight, 5)), before)
 

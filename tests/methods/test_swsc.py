@@ -5,7 +5,7 @@ import torch
 from torch import Generator, Tensor
 
 from streamcomp.errors import RecipeError
-from streamcomp.forms import Allowance, Floats
+from streamcomp.forms import Allowance
 from streamcomp.forms.shared import Shared
 from streamcomp.linalg.channel_sharing import AXES, share_channels, shared_numbers
 from streamcomp.methods import Factors, Moment
@@ -45,7 +45,7 @@ def test_it_shares_in_the_metric_of_the_inputs(
 
     for result, given in ((whitened, moment), (free, None)):
         shared = share_channels(weight, given, numbers, axis=axis, seed=2, dtype=dtype)
-        expected = Shared().encode_channels(shared, Floats(dtype))
+        expected = Shared().encode_channels(shared, dtype)
         assert result.tensors.keys() == expected.keys()
         assert all(torch.equal(result.tensors[name], expected[name]) for name in expected)
     assert whitened.tensors["codebook"].dtype == dtype

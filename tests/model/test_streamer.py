@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from streamcomp.checkpoint.index import SINGLE_FILE
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
-from streamcomp.forms import Floats, find_form
+from streamcomp.forms import find_form
 from streamcomp.forms.runtime import FORMAT_VERSION, MODULES, FactoredLinear
 from streamcomp.model.sites import find_sites
 from streamcomp.model.streamer import BlockStreamer
@@ -359,7 +359,7 @@ def test_a_compressed_model_streams_like_the_product_of_its_factors(
             weight = tensors.pop(f"{name}.weight")
             noise = torch.randn(len(weight), rank, dtype=torch.float64, generator=random)
             left = torch.linalg.qr(noise).Q
-            parts = find_form(form).encode(left, left.T @ weight.double(), Floats(torch.float32))
+            parts = find_form(form)().encode(left, left.T @ weight.double(), torch.float32)
             module = MODULES[form](weight.shape[1], weight.shape[0], rank).requires_grad_(False)
             module.load_state_dict(parts)
             products[f"{name}.weight"] = module.dense_weight()

@@ -16,7 +16,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import streamcomp
 from streamcomp import OutputError, RecipeError, UnsupportedModelError
-from streamcomp.forms import Floats
 from streamcomp.forms.runtime import (
     FORMAT_VERSION,
     FactoredLinear,
@@ -294,7 +293,7 @@ def test_shared_channels_are_exported_dense_and_not_as_two_factors(
     shared = share_channels(weight, None, int(0.7 * weight.numel()), axis=axis, dtype=torch.float32)
     clusters, rank = shared.codebook.shape[AXES.index(axis)], shared.left.shape[1]
     spec = {"form": "shared", "rank": rank, "clusters": clusters, "axis": axis}
-    tensors = Shared().encode_channels(shared, Floats(torch.float32))
+    tensors = Shared().encode_channels(shared, torch.float32)
     out, dest = factored_once(pico("llama"), tmp_path / "out", spec, tensors), tmp_path / "dense"
     model = load_dense(out)
     expected = logits_of(model, pico_tokens())

@@ -19,7 +19,6 @@ from streamcomp.calibration.refine import (
     refine_block,
 )
 from streamcomp.calibration.refit import Refit, refit_bytes
-from streamcomp.forms import storage_of
 from streamcomp.job import kept
 from streamcomp.job.block_plan import BlockPlan
 from streamcomp.job.files import DenseStates, compressed_states
@@ -110,7 +109,7 @@ def update(
     updated = {}
     for site, factors in factored.items():
         left, right = refit.factors(site)
-        tensors = work.outline.form.encode(left, right, storage_of(site.dtype))
+        tensors = work.outline.form.encode(left, right, site.dtype)
         updated[site] = replace(factors, tensors=tensors)
         site.install(loaded, tensors, factors.spec)
     return updated
@@ -143,6 +142,7 @@ def refine(
             list(factored),
             data,
             recipe.refine,
+            form=work.outline.form,
             rate=recipe.rate,
             seed=recipe.seed,
             progress=lambda share: stage("refining", share),
