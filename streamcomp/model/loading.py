@@ -86,9 +86,9 @@ def check_shapes(
             "config.json describes other shapes"
         ) from None
     finally:
-        for module, parameters, buffers in before:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+        for part, parameters, buffers in before:
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
 
 
 @contextmanager

@@ -141,11 +141,11 @@ def refusing(what: str, settings: dict[str, Any]) -> Iterator[None]:
     except StreamcompError:
         raise
     except Exception as error:  # model classes refuse configs with errors of many kinds
-        text = " ".join(str(error).split())
-        if isinstance(error, ValueError) and text.startswith("Unrecognized configuration"):
+        text = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, ValueError) and "Unrecognized configuration" in text:
             told = f"transformers has no causal language model of this type ({text[:120]})"
         else:
-            named = _named(settings, text)
+            named = _named(settings, str(error))
             told = f"transformers cannot build it ({type(error).__name__}: {text[:200]}){named}"
         raise UnsupportedModelError(f"{what}: {told}") from None
 
@@ -153,15 +153,10 @@ def refusing(what: str, settings: dict[str, Any]) -> Iterator[None]:
 def _named(settings: dict[str, Any], text: str) -> str:
     """The setting that an error's ``text`` is most likely about: named, quoted, or no size."""
     flat = [(name, value) for name, value in _flat(settings) if name != "model_type"]
-    suspects = [
-        *(
-            pair
-            for pair in flat
-            if len(pair[0]) > 4 and re.search(rf"\b{re.escape(pair[0])}\b", text)
-        ),
-        *(pair for pair in flat if isinstance(pair[1], str) and pair[1] and repr(pair[1]) in text),
-        *(pair for pair in flat if type(pair[1]) is int and pair[1] < 1 and _SIZE.search(pair[0])),
-    ]
+    named = [pair for pair in flat if len(pair[0]) > 4 and pair[0] in re.findall(r"\w+", text)]
+    quoted = [pair for pair in flat if isinstance(pair[1], str) and f"'{pair[1]}'" in text]
+    no_size = [pair for pair in flat if type(pair[1]) is int and pair[1] < 1]
+    suspects = [*named, *quoted, *(pair for pair in no_size if _SIZE.search(pair[0]))]
     return "".join(f"; {name} is {_shown(value)}" for name, value in suspects[:1])
 
 
