@@ -66,7 +66,7 @@ _MOST_CHECKED = 1000  # files of a folder checked before any work; the others wh
 _ABOUT_A_DATASET = ("README.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 
 # What a chat template may take to render one conversation, and add to it.
-_TEMPLATE_BYTES, _MOST_TEMPLATE_CHARS = 512 * 2**20, 4 * 2**20
+_TEMPLATE_BYTES, _MOST_TEMPLATE_CHARS = 128 * 2**20, 4 * 2**20
 
 _PASSAGE_CHARS = 2000  # at most, in one answer
 _PASSAGE_ENDS = ("\n\n", "\n \n", "\n", " ")  # the first that occurs in the latter half

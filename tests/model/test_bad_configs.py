@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,11 +102,9 @@ def test_a_tower_is_fetched_from_nowhere_and_loads_no_file() -> None:
 
 
 def refused(folder: Path, **settings: Any) -> StreamcompError:
-    """The error for a pico model with these settings, which comes soon."""
-    began = time.process_time()
+    """The error for a pico model with these settings, in one line."""
     with pytest.raises((SourceError, UnsupportedModelError)) as caught:
         open_skeleton(edit_config(folder, **settings))
-    assert time.process_time() - began < 60  # a hang takes minutes; a machine may be slow
     assert str(caught.value).count("\n") == 0 and len(str(caught.value)) < 1500
     return caught.value
 
