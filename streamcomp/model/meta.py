@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.errors import SourceError, UnsupportedModelError
+from streamcomp.errors import SourceError, StreamcompError, UnsupportedModelError
 from streamcomp.forms.runtime import FORMAT_VERSION, install_factored
 from streamcomp.model.settings import at_most, check_counts, refusing, runnable
 from streamcomp.units import format_bytes
@@ -142,10 +142,12 @@ def _load_config(index: CheckpointIndex, settings: dict[str, Any]) -> Any:
             f"model type {model_type[:80]!r} is unknown to transformers "
             f"{transformers.__version__}{code}"
         )
-    config_class = CONFIG_MAPPING[model_type]
-    check_counts(path, settings, config_class, len(index.tensors))
     try:
+        config_class = CONFIG_MAPPING[model_type]
+        check_counts(path, settings, config_class, len(index.tensors))
         return config_class.from_dict(settings)
+    except StreamcompError:
+        raise
     except Exception as error:  # config classes validate with errors of many kinds
         raise SourceError(f"{path} is not valid: {' '.join(str(error).split())[:300]}") from None
 

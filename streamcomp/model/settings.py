@@ -47,12 +47,13 @@ _ARGUMENTS = ("backbone_kwargs", "model_args")
 # A count of layers, which transformers also makes lists of; ``..._per_layer`` is none.
 _COUNT = re.compile(r"(^|_)(?<!per_)(layers?|blocks|depths?)$")
 _MORE_LAYERS = 1024  # than tensors on disk: some layers share weights, a tower may be missing
-_LARGEST = 2**63  # for any integer: no tensor has such a size
+_LARGEST = 2**63  # no tensor has such a size; a longest length may be any number
+_LENGTH = re.compile(r"max|length")
 # Modules and parameters that a model may have for each tensor on disk, and in addition. A block has
 # three for each of its tensors; one tensor may become several parameters, and a tower be missing.
 _PARTS_PER_TENSOR, _MORE_PARTS = 16, 20_000
 
-_SIZE = re.compile(r"size|dim|head|layer|expert|embd|ratio|group|freq|num_|n_")
+_SIZE = re.compile(r"size|dim|head|layer|expert|embd|ratio|group|freq|(^|_)num_|^n_")
 _SHOWN_CHARS = 80
 
 
@@ -97,9 +98,10 @@ def check_counts(path: Path, settings: dict[str, Any], config_class: type, tenso
     of their methods would replace it.
     """
     for name, value in _flat(settings):
-        if type(value) is int and (
-            abs(value) >= _LARGEST or (_COUNT.search(name) and value > tensors + _MORE_LAYERS)
-        ):
+        if type(value) is not int:
+            continue
+        vast = abs(value) >= _LARGEST and not _LENGTH.search(name)
+        if vast or (_COUNT.search(name) and value > tensors + _MORE_LAYERS):
             raise SourceError(
                 f"{path} is not valid: {name} is {_shown(value)}, and the shards hold "
                 f"{tensors} tensors"
