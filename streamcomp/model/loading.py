@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
 from streamcomp.errors import CorruptShardError, StreamcompError
 
-__all__ = ["check_shapes", "load_state"]
+__all__ = ["check_shapes", "load_state", "quiet_loading"]
 
 # The loader of the first transformers 5 releases takes one argument more.
 _OLDER_ARGUMENTS = (
@@ -35,7 +35,7 @@ def load_state(
 
     CorruptShardError where they do not give its parameters the shapes that the config says.
     """
-    with _quiet_loading():
+    with quiet_loading():
         info, _ = convert_and_load_state_dict_in_model(
             model=model,
             state_dict=dict(state),
@@ -92,7 +92,7 @@ def check_shapes(
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Load without transformers' progress bar, and one tensor after the other."""
     bars = transformers_logging.is_progress_bar_enabled()
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
