@@ -291,7 +291,7 @@ def _publish(job: Job, output: int) -> Report:
         "streamcomp_report.html": html_report(report),
         REPORT: to_json(report.to_dict()),
     }
-    publish(job.index, out, shards, config, extra)
+    publish(job.index, out, shards, config, extra, job.fingerprint["companions"])
     return report
 
 
@@ -308,7 +308,7 @@ def _clean(folder: Path, report: Report) -> None:
 
     What another job left in that folder stays, and so does all of it while a process works there.
     """
-    if not folder.is_dir():
+    if not folder.is_dir() or (folder.is_symlink() and folder.name == WORK_FOLDER):
         return
     with suppress(JobLockedError, JobMismatchError), locked(folder):
         journal = Journal.read(folder)

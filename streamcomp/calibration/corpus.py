@@ -16,6 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property, partial
@@ -63,6 +64,9 @@ _MOST_CHARS_PER_SOURCE = 16 * 2**20
 _MOST_CHECKED = 1000  # files of a folder checked before any work; the others when read
 # Files of a hub dataset that describe the dataset.
 _ABOUT_A_DATASET = ("README.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json")
+
+# What a chat template may take to render one conversation, and add to it.
+_TEMPLATE_BYTES, _MOST_TEMPLATE_CHARS = 128 * 2**20, 4 * 2**20
 
 _PASSAGE_CHARS = 2000  # at most, in one answer
 _PASSAGE_ENDS = ("\n\n", "\n \n", "\n", " ")  # the first that occurs in the latter half
@@ -248,14 +252,35 @@ class _Template:
         return text.removeprefix(self.tokenizer.bos_token) if self.bos_places == [0] else text
 
     def _render(self, messages: Messages) -> str:
+        given = sum(len(str(message)) for message in messages)
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            with _little_memory():
+                text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            if len(text) > 4 * given + _MOST_TEMPLATE_CHARS:
+                raise ValueError(f"it makes {len(text):,} characters of {given:,}")
         except Exception as error:  # every template raises exceptions of another kind
             roles = ", ".join(str(message["role"]) for message in messages) or "nobody"
             raise CalibrationError(
                 f"the chat template of {self.folder} does not render a conversation of {roles}: "
-                f"{str(error)[:200]}"
+                f"{str(error)[:200] or type(error).__name__}"
             ) from None
+        return text
+
+
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    """MemoryError where the code within the ``with`` takes more than ``_TEMPLATE_BYTES``."""
+    import resource  # not on every system; status, which renders nothing, is
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = now + _TEMPLATE_BYTES
+    if soft == resource.RLIM_INFINITY or limit < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _opening(tokenizer: Any, template: _Template | None) -> list[int]:

@@ -15,6 +15,7 @@ from streamcomp.errors import OutputError
 
 __all__ = ["atomic_file", "make_folder", "output_errors", "sync_folder", "write_json", "write_text"]
 
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -53,13 +54,14 @@ def sync_folder(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name ``path`` when the block ends, and is then durable.
 
-    Written under a temporary name in the same folder; removed if the block fails. A file that a
-    killed process leaves is overwritten by the next one, because the temporary name is fixed.
+    Written under a temporary name in the same folder; removed if the block fails. What a killed
+    process left under that name is removed first, and so is a link: it is never followed.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with output_errors(path):
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)
+            with open(os.open(temporary, _NEW, 0o666), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

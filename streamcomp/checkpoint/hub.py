@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,8 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from streamcomp.checkpoint.index import check_inside
+from streamcomp.checkpoint.files import check_link, companions
+from streamcomp.checkpoint.index import INDEX_FILE, check_inside
 from streamcomp.errors import SourceError
 
 __all__ = ["checkpoint_folder", "headers_folder"]
@@ -42,10 +45,10 @@ def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
 
 @contextmanager
 def headers_folder(model: str | Path, revision: str | None = None) -> Iterator[Path]:
-    """A folder to plan from: for a hub model only small files and the headers of its shards.
+    """A folder to plan from: for a hub model its config and the headers of its shards.
 
-    The shards in that folder have their true length and header, and hold no weights (sparse
-    files). The folder is deleted at the end.
+    Shards have their true length and header, and companions their length, but no other contents
+    (sparse files). The folder is deleted at the end.
     """
     if Path(model).is_dir():
         yield Path(model)
@@ -61,12 +64,19 @@ def headers_folder(model: str | Path, revision: str | None = None) -> Iterator[P
         raise _unreachable(model, error) from None
     with tempfile.TemporaryDirectory(prefix="streamcomp-headers-") as name:
         folder = Path(name)
-        for path in small.iterdir():  # may hold weights from before: skip them
-            if path.is_file() and any(path.match(pattern) for pattern in _SMALL_FILES):
-                (folder / path.name).symlink_to(path.resolve())
+        for path in (small / "config.json", small / INDEX_FILE):
+            check_link(small, path)
+            if path.exists():
+                shutil.copyfile(path, folder / path.name)
+        for path in companions(small):
+            (folder / path.name).touch()
+            os.truncate(folder / path.name, path.stat().st_size)
         for shard, entry in metadata.files_metadata.items():
             check_inside(folder, next(iter(entry.tensors), "nothing"), shard)
-            _write_header(folder / shard, entry.tensors)
+            try:
+                _write_header(folder / shard, entry.tensors)
+            except (OSError, OverflowError, TypeError, ValueError) as error:
+                raise SourceError(f"{model}: {shard} has no valid header ({error})") from None
         yield folder
 
 

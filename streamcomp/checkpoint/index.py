@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from streamcomp.checkpoint.files import check_link, companions, open_regular
 from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
+from streamcomp.units import format_bytes
 
 __all__ = [
     "DTYPES",
@@ -53,6 +56,13 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # per number, of dtypes that are only copied
+
+# The largest index of 2025, of a trillion parameters in 8 bits, has 14 MB and 140,000 tensors.
+_MOST_JSON_BYTES = 32 * 2**20
+_MOST_JSON_VALUES = 2**21
+_MOST_JSON_LEVELS = 64
+_MOST_HEADER_BYTES = 16 * 2**20  # more than 100,000 tensors in one shard
+_MOST_NAME_CHARS = 1024
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -112,16 +122,40 @@ class CheckpointIndex:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; SourceError if there is none."""
+    """The JSON object in ``path``; SourceError if there is none, or one beyond any model's."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        with open(open_regular(path), "rb") as file:
+            data = file.read(_MOST_JSON_BYTES + 1)
+        _check_json_size(data)
+        value = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{path} is missing: not a model folder, or a partial download") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{path} cannot be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError also for overlong integers
+        told = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"{path} cannot be read as JSON: {told}") from None
     if not isinstance(value, dict):
         raise SourceError(f"{path} holds {type(value).__name__}, not a JSON object")
+    if _is_deep(value):
+        raise SourceError(f"{path} is nested in more than {_MOST_JSON_LEVELS} levels")
     return value
+
+
+def _check_json_size(data: bytes) -> None:
+    """ValueError before JSON is parsed that would take much more memory than any model's."""
+    if len(data) > _MOST_JSON_BYTES:
+        raise ValueError(f"more than {format_bytes(_MOST_JSON_BYTES)}")
+    if sum(map(data.count, (b",", b":", b"[", b"{"))) > _MOST_JSON_VALUES:  # one for each value
+        raise ValueError(f"more than {_MOST_JSON_VALUES:,} values")
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether ``value`` is nested in more than ``_MOST_JSON_LEVELS`` levels."""
+    level = [value]
+    for _ in range(_MOST_JSON_LEVELS):
+        groups = (item.values() if isinstance(item, dict) else item for item in level)
+        inner = (child for group in groups for child in group)
+        level = [child for child in inner if isinstance(child, dict | list)]
+    return bool(level)
 
 
 def read_index(folder: Path | str) -> CheckpointIndex:
@@ -129,6 +163,9 @@ def read_index(folder: Path | str) -> CheckpointIndex:
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder")
+    companions(folder)  # refuses what could not be copied
+    for name in ("config.json", SINGLE_FILE, INDEX_FILE):
+        check_link(folder, folder / name)
     config = read_json(folder / "config.json")
     if (folder / SINGLE_FILE).exists():
         return CheckpointIndex(folder, config, read_header(folder / SINGLE_FILE))
@@ -152,7 +189,9 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
     for name, shard in weight_map.items():
         check_inside(folder, name, shard)
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
+    for name in names:
+        check_link(folder, folder / name)
+    missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise MissingShardError(
             f"{len(missing)} of {len(names)} shards are missing from {folder}, first {missing[0]}: "
@@ -171,19 +210,30 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
 
 def check_inside(folder: Path, name: str, shard: object) -> None:
     """SourceError where ``shard``, which is to hold the tensor ``name``, leaves ``folder``."""
+    _check_name(folder / INDEX_FILE, name)
     if not isinstance(shard, str):
         raise SourceError(f"{INDEX_FILE}: shard of {name} is no string")
     path = PurePosixPath(shard)
-    long = any(len(part.encode()) > 255 for part in path.parts)
     if (
-        long
+        not shard.isprintable()  # surrogates, which no file name has, are not
+        or len(shard) > _MOST_NAME_CHARS
+        or any(len(part.encode()) > 255 for part in path.parts)
         or path.is_absolute()
         or ".." in path.parts
         or "\\" in shard
-        or "\0" in shard
         or not path.parts
     ):
-        raise SourceError(f"{INDEX_FILE} places {name} in {shard!r}, outside of {folder}: refused")
+        shown = repr(shard[:_MOST_NAME_CHARS])
+        raise SourceError(f"{INDEX_FILE} places {name} in {shown}, outside of {folder}: refused")
+
+
+def _check_name(path: Path, name: str) -> None:
+    """SourceError unless ``name`` may be that of a tensor: it is printed, sorted and matched."""
+    if len(name) > _MOST_NAME_CHARS or not (name.isascii() and name.isprintable()):
+        raise SourceError(
+            f"{path} has a tensor called {name[:40]!r}...: a name has at most {_MOST_NAME_CHARS:,} "
+            "characters, all of them printable ASCII"
+        )
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -191,12 +241,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     The safetensors library reads the header and checks it against the file's length. It accepts
     only files whose tensors follow each other without gap or overlap up to the last byte, so that
-    their sizes determine their positions.
+    their sizes determine their positions. A header that would take much more memory than any
+    model's is refused before.
     """
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise SourceError(f"{path} is no file")
+        size = _check_header_size(path)
         with safe_open(path, "pt", backend="pread") as file:
             heads = {name: file.get_slice(name) for name in file.offset_keys()}
     except OSError as error:
@@ -205,6 +254,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CorruptShardError(
             f"{path}, {size} bytes, was cut short or is damaged ({error}): fetch it again"
         ) from None
+    for name in heads:
+        _check_name(path, name)
     entries = {name: (head.get_dtype(), tuple(head.get_shape())) for name, head in heads.items()}
     sizes = {name: _nbytes(path, name, *entry) for name, entry in entries.items()}
     stops = itertools.accumulate(sizes.values(), initial=size - sum(sizes.values()))
@@ -212,6 +263,29 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         name: TensorInfo(name, *entries[name], path, start, stop)
         for name, (start, stop) in zip(entries, itertools.pairwise(stops), strict=True)
     }
+
+
+def _check_header_size(path: Path) -> int:
+    """The file's size; CorruptShardError where its header cannot be that of a model.
+
+    Each tensor takes three brackets and some 50 bytes.
+    """
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        if length > size - 8:
+            return size  # the library says what is wrong
+        text = os.pread(descriptor, min(length, _MOST_HEADER_BYTES), 8)
+    finally:
+        os.close(descriptor)
+    brackets = text.count(b"[") + text.count(b"{")
+    if length > _MOST_HEADER_BYTES or brackets > 64 + length // 12:
+        raise CorruptShardError(
+            f"{path}: its header is damaged, {length} bytes with {brackets} brackets "
+            f"(at most {format_bytes(_MOST_HEADER_BYTES)} are read): fetch it again"
+        )
+    return size
 
 
 def _nbytes(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamcomp.checkpoint.files import open_regular
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.errors import CorruptShardError, NonFiniteError, SourceError
 
@@ -96,7 +97,7 @@ class TensorReader:
     def _descriptor(self, info: TensorInfo) -> int:
         if info.shard not in self._descriptors:
             try:
-                self._descriptors[info.shard] = os.open(info.shard, os.O_RDONLY)
+                self._descriptors[info.shard] = open_regular(info.shard)
             except OSError as error:
                 raise SourceError(f"{info.shard} cannot be opened: {error.strerror}") from None
         return self._descriptors[info.shard]

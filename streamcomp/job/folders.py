@@ -82,8 +82,12 @@ class JobFolders:
             )
 
     def _refuse_places(self) -> None:
-        """Files, dangling links, and folders that are taken already."""
+        """Files, links that lead elsewhere, and folders that are taken already."""
         out, work = self.out, self.work_folder
+        if work.is_symlink() and work == out / WORK_FOLDER:
+            raise OutputError(
+                f"{work} is a link: remove it, and give the folder that it leads to as --work-dir"
+            )
         if work.exists() and not work.is_dir():
             raise OutputError(f"{work} is a file, --work-dir must be a folder")
         if out.is_symlink() and not out.exists():
@@ -94,6 +98,13 @@ class JobFolders:
             raise OutputError(f"{out} is the model's own folder: give another OUT")
         if work.resolve() in (out.resolve(), self.source.resolve()):
             raise OutputError(f"{work} is OUT or the model's folder: give another --work-dir")
+        inside = [folder for folder in self.outputs if folder != out]
+        inside += work_files(work) if work.is_dir() else []
+        for path in inside:
+            if path.is_symlink():
+                raise OutputError(
+                    f"{path} is a link, through which a job would write elsewhere: remove it"
+                )
 
     def check_shards(self, done: Sequence[Step]) -> None:
         """OutputError where a shard that the steps ``done`` wrote is missing from OUT."""

@@ -23,6 +23,7 @@ import transformers
 
 from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
+from streamcomp.checkpoint.files import companion_digests, open_regular
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import (
     CalibrationError,
@@ -57,8 +58,11 @@ Fingerprint = dict[str, Any]
 
 def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
     """All that decides a job's result: source, recipe, calibration files, library versions."""
-    fields: Fingerprint = {"source": _source_hash(index)}
-    fields |= _settings(recipe)
+    fields: Fingerprint = {
+        "source": _source_hash(index),
+        "companions": companion_digests(index.folder),
+        **_settings(recipe),
+    }
     fields["calibration_files"] = [
         [name, _text_hash(Path(name))] for name in recipe.calibration if Path(name).exists()
     ]
@@ -80,17 +84,29 @@ def check_fingerprint(
         value = wanted[field]
         if not versions and field in ("torch", "transformers"):
             continue
+        if field == "companions" and field not in held:  # finished by an earlier version
+            continue
         if held.get(field) != value:
             was, now = held.get(field), value
             what = (
                 "the model's files have changed, or it is another model"
                 if field == "source"
+                else _changed(was, now)
+                if field == "companions"
                 else f"{field} was {was!r}, now {now!r}"
             )
             raise JobMismatchError(
                 f"{folder} holds another job: {what}. Give another folder, or remove that one",
                 field=field,
             )
+
+
+def _changed(was: Any, now: Mapping[str, str]) -> str:
+    """The first file next to the weights that differs."""
+    was = was if isinstance(was, dict) else {}
+    names = sorted(was.keys() | now.keys())
+    first = next(name for name in names if was.get(name) != now.get(name))
+    return f"{first} in the model's folder has changed"
 
 
 def same_job(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -163,7 +179,8 @@ class Journal:
         """The journal in ``folder`` as it stands, None where there is none."""
         path = folder / JOURNAL
         try:
-            data = path.read_bytes()
+            with open(open_regular(path, follow=False), "rb") as file:
+                data = file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -218,7 +235,7 @@ class Journal:
         """Append the row of a finished step, durably."""
         line = _line(row).encode()
         with output_errors(self.path):
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
             try:
                 if os.write(descriptor, line) != len(line):
                     raise OSError(28, "No space left on device")
@@ -242,7 +259,8 @@ def _line(row: Row) -> str:
 
 def _same_but(fields: Iterable[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     one, other = _completed(one), _completed(other)
-    names = (one.keys() | other.keys()) - set(fields)
+    older = {"companions"} - (one.keys() & other.keys())  # of versions that did not look at them
+    names = (one.keys() | other.keys()) - set(fields) - older
     return all(one.get(name) == other.get(name) for name in names)
 
 

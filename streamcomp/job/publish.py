@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from streamcomp.checkpoint.atomic import atomic_file, write_json, write_text
+from streamcomp.checkpoint.files import pieces
 from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_json
-from streamcomp.errors import OutputError, RecipeError, SourceError
+from streamcomp.errors import JobMismatchError, OutputError, RecipeError, SourceError
 from streamcomp.forms.runtime import FORMAT_VERSION
 from streamcomp.job.rows import Report
 
@@ -26,19 +27,6 @@ __all__ = [
 
 REPORT = "streamcomp_report.json"
 
-# Files next to the weights that belong to the model. Never code, never weights.
-_COMPANIONS = (
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-_NOT_COPIED = ("config.json", REPORT)
-
 
 def publish(
     index: CheckpointIndex,
@@ -46,23 +34,33 @@ def publish(
     shards: list[Path],
     config: Mapping[str, Any],
     extra: Mapping[str, str],
+    digests: Mapping[str, str],
 ) -> None:
-    """Write companions, ``extra`` files, the index of ``shards``, and the config last of all."""
-    copy_companions(index.folder, out)
+    """Write companions of ``digests``, ``extra`` files, the index, and the config last of all."""
+    copy_companions(index.folder, out, digests)
     for name, text in extra.items():
         write_text(out / name, text)
     write_index(out, shards)
     write_json(out / "config.json", config)
 
 
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy tokenizer, generation settings and licence."""
-    for pattern in _COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.name in _NOT_COPIED or path.name.endswith(".index.json") or not path.is_file():
-                continue
-            with atomic_file(out / path.name) as target, path.open("rb") as file:
-                shutil.copyfileobj(file, target)
+def copy_companions(source: Path, out: Path, digests: Mapping[str, str]) -> None:
+    """Copy tokenizer, generation settings and licence, which have these ``digests`` by name.
+
+    An error names the first that is gone or has other bytes; the work of a job stays.
+    """
+    remedy = "put back the file that the job began with, and the same command goes on"
+    for name, digest in digests.items():
+        total = hashlib.blake2b(digest_size=16)
+        with atomic_file(out / name) as target:
+            try:
+                for piece in pieces(source / name):
+                    total.update(piece)
+                    target.write(piece)
+            except SourceError as error:
+                raise SourceError(f"{error}: {remedy}") from None
+            if total.hexdigest() != digest:
+                raise JobMismatchError(f"{source / name} has changed: {remedy}", field="companions")
 
 
 def write_index(out: Path, shards: list[Path]) -> None:

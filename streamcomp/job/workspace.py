@@ -224,25 +224,26 @@ class Workspace:
 
 
 def work_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` with names that jobs use, also unfinished ones."""
+    """Files and links in ``folder`` with names that jobs use, also unfinished ones."""
 
     def is_ours(path: Path) -> bool:
         name = path.name
         if name.startswith(".") and name.endswith(".tmp"):
             name = name[1 : -len(".tmp")]
-        return (name == JOURNAL or is_step_file(name)) and path.is_file()
+        ours = name == JOURNAL or is_step_file(name)
+        return ours and (path.is_symlink() or path.is_file())
 
     return [path for path in folder.iterdir() if is_ours(path)]
 
 
 def remove_work(folder: Path) -> None:
-    """Delete what a job left in its work folder, and the folder if nothing else is in it.
+    """Delete what a job left in its work folder, and the folder unless it holds more or is a link.
 
     The journal goes last: until then it tells an interrupted call whose files these are.
     """
     for path in sorted(work_files(folder), key=lambda path: path.name == JOURNAL):
         path.unlink(missing_ok=True)
-    if not any(folder.iterdir()):
+    if not any(folder.iterdir()) and not folder.is_symlink():
         folder.rmdir()
         sync_folder(folder.parent)
 

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.errors import SourceError, UnsupportedModelError
+from streamcomp.errors import SourceError, StreamcompError, UnsupportedModelError
 from streamcomp.forms.runtime import FORMAT_VERSION, install_factored
+from streamcomp.model.settings import at_most, check_counts, refusing, runnable
+from streamcomp.units import format_bytes
 
-__all__ = ["FLOATS", "MetaModel", "build_model", "find_layers"]
+__all__ = ["FLOATS", "MetaModel", "build_model"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
-# Implementations of attention and experts that a config may choose. transformers also writes these
-# settings with an underscore before their name and ``_internal`` after it. Other implementations
-# need a package or a kernel that has to be installed, or fetched from a hub.
-_IMPLEMENTATIONS = {
-    "attn_implementation": ("eager", "sdpa"),
-    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
-}
+# What a model may have beyond its shards: parameters, for a tower may be missing, and bytes of
+# buffers that no checkpoint holds.
+_MOST_TIMES, _MORE_NUMBERS = 16, 2**28
+_MOST_BUFFER_BYTES = 2**30
 # Values of buffers before transformers fills them; they also differ as booleans.
 _MARKS = (0, 1)
 
@@ -43,35 +42,53 @@ class MetaModel:
     dtype: torch.dtype
     compressed: bool  # by streamcomp; then it has factored linears
     notes: tuple[str, ...]  # settings of the config that are not followed
+    layers_name: str
+    layers: nn.ModuleList
 
 
 def build_model(index: CheckpointIndex) -> MetaModel:
     """The model of ``index``; SourceError and UnsupportedModelError where there is none."""
     compressed = _check_source(index)
     dtype = _model_dtype(index)
-    settings, notes = _runnable(_plain_floats(index.config))
+    settings, notes = runnable(index.config)
     config = _load_config(index, settings)
-    with torch.device("meta"), warnings.catch_warnings():
+    what = f"{config.model_type}"
+    with torch.device("meta"), warnings.catch_warnings(), at_most(len(index.tensors)):
         warnings.simplefilter("ignore")
-        try:
+        with refusing(what, settings):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False
             ).eval()
-        except Exception as error:  # model classes refuse configs with errors of many kinds
-            first = (str(error).strip().splitlines() or [""])[0]
-            if isinstance(error, ValueError) and "Unrecognized configuration" in first:
-                first = f"transformers has no causal language model of this type ({first[:120]})"
-            else:
-                first = f"transformers cannot build it ({type(error).__name__}: {first[:200]})"
-            raise UnsupportedModelError(f"{config.model_type}: {first}") from None
     if compressed:
         try:
             install_factored(model, index.config["quantization_config"]["modules"])
         except ValueError as error:
             raise UnsupportedModelError(f"{index.folder}: {error}") from None
         _mark_as_quantised(model)
-    _fill_buffers(model)
-    return MetaModel(model, dtype, compressed, notes)
+    _check_size(index, model)
+    with refusing(what, settings):
+        _fill_buffers(model)
+        layers_name, layers = find_layers(model)
+    return MetaModel(model, dtype, compressed, notes, layers_name, layers)
+
+
+def _check_size(index: CheckpointIndex, model: PreTrainedModel) -> None:
+    """Refuse a model beyond its shards, before it is run and buffers get their values."""
+    described = sum(value.numel() for value in model.parameters())
+    held = sum(info.numel for info in index.tensors.values())
+    if described > _MOST_TIMES * held + _MORE_NUMBERS:
+        raise UnsupportedModelError(
+            f"{index.folder}: config.json describes {described:.3g} parameters, the shards hold "
+            f"{held:.3g}"
+        )
+    buffers = {name: value.nbytes for name, value in model.named_non_persistent_buffers()}
+    if sum(buffers.values()) > _MOST_BUFFER_BYTES:
+        largest = max(buffers, key=lambda name: buffers[name])
+        raise UnsupportedModelError(
+            f"{index.folder}: config.json describes tables of {format_bytes(sum(buffers.values()))}"
+            f" that are in no checkpoint, {largest} the largest: at most "
+            f"{format_bytes(_MOST_BUFFER_BYTES)} are built"
+        )
 
 
 def _check_source(index: CheckpointIndex) -> bool:
@@ -114,52 +131,25 @@ def _model_dtype(index: CheckpointIndex) -> torch.dtype:
     return next(i.torch_dtype for i in index.tensors.values() if i.dtype == largest)
 
 
-def _plain_floats(value: Any) -> Any:
-    """``value`` with floats instead of ``{"__float__": "Infinity"}`` and the like.
-
-    So transformers writes what JSON has no number for.
-    """
-    if isinstance(value, dict):
-        if list(value) == ["__float__"] and value["__float__"] in ("NaN", "Infinity", "-Infinity"):
-            return float(value["__float__"])
-        return {key: _plain_floats(item) for key, item in value.items()}
-    return [_plain_floats(item) for item in value] if isinstance(value, list) else value
-
-
-def _runnable(settings: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """``settings`` without implementations that are not part of torch, and notes on those."""
-    kept, notes = dict(settings), list[str]()
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            kept[name], more = _runnable(value)
-            notes += more
-        plain = name.removeprefix("_").removesuffix("_internal")
-        if plain not in _IMPLEMENTATIONS:
-            continue
-        if value is not None and value not in _IMPLEMENTATIONS[plain]:
-            del kept[name]
-            shown = plain.removesuffix("_implementation").replace("attn", "attention")
-            notes.append(f"config.json asks for {shown} by {value!r}: torch's own is used instead")
-    return kept, tuple(notes)
-
-
 def _load_config(index: CheckpointIndex, settings: dict[str, Any]) -> Any:
     path = index.folder / "config.json"
     model_type = settings.get("model_type")
-    if not model_type:
+    if not model_type or not isinstance(model_type, str):
         raise SourceError(f"{path} names no model_type")
     if model_type not in CONFIG_MAPPING:
-        code = " and the code in its folder is never run" if "auto_map" in settings else ""
+        code = " and the code in its folder is never run" if "auto_map" in index.config else ""
         raise UnsupportedModelError(
-            f"model type {model_type!r} is unknown to transformers {transformers.__version__}{code}"
+            f"model type {model_type[:80]!r} is unknown to transformers "
+            f"{transformers.__version__}{code}"
         )
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(settings)
+        config_class = CONFIG_MAPPING[model_type]
+        check_counts(path, settings, config_class, len(index.tensors))
+        return config_class.from_dict(settings)
+    except StreamcompError:
+        raise
     except Exception as error:  # config classes validate with errors of many kinds
         raise SourceError(f"{path} is not valid: {' '.join(str(error).split())[:300]}") from None
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
 
 
 def _mark_as_quantised(model: PreTrainedModel) -> None:

@@ -19,7 +19,8 @@ from transformers.core_model_loading import dot_natural_key
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
 from streamcomp.errors import CorruptShardError, MissingShardError, UnsupportedModelError
 from streamcomp.forms.runtime import NameMap
-from streamcomp.model.meta import FLOATS, build_model, find_layers
+from streamcomp.model.loading import check_shapes
+from streamcomp.model.meta import FLOATS, build_model
 from streamcomp.model.rehearsal import Rehearsal, code_of, rehearse
 from streamcomp.model.sites import is_linear
 from streamcomp.model.taps import Conductor, InputCapture, LayerInputs, Replayer, Stop, TapPanel
@@ -40,9 +41,10 @@ class Skeleton:
         self.notes = built.notes  # of settings of its config that are not followed
         self.config = self.model.config
         self.text_config = self.config.get_text_config(decoder=True)
-        self.layers_name, self._layers = find_layers(self.model)
+        self.layers_name, self._layers = built.layers_name, built.layers
         self.sources, self.unclaimed = self._map_tensors()
         self.ties = self._find_ties()
+        self._check_shapes()
         self._parent = self.model.get_submodule(self.layers_name.rpartition(".")[0])
         self._leaf = self.layers_name.rpartition(".")[2]
         self._panel = TapPanel(self._layers)
@@ -231,9 +233,8 @@ class Skeleton:
     def check_tensors(self, *, head: bool) -> None:
         """Refuse, by the headers alone, what a later step could not load.
 
-        Tensors that are missing, of another shape than the config says, or no floats. Modules
-        that no token runs through (a tower for images) may lack theirs, and without ``head`` also
-        the modules that run after the blocks.
+        Tensors that are missing, or no floats. Modules that no token runs through (a tower for
+        images) may lack theirs, and without ``head`` also the modules that run after the blocks.
         """
         outer = self.rehearsal.before
         if head:
@@ -242,6 +243,18 @@ class Skeleton:
         for name, value in self.model.state_dict().items():
             if name.startswith(blocks) or name.rpartition(".")[0] in outer:
                 _check_sources(name, value, self.sources.get(self.ties.get(name, name), []))
+
+    def _check_shapes(self) -> None:
+        """CorruptShardError where a tensor on disk is not of the shape that the config says."""
+        used = {info.name: info for infos in self.sources.values() for info in infos}
+        check_shapes(self.model, used, self.dtype)
+        for name, value in self.model.state_dict().items():
+            for info in self.sources.get(self.ties.get(name, ""), []):
+                if info.shape != tuple(value.shape):
+                    raise CorruptShardError(
+                        f"{info.name} is {list(info.shape)} on disk, config.json makes {name}, "
+                        f"which takes its place, {list(value.shape)}"
+                    )
 
     def _map_tensors(self) -> tuple[dict[str, list[TensorInfo]], list[TensorInfo]]:
         """Parameter name -> tensors on disk, and the tensors that belong to no parameter."""
@@ -288,11 +301,6 @@ def _check_sources(name: str, value: Tensor, infos: list[TensorInfo]) -> None:
             raise CorruptShardError(
                 f"{name} is {info.dtype} on disk, a weight has to be {', '.join(FLOATS)}"
             )
-    if sum(info.numel for info in infos) != value.numel():
-        shapes = " and ".join(str(list(info.shape)) for info in infos[:2])
-        raise CorruptShardError(
-            f"{name} is {shapes} on disk, config.json makes it {list(value.shape)}"
-        )
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

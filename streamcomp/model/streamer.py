@@ -7,34 +7,22 @@ only within a ``with``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
 from streamcomp.model.feed_forward import in_chunks, whole
+from streamcomp.model.loading import load_state
 from streamcomp.model.skeleton import Skeleton
 from streamcomp.model.taps import LayerInputs, check_same_inputs, hidden_of, views_of_one
 
 __all__ = ["BlockStreamer", "LoadedBlock"]
-
-# The loader of the first transformers 5 releases takes one argument more.
-_OLDER_ARGUMENTS = (
-    {"tp_plan": None}
-    if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
-    else {}
-)
 
 
 class LoadedBlock:
@@ -267,35 +255,14 @@ class BlockStreamer:
 
     def _load(self, wanted: Callable[[str], bool]) -> str:
         """Load the parameters whose names ``wanted`` accepts; returns the digest of their bytes."""
-        model, dtype = self.skeleton.model, self.skeleton.dtype
-        with TensorReader() as reader, _quiet_loading():
+        with TensorReader() as reader:
             state = {
                 info.name: _LazyTensor(reader, info)
                 for name, infos in self.skeleton.sources.items()
                 if wanted(name)
                 for info in infos
             }
-            info, _ = convert_and_load_state_dict_in_model(
-                model=model,
-                state_dict=state,
-                load_config=LoadStateDictConfig(
-                    dtype=dtype,
-                    dtype_plan=model._get_dtype_plan(dtype),
-                    device_map={"": self.device},
-                    weight_mapping=get_model_conversion_mapping(model),
-                ),
-                disk_offload_index=None,
-                **_OLDER_ARGUMENTS,
-            )
-            if info.mismatched_keys:
-                name, on_disk, expected = sorted(info.mismatched_keys)[0]
-                raise CorruptShardError(
-                    f"{name} is {list(on_disk)} on disk, config.json makes it {list(expected)}"
-                )
-            if info.conversion_errors:
-                raise CorruptShardError(
-                    f"cannot be converted: {next(iter(info.conversion_errors))}"
-                )
+            load_state(self.skeleton.model, state, self.skeleton.dtype, self.device)
             return reader.digest()
 
 
@@ -307,24 +274,6 @@ class _LazyTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         return self._reader.read(self._info)[index]
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Load without transformers' progress bar, and one tensor after the other."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-        if before is None:
-            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
-        else:
-            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

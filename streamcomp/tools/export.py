@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamcomp.checkpoint.atomic import make_folder, write_json, write_text
+from streamcomp.checkpoint.files import companion_digests
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo, read_json
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.checkpoint.writer import Computed, Entry, write_shard
@@ -67,7 +68,7 @@ def export_checkpoint(
             progress.finish_step(number, shard.name, time.perf_counter() - started, "")
     finally:
         progress.end()
-    copy_companions(index.folder, destination)
+    copy_companions(index.folder, destination, companion_digests(index.folder))
     config = {k: v for k, v in index.config.items() if k != "quantization_config"}
     config.pop("auto_map", None)
     if factors is not None:

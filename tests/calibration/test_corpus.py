@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import re
+import resource
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -641,6 +642,26 @@ def test_a_template_reaches_nothing_outside_its_sandbox(tmp_path: Path) -> None:
             load_windows(model, [REFERENCE], 1, 16, seed=0, chat=True)
 
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{{ 'x' * 10**7 }}",
+        "{% set a = namespace(t='x') %}"
+        "{% for i in range(40) %}{% set a.t = a.t + a.t %}{% endfor %}",
+        "{{ 10 ** 10 ** 5 }}",
+    ],
+)
+def test_a_template_takes_little_memory(template: str, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    model = chat_model(tmp_path / "model", template)
+
+    with pytest.raises(CalibrationError, match="chat template of .* does not render"):
+        load_windows(model, [REFERENCE], 1, 16, seed=0, chat=True)
+
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 @pytest.mark.parametrize(

@@ -152,3 +152,34 @@ def test_a_folder_that_cannot_be_written_is_found_when_it_is_made(
 
     with pytest.raises(OutputError, match="Read-only file system"):
         make_folder(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_planted_under_the_temporary_name_is_not_written_through(
+    link: str, exists: bool, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    if exists:
+        victim.write_text("mine")
+    elif link == "hardlink_to":
+        pytest.skip("there is no hard link to nothing")
+    {"symlink_to": Path.symlink_to, "hardlink_to": Path.hardlink_to}[link](
+        tmp_path / ".a.tmp", victim
+    )
+
+    write_text(tmp_path / "a", "new")
+
+    assert (tmp_path / "a").read_text() == "new"
+    assert victim.read_text() == "mine" if exists else not victim.exists()
+    assert not (tmp_path / ".a.tmp").exists()
+
+
+def test_a_link_that_has_the_final_name_is_replaced_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "a").symlink_to("victim")
+
+    write_text(tmp_path / "a", "new")
+
+    assert not (tmp_path / "a").is_symlink()
+    assert (tmp_path / "victim").read_text() == "mine"

@@ -21,8 +21,9 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
     """A model in the hub's cache, weights too: names that link to files called by their hashes."""
 
     def make(rename: Callable[[str], str] = str) -> Path:
-        model, snapshot = save_pico(tmp_path / "blobs", shard_size="30KB"), tmp_path / "snapshot"
-        snapshot.mkdir()
+        home = tmp_path / "models--somebody--model"
+        model, snapshot = save_pico(home / "blobs", shard_size="30KB"), home / "snapshots" / "01ab"
+        snapshot.mkdir(parents=True)
         for path in model.iterdir():
             (snapshot / path.name).symlink_to(path)
         shards = {

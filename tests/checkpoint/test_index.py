@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,11 +333,47 @@ def test_tensors_that_do_not_follow_each_other_are_refused(folder: Path, header:
         read_index(folder)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / SINGLE_FILE)
+@pytest.mark.parametrize("name", ["config.json", SINGLE_FILE, INDEX_FILE, "tokenizer.json"])
+def test_a_pipe_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
 
-    with pytest.raises(SourceError, match="is no file"):
-        read_header(tmp_path / SINGLE_FILE)
+    with pytest.raises(SourceError, match=f"{name} cannot be read.*it is no regular file"):
+        read_index(folder)
+
+
+def test_a_pipe_in_the_place_of_one_shard_is_named(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    os.mkfifo(shard)
+
+    with pytest.raises(SourceError, match=f"{shard.name} cannot be read: it is no regular file"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE_FILE, INDEX_FILE, "LICENSE"])
+def test_a_link_out_of_the_folder_is_refused(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/dev/zero")
+
+    with pytest.raises(SourceError, match=f"{name} is a link to /dev/zero, outside"):
+        read_index(folder)
+
+
+def test_a_shard_that_is_a_link_must_stay_in_the_folder(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "model")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    (folder / "sub").mkdir()
+    shard.rename(folder / "sub" / "x")
+    shard.symlink_to("sub/x")
+    assert shard in read_index(folder).shards
+
+    (folder / "sub" / "x").rename(tmp_path / "x")
+    shard.unlink()
+    shard.symlink_to(tmp_path / "x")
+    with pytest.raises(SourceError, match=f"{shard.name} is a link to .*outside.*cp -rL"):
+        read_index(folder)
 
 
 def test_a_shard_that_is_gone_is_named(tmp_path: Path) -> None:
@@ -356,3 +394,164 @@ def test_an_info_counts_its_numbers_and_bytes() -> None:
     info = TensorInfo("a", "BF16", (3, 4), Path("x"), 100, 124)
 
     assert (info.numel, info.nbytes, info.torch_dtype) == (12, 24, torch.bfloat16)
+
+
+# -- JSON and headers beyond any model's
+
+
+LONG = b"9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (b'{"a":' * 100_000, "cannot be read as JSON"),
+        (b'{"a":' + b"[" * 80 + b"]" * 80 + b"}", "nested in more than 64 levels"),
+        (b'{"a":' + LONG + b"}", "cannot be read as JSON.*4300 digits"),
+        (b'{"a":[' + b"0," * 2**21 + b"0]}", "more than 2,097,152 values"),
+        (b'{"a":"' + b"x" * 2**25 + b'"}', "more than 32.0 MiB"),
+    ],
+    ids=["deep", "less deep", "digits", "values", "bytes"],
+)
+@pytest.mark.parametrize("name", ["config.json", INDEX_FILE])
+def test_json_beyond_any_model_s_is_refused(
+    folder: Path, name: str, config: bytes, message: str
+) -> None:
+    (folder / name).write_bytes(config)
+
+    with pytest.raises(SourceError, match=f"{name} .*{message}"):
+        read_index(folder)
+
+
+def test_numbers_that_json_does_not_know_are_read(folder: Path) -> None:
+    write_parts(folder / SINGLE_FILE, {"a": FOUR_FLOATS})
+    (folder / "config.json").write_text('{"a": NaN, "b": [0.0, Infinity]}')
+
+    assert read_index(folder).config["b"][1] == float("inf")
+
+
+@pytest.mark.parametrize("place", ["{}", "a/{}", "{}/b"])
+@pytest.mark.parametrize("name", ["\ud800", "\udcff", "a\nb", "\x1b[2J", "x" * 300, "y/" * 600])
+def test_a_shard_that_no_file_can_be_called_is_refused(folder: Path, place: str, name: str) -> None:
+    shard = place.format(name)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": shard}}))
+
+    with pytest.raises(SourceError, match="outside of .*refused") as caught:
+        read_index(folder)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name", [f"layers.{'1' * 5000}.x", "layers.\u00b2.x", "a\x1b[2J", "\ud800", "a\nb"]
+)
+@pytest.mark.parametrize("single", [True, False])
+def test_a_tensor_with_a_name_of_no_tensor_is_refused(
+    folder: Path, name: str, single: bool
+) -> None:
+    if single and name == "\ud800":
+        pytest.skip("the library refuses such a header")
+    write_parts(folder / ("x" if not single else SINGLE_FILE), {name: FOUR_FLOATS})
+    if not single:
+        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {name: "x"}}))
+
+    with pytest.raises(SourceError, match="printable ASCII") as caught:
+        read_index(folder)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("offset", [10**400, int(LONG[:4300]), 2**64, 2**63])
+def test_an_offset_of_any_length_is_refused(folder: Path, offset: int) -> None:
+    entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, offset]}
+    write_parts(folder / SINGLE_FILE, {"a": entry})
+
+    with pytest.raises(CorruptShardError, match="is damaged"):
+        read_index(folder)
+
+
+def test_an_integer_of_5000_digits_in_a_header_is_refused(folder: Path) -> None:
+    header = b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,' + LONG + b"]}}"
+    write_parts(folder / SINGLE_FILE, header)
+
+    with pytest.raises(CorruptShardError, match="is damaged"):
+        read_index(folder)
+
+
+def test_a_header_of_90_megabytes_is_not_read(folder: Path) -> None:
+    path = folder / SINGLE_FILE
+    path.write_bytes((90_000_000).to_bytes(8, "little") + b'{"a":[[],[],[]')
+    os.truncate(path, 90_001_000)  # a hole: takes no space
+
+    with pytest.raises(CorruptShardError, match="90000000 bytes.*at most 16.0 MiB are read"):
+        read_index(folder)
+
+
+def test_a_header_of_brackets_is_not_parsed(folder: Path) -> None:
+    write_parts(folder / SINGLE_FILE, b'{"a":[' + b"[]," * 10_000 + b"[]]}")
+
+    with pytest.raises(CorruptShardError, match="10003 brackets"):
+        read_index(folder)
+
+
+def test_the_shortest_entries_that_a_header_may_have_are_read(folder: Path) -> None:
+    entry = {"dtype": "U8", "shape": [], "data_offsets": [0, 1]}
+    header = {}
+    for number in range(1000):
+        header[f"{number}"] = {**entry, "data_offsets": [number, number + 1]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    write_parts(folder / SINGLE_FILE, text, bytes(1000))
+
+    assert len(read_index(folder).tensors) == 1000
+
+
+# -- as strict as the library
+
+
+def mutated(header: bytes, draw: random.Random) -> bytes:
+    """``header`` with a few bytes changed, taken out, put in, or a number replaced."""
+    text = bytearray(header)
+    for _ in range(draw.randint(1, 3)):
+        place = draw.randrange(len(text))
+        match draw.randrange(5):
+            case 0:
+                text[place] = draw.choice(b'0123456789,:[]{}" aF-')
+            case 1:
+                del text[place]
+            case 2:
+                text[place:place] = bytes([draw.choice(b'0123456789,:[]{}"-')])
+            case 3:
+                stop = draw.randrange(place, min(len(text), place + 40) + 1)
+                text[place:place] = text[place:stop]
+            case _:
+                numbers = list(re.finditer(rb"\d+", bytes(text)))
+                chosen = draw.choice(numbers)
+                other = draw.choice([b"0", b"1", b"8", b"16", b"24", b"-1", b"4294967296"])
+                text[chosen.start() : chosen.end()] = other
+    return bytes(text)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_no_header_is_accepted_that_the_library_refuses(folder: Path, sharded: bool) -> None:
+    header = json.dumps(
+        {
+            "a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]},
+            "b": {"dtype": "F16", "shape": [4], "data_offsets": [8, 16]},
+            "c": {"dtype": "F32", "shape": [], "data_offsets": [16, 20]},
+        }
+    ).encode()
+    draw, path = random.Random(0), folder / ("x" if sharded else SINGLE_FILE)
+    if sharded:
+        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys("abc", "x")}))
+    accepted = 0
+    for _ in range(400):
+        data = bytes(20 + draw.choice([0, 0, 0, 1, -1]))
+        write_parts(path, mutated(header, draw), data)
+        try:
+            index = read_index(folder)
+        except SourceError:
+            continue
+        tensors = load_file(path)  # raises where the library refuses it
+        for name, info in index.tensors.items():
+            assert info.shape == tuple(tensors[name].shape)
+            assert info.nbytes == tensors[name].nbytes
+        accepted += 1
+    assert accepted > 10

@@ -15,7 +15,8 @@ import pytest
 
 from streamcomp import JobMismatchError, OutputError, RecipeError, Resources, status
 from streamcomp.api import plan
-from streamcomp.job.journal import locked
+from streamcomp.job.journal import JOURNAL, Journal, locked
+from streamcomp.job.rows import StepRow
 from streamcomp.job.steps.tokenize import Tokenize
 from streamcomp.model.skeleton import Skeleton
 from tests.jobs import (
@@ -311,3 +312,105 @@ def test_keeping_work_of_a_job_that_began_without_is_said_to_be_too_late(
 
     assert any("--keep-work comes too late" in note for note in progress.texts)
     assert not (out / ".streamcomp").exists()
+
+
+# -- links in OUT and in the work folder ---------------------------------------------------
+
+
+def test_a_work_folder_in_out_that_is_a_link_is_refused(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out, other = pico("llama"), tmp_path / "out", tmp_path / "other"
+    interrupted(dense, tmp_path / "first", text, 3, work_dir=other)
+    before = tree(other)
+    out.mkdir()
+    (out / ".streamcomp").symlink_to(other)
+
+    for ratio in (0.3, 0.4):
+        with pytest.raises(OutputError, match=r"streamcomp is a link: remove it.*--work-dir"):
+            compress(dense, out, text, ratio=ratio)
+    assert tree(other) == before
+
+
+def test_the_work_of_a_finished_job_is_not_removed_through_a_link(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out, other = pico("llama"), tmp_path / "out", tmp_path / "other"
+    with mock.patch("streamcomp.api.remove_work"):  # killed before its work was removed
+        compress(dense, out, text, work_dir=other)
+    before = tree(other)
+    (out / ".streamcomp").symlink_to(other)
+
+    assert compress(dense, out, text).already_done
+
+    assert tree(other) == before
+
+
+def test_a_work_folder_that_the_user_names_may_be_a_link(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "work").symlink_to(disk)
+
+    compress(pico("llama"), tmp_path / "out", text, work_dir=tmp_path / "work")
+
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert (tmp_path / "work").is_symlink() and list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["journal.jsonl", ".journal.jsonl.tmp", "hidden-00000.bin", ".windows.safetensors.tmp"]
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_under_the_name_of_a_work_file_is_refused_and_not_written_through(
+    name: str, exists: bool, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    if exists:
+        victim.write_text("mine")
+    (out / ".streamcomp").mkdir(parents=True)
+    (out / ".streamcomp" / name).symlink_to(victim)
+
+    with pytest.raises(OutputError, match="is a link|is no regular file"):
+        compress(pico("llama"), out, text)
+
+    assert victim.read_text() == "mine" if exists else not victim.exists()
+
+
+def test_a_journal_is_not_appended_to_through_a_link(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / JOURNAL
+    victim.write_text("mine\n")
+    path.symlink_to(victim)
+    journal = Journal(path, mock.Mock(), [])
+
+    with pytest.raises(OutputError, match="cannot be written"):
+        journal.commit(
+            StepRow(
+                step="embed", seconds=1.0, stages={}, limits={}, peak_bytes=1, predicted_bytes=1
+            )
+        )
+    assert victim.read_text() == "mine\n"
+    with pytest.raises(OutputError, match="is no regular file"):
+        Journal.read(tmp_path)
+
+
+def test_a_pipe_instead_of_a_journal_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / ".streamcomp").mkdir()
+    os.mkfifo(tmp_path / ".streamcomp" / JOURNAL)
+
+    with pytest.raises(OutputError, match="is no regular file"):
+        status(tmp_path)
+
+
+def test_a_folder_for_one_of_several_ratios_that_is_a_link_is_refused(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    out.mkdir()
+    other.mkdir()
+    (out / "ratio-0.2").symlink_to(other)
+
+    with pytest.raises(OutputError, match=r"ratio-0\.2 is a link"):
+        compress(pico("llama"), out, text, ratio=(0.2, 0.4))
+    assert list(other.iterdir()) == []

@@ -1,0 +1,109 @@
+"""Puts tensors from disk into a model as transformers does: renamed, merged, split, cast."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from streamcomp.checkpoint.index import DTYPES, TensorInfo
+from streamcomp.errors import CorruptShardError, StreamcompError
+
+__all__ = ["check_shapes", "load_state", "quiet_loading"]
+
+# The loader of the first transformers 5 releases takes one argument more.
+_OLDER_ARGUMENTS = (
+    {"tp_plan": None}
+    if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
+    else {}
+)
+
+
+def load_state(
+    model: PreTrainedModel, state: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put ``state``, tensors by their names on disk, into ``model``.
+
+    CorruptShardError where they do not give its parameters the shapes that the config says.
+    """
+    with quiet_loading():
+        info, _ = convert_and_load_state_dict_in_model(
+            model=model,
+            state_dict=dict(state),
+            load_config=LoadStateDictConfig(
+                dtype=dtype,
+                dtype_plan=model._get_dtype_plan(dtype),
+                device_map={"": device},
+                weight_mapping=get_model_conversion_mapping(model),
+            ),
+            disk_offload_index=None,
+            **_OLDER_ARGUMENTS,
+        )
+    if info.mismatched_keys:
+        name, on_disk, expected = sorted(info.mismatched_keys)[0]
+        raise CorruptShardError(
+            f"{name} is {list(on_disk)} on disk, config.json makes it {list(expected)}"
+        )
+    if info.conversion_errors:
+        raise CorruptShardError(
+            f"{min(info.conversion_errors)} cannot be made of its tensors on disk: "
+            "config.json describes other shapes"
+        )
+
+
+def check_shapes(
+    model: PreTrainedModel, tensors: Mapping[str, TensorInfo], dtype: torch.dtype
+) -> None:
+    """CorruptShardError unless loading ``tensors`` gives each parameter its shape.
+
+    They are loaded without their data, and ``model`` is as it was before.
+    """
+    before = [
+        (module, dict(module._parameters), dict(module._buffers)) for module in model.modules()
+    ]
+    try:
+        state = {
+            name: torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
+            for name, info in tensors.items()
+            if info.dtype in DTYPES
+        }
+        load_state(model, state, dtype, torch.device("meta"))
+    except StreamcompError:
+        raise
+    except Exception as error:  # conversions expect the shapes that their models have
+        text = " ".join(str(error).split())[:200]
+        raise CorruptShardError(
+            f"tensors on disk cannot become parameters ({type(error).__name__}: {text}): "
+            "config.json describes other shapes"
+        ) from None
+    finally:
+        for part, parameters, buffers in before:
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Load without transformers' progress bar, and one tensor after the other."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
