@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamcomp.checkpoint.atomic import atomic_file, write_json, write_text
-from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_json
+from streamcomp.checkpoint.digests import FileDigest, digest_of, digest_of_file
+from streamcomp.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header, read_json
 from streamcomp.errors import OutputError, RecipeError, SourceError
 from streamcomp.forms.runtime import FORMAT_VERSION
 from streamcomp.job.rows import Report
@@ -43,26 +45,40 @@ _NOT_COPIED = ("config.json", REPORT)
 def publish(
     index: CheckpointIndex,
     out: Path,
-    shards: list[Path],
+    shards: Mapping[str, FileDigest],
     config: Mapping[str, Any],
     extra: Mapping[str, str],
-) -> None:
-    """Write companions, ``extra`` files, the index of ``shards``, and the config last of all."""
-    copy_companions(index.folder, out)
+    report: Report,
+) -> Report:
+    """Write companions, ``extra`` files, index and ``report``, and the config last of all.
+
+    ``shards`` are there already. The report is returned as it was written: it names all other files
+    of OUT, with their sizes and digests.
+    """
+    small = [*copy_companions(index.folder, out), *extra, INDEX_FILE]
     for name, text in extra.items():
         write_text(out / name, text)
-    write_index(out, shards)
-    write_json(out / "config.json", config)
+    write_index(out, [out / name for name in shards])
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    files = {**shards, **{name: digest_of_file(out / name) for name in small}}
+    files["config.json"] = digest_of(text.encode("utf-8", "backslashreplace"))
+    report = replace(report, files=files)
+    write_text(out / REPORT, to_json(report.to_dict()))
+    write_text(out / "config.json", text)
+    return report
 
 
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy tokenizer, generation settings and licence."""
+def copy_companions(source: Path, out: Path) -> list[str]:
+    """Copy tokenizer, generation settings and licence; return their names."""
+    names = []
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.name in _NOT_COPIED or path.name.endswith(".index.json") or not path.is_file():
                 continue
             with atomic_file(out / path.name) as target, path.open("rb") as file:
                 shutil.copyfileobj(file, target)
+            names.append(path.name)
+    return names
 
 
 def write_index(out: Path, shards: list[Path]) -> None:
@@ -71,7 +87,7 @@ def write_index(out: Path, shards: list[Path]) -> None:
     sizes = [info.nbytes for header in headers.values() for info in header.values()]
     weight_map = {name: shard for shard, header in headers.items() for name in header}
     write_json(
-        out / "model.safetensors.index.json",
+        out / INDEX_FILE,
         {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))},
     )
 
@@ -106,7 +122,7 @@ def read_report(out: Path) -> Report | None:
         return report
     except SourceError as error:
         raise OutputError(f"{error}: remove {out} and start again") from None
-    except (ValueError, RecipeError) as error:
+    except (ValueError, RecursionError, RecipeError) as error:
         raise OutputError(
             f"{out / REPORT} is damaged ({error}): remove {out} and start again"
         ) from None
