@@ -69,6 +69,7 @@ class Job:
         self.index, self.out, self.recipe, self.resources = index, out, recipe, resources
         self.here, self.progress = here, progress
         self.fingerprint = fingerprint(index, recipe)
+        self._steps_before = 0  # that earlier runs did, and that still stand
 
     @property
     def work_folder(self) -> Path:

@@ -101,7 +101,7 @@ def test_a_damaged_file_never_changes_the_result(
             compress(dense, out, text, progress=(notes := Notes()), **settings)
         except OutputError as error:
             assert name.endswith(JOURNAL), (case, error)  # its header is all that must be whole
-            assert "remove" in str(error), case
+            assert "remove" in str(error) or "give another OUT" in str(error), case
         else:
             assert weights(out) == expected, (case, notes.texts)
             assert not (out / WORK).exists(), case
@@ -131,7 +131,7 @@ def flip(path: Path) -> None:
         ("forward 0", "hidden-00001.bin", "step 'forward 0' was done again"),
         ("forward 1", "windows.safetensors", ""),  # it is in memory
         ("reverse 1", "gradient-00001.bin", "going back to step 'forward 0'"),
-        ("ranks", "analysis-00000.self_attn.k_proj.safetensors", "going back to step 'tokenize'"),
+        ("ranks", "analysis-00000.self_attn.k_proj.safetensors", "going back to step 'embed'"),
     ],
 )
 def test_a_file_damaged_while_the_job_runs_is_made_again(
@@ -149,7 +149,7 @@ def test_a_file_damaged_while_the_job_runs_is_made_again(
 
 
 @pytest.mark.parametrize("file", ["windows.safetensors", "hidden-00002.bin"])
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["flip", "zero", "cut", "delete"])
 def test_only_the_step_that_wrote_a_file_is_done_again(
     how: str, file: str, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
