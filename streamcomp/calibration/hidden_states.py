@@ -8,13 +8,14 @@ what is written goes to disk in a thread of its own.
 Every window is digested when it is written, and when it is first read. A window is digested in
 pieces, by as many threads as torch has, while nothing else runs: a thread next to what computes
 would need the window to stay in memory, unchanged. The digest of a stream is that of its pieces'
-digests.
+CRC-32s, which take a fifth of BLAKE2b's time: they see damage, not an attack, and who can change a
+stream can change the journal too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from streamcomp.checkpoint.atomic import output_errors, sync_folder
-from streamcomp.checkpoint.digests import DIGEST_BYTES, FileDigest, digest_of
+from streamcomp.checkpoint.digests import FileDigest, digest_of
 from streamcomp.errors import DamagedFileError
 
 __all__ = ["HiddenStates", "StreamShape"]
@@ -66,7 +67,7 @@ class HiddenStates:
         self._dirty = 0
         self._flusher: ThreadPoolExecutor | None = None
         self._flushing: Future[None] | None = None
-        self._digests: dict[int, bytes] = {}  # of the pieces of each window
+        self._digests: dict[int, bytes] = {}  # CRC-32s of the pieces of each window
         self._digesters: ThreadPoolExecutor | None = None
 
     def create(self) -> None:
@@ -173,7 +174,7 @@ class HiddenStates:
         ]
         if self._digesters is None:
             self._digesters = ThreadPoolExecutor(torch.get_num_threads())
-        digests = b"".join(self._digesters.map(_piece_digest, pieces))
+        digests = b"".join(self._digesters.map(_crc, pieces))
         each = len(digests) // len(begins)
         for number in range(len(begins)):
             self._digests[start + number] = digests[number * each : (number + 1) * each]
@@ -192,8 +193,8 @@ class HiddenStates:
             flushing.result()
 
 
-def _piece_digest(piece: memoryview) -> bytes:
-    return hashlib.blake2b(piece, digest_size=DIGEST_BYTES).digest()
+def _crc(piece: memoryview) -> bytes:
+    return zlib.crc32(piece).to_bytes(4, "little")
 
 
 def _to_disk(descriptor: int) -> None:

@@ -1,7 +1,4 @@
-"""Digests by which damage is noticed: BLAKE2b of 16 bytes, as ``b2sum -l 128`` prints it.
-
-hashlib lets other threads run while it digests more than 2 KiB.
-"""
+"""Digests by which damage is noticed: BLAKE2b of 16 bytes, as ``b2sum -l 128`` prints it."""
 
 from __future__ import annotations
 
@@ -10,9 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DIGEST_BYTES", "Digester", "FileDigest", "digest_of", "digest_of_file"]
+__all__ = ["Digester", "FileDigest", "digest_of", "digest_of_file"]
 
-DIGEST_BYTES = 16
+_DIGEST_BYTES = 16
 _PIECE_BYTES = 8 * 2**20
 
 
@@ -28,7 +25,7 @@ class Digester:
     """Digests bytes as they come."""
 
     def __init__(self) -> None:
-        self._hash, self._bytes = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
+        self._hash, self._bytes = hashlib.blake2b(digest_size=_DIGEST_BYTES), 0
 
     def update(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
