@@ -18,13 +18,7 @@ from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, lock
 from streamcomp.job.plan import Plan, make_plan
 from streamcomp.job.planner import Conditions
 from streamcomp.job.progress import JobProgress, SilentProgress
-from streamcomp.job.publish import (
-    REPORT,
-    publish,
-    quantization_config,
-    read_report,
-    to_json,
-)
+from streamcomp.job.publish import publish, quantization_config, read_report
 from streamcomp.job.rows import Report
 from streamcomp.job.run import Job, rows_of_output
 from streamcomp.job.workspace import remove_work
@@ -269,8 +263,8 @@ def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
 def _publish(job: Job, output: int) -> Report:
     """Write all files besides the weights; the last one makes the folder a model."""
     out = job.folders.outputs[output]
-    shards = job.folders.shards(output)
-    written = [info for shard in shards for info in read_header(shard).values()]
+    shards = job.shard_digests(output)
+    written = [info for name in shards for info in read_header(out / name).values()]
     report = job_report(
         job.index,
         written,
@@ -289,10 +283,8 @@ def _publish(job: Job, output: int) -> Report:
         PLUGIN: plugin_source(),
         "README.md": model_card(report, job.recipe),
         "streamcomp_report.html": html_report(report),
-        REPORT: to_json(report.to_dict()),
     }
-    publish(job.index, out, shards, config, extra, job.fingerprint["companions"])
-    return report
+    return publish(job.index, out, shards, config, extra, report)
 
 
 def _result(folders: list[Path], reports: Sequence[Report], already_done: bool) -> CompressResult:

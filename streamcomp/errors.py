@@ -11,6 +11,7 @@
       +-- UnsupportedModelError (4)   the checkpoint is valid, but not supported
       +-- BudgetError (5)             the memory allowed is too small
       +-- OutputError (6)             a folder cannot be written
+      |     +-- DamagedFileError
       +-- JobMismatchError (7)        the folder holds another job
       +-- JobLockedError (8)          another process works on this job
       +-- CalibrationError (9)        the text cannot be used
@@ -22,10 +23,13 @@ wrong, with its numbers, and how to fix it; it can be understood without a trace
 
 from __future__ import annotations
 
+from pathlib import Path
+
 __all__ = [
     "BudgetError",
     "CalibrationError",
     "CorruptShardError",
+    "DamagedFileError",
     "JobLockedError",
     "JobMismatchError",
     "MissingShardError",
@@ -93,6 +97,17 @@ class OutputError(StreamcompError):
     """A folder cannot be written, or its disk is full."""
 
     exit_code = 6
+
+
+class DamagedFileError(OutputError):
+    """A file of an unfinished job is missing, or is not what the job wrote.
+
+    ``path`` is that file.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path} {what}: run the same command again, or remove the work folder")
+        self.path, self.what = path, what
 
 
 class JobMismatchError(StreamcompError):

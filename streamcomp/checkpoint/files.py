@@ -7,13 +7,13 @@ memory than a model needs.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from streamcomp.checkpoint.digests import Digester
 from streamcomp.errors import SourceError
 from streamcomp.units import format_bytes
 
@@ -121,11 +121,10 @@ def pieces(path: Path) -> Iterator[bytes]:
 
 def companion_digests(folder: Path) -> dict[str, str]:
     """BLAKE2b of each companion in ``folder``, by name."""
-    return {path.name: _digest(path) for path in companions(folder)}
-
-
-def _digest(path: Path) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for piece in pieces(path):
-        total.update(piece)
-    return total.hexdigest()
+    digests = {}
+    for path in companions(folder):
+        digester = Digester()
+        for piece in pieces(path):
+            digester.update(piece)
+        digests[path.name] = digester.total.digest
+    return digests

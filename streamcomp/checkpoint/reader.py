@@ -8,7 +8,6 @@ job does not push other programs out of memory.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamcomp.checkpoint.digests import Digester, digest_of
 from streamcomp.checkpoint.files import open_regular
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.errors import CorruptShardError, NonFiniteError, SourceError
@@ -34,13 +34,13 @@ COPY_BYTES = 8 * 2**20
 class TensorReader:
     """Opens shards when they are first needed and closes them all together.
 
-    A context manager; one per block. The BLAKE2b digest of every complete tensor read is kept, so
-    that a later pass can prove that it read the same bytes.
+    A context manager; one per block. ``digests`` keeps the BLAKE2b digest of every complete tensor
+    read, so that a later pass can prove that it read the same bytes.
     """
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
-        self._digests: dict[str, bytes] = {}
+        self.digests: dict[str, str] = {}
 
     def __enter__(self) -> TensorReader:
         return self
@@ -60,7 +60,7 @@ class TensorReader:
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy().data)
         self._fill(info, view, info.start)
-        self._digests[info.name] = hashlib.blake2b(view, digest_size=16).digest()
+        self.digests[info.name] = digest_of(view).digest
         self._forget(info)
         return buffer.view(info.torch_dtype).reshape(info.shape)
 
@@ -75,11 +75,13 @@ class TensorReader:
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
         """The tensor's bytes in order, ``COPY_BYTES`` at a time through one buffer."""
-        buffer = memoryview(bytearray(min(COPY_BYTES, info.nbytes)))
+        buffer, digester = memoryview(bytearray(min(COPY_BYTES, info.nbytes))), Digester()
         for start in range(info.start, info.stop, COPY_BYTES):
             view = buffer[: min(COPY_BYTES, info.stop - start)]
             self._fill(info, view, start)
+            digester.update(view)
             yield view
+        self.digests[info.name] = digester.total.digest
         self._forget(info)
 
     def ask_for(self, info: TensorInfo) -> None:
@@ -89,10 +91,8 @@ class TensorReader:
 
     def digest(self) -> str:
         """One digest of all complete tensors read so far, in any order."""
-        total = hashlib.blake2b(digest_size=16)
-        for name in sorted(self._digests):
-            total.update(name.encode() + b"\0" + self._digests[name])
-        return total.hexdigest()
+        named = (f"{name}\0{self.digests[name]}\n" for name in sorted(self.digests))
+        return digest_of("".join(named).encode()).digest
 
     def _descriptor(self, info: TensorInfo) -> int:
         if info.shard not in self._descriptors:
@@ -130,14 +130,13 @@ def read_ahead(infos: Iterable[TensorInfo]) -> None:
             reader.ask_for(info)
 
 
-def check_finite_on_disk(info: TensorInfo) -> None:
+def check_finite_on_disk(info: TensorInfo, reader: TensorReader) -> None:
     """NonFiniteError if a float tensor holds NaN or infinity; reads ``COPY_BYTES`` at a time."""
     if not info.is_float:
         return
-    with TensorReader() as reader:
-        for chunk in reader.chunks(info):
-            if not bool(torch.frombuffer(chunk, dtype=info.torch_dtype).isfinite().all()):
-                raise NonFiniteError(
-                    f"{info.name} in {info.shard} holds NaN or infinite weights; the checkpoint is "
-                    "damaged"
-                )
+    for chunk in reader.chunks(info):
+        if not bool(torch.frombuffer(chunk, dtype=info.torch_dtype).isfinite().all()):
+            raise NonFiniteError(
+                f"{info.name} in {info.shard} holds NaN or infinite weights; the checkpoint is "
+                "damaged"
+            )

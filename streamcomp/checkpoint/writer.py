@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from streamcomp.checkpoint.atomic import atomic_file
+from streamcomp.checkpoint.digests import Digester, FileDigest
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
 from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader
 
-__all__ = ["DIRTY_BYTES", "Computed", "Entry", "write_shard"]
+__all__ = ["DIRTY_BYTES", "Computed", "Entry", "write_shard", "write_tensors"]
 
 # Written bytes are flushed to disk and dropped from the page cache this often, so that no
 # more than this is dirty at any time.
@@ -63,18 +65,44 @@ class Entry:
         return self.nbytes // max(1, math.prod(self.shape))
 
 
-def write_shard(path: Path, entries: Iterable[Entry]) -> None:
-    """Write ``entries`` to ``path``, durably, in the safetensors format.
+def write_shard(
+    path: Path, entries: Iterable[Entry], reader: TensorReader | None = None
+) -> FileDigest:
+    """Write ``entries`` to ``path``, durably, in the safetensors format; return its digest.
 
     Tensors are ordered by falling item size, then name, so that each is aligned and equal tensors
-    always give equal files. Holds ``COPY_BYTES`` in addition to the caller's memory.
+    always give equal files. Those in other shards are read through ``reader``, if there is one.
+    Holds ``COPY_BYTES`` in addition to the caller's memory.
     """
+    digester = Digester()
+    with reader or TensorReader() as reader:
+        _write(path, entries, reader, lambda _: digester)
+    return digester.total
+
+
+def write_tensors(path: Path, entries: Iterable[Entry]) -> dict[str, FileDigest]:
+    """Write ``entries`` as :func:`write_shard` does; return the digest of each by its name."""
+    digesters: defaultdict[str, Digester] = defaultdict(Digester)
+    with TensorReader() as reader:
+        _write(path, entries, reader, digesters.__getitem__)
+    return {name: digester.total for name, digester in digesters.items()}
+
+
+def _write(
+    path: Path,
+    entries: Iterable[Entry],
+    reader: TensorReader,
+    digester: Callable[[str], Digester],
+) -> None:
+    """Write ``entries``; ``digester`` says what digests an entry, or the header, named ""."""
     ordered = sorted(entries, key=lambda entry: (-entry.item_bytes, entry.name))
     header = _header(ordered)
-    with atomic_file(path) as file, TensorReader() as reader:
+    with atomic_file(path) as file:
         write = _Write(file)
+        write.digester = digester("")
         write(header)
         for entry in ordered:
+            write.digester = digester(entry.name)
             for chunk in _chunks(entry, reader):
                 write(chunk)
 
@@ -108,14 +136,16 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
 
 
 class _Write:
-    """Appends bytes to a file and limits its dirty pages."""
+    """Appends bytes to a file, digests them and limits the file's dirty pages."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._dirty = 0
+        self.digester = Digester()
 
     def __call__(self, data: bytes | memoryview) -> None:
         self._file.write(data)
+        self.digester.update(data)
         self._dirty += len(data)
         if self._dirty >= DIRTY_BYTES:
             self._file.flush()

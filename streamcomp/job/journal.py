@@ -2,9 +2,11 @@
 
 ``journal.jsonl`` opens with a header (format version, fingerprint, levers); each further
 line is one finished step with its results (:mod:`streamcomp.job.rows`). A line is appended and
-synced after the files that it speaks of, so it never promises what is not there. A line that a
-crash cut short is dropped. A lock on the output folder keeps a second process out; the kernel
-releases it with the process, so nothing stale is left by SIGKILL.
+synced after the files that it speaks of, so it never promises what is not there. Each line ends
+with a checksum of itself. A line that a crash cut short is dropped; a whole line that is damaged
+is dropped with all lines after it, and the job does their steps again. A lock on the output folder
+keeps a second process out; the kernel releases it with the process, so nothing stale is left by
+SIGKILL.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import transformers
 
 from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
+from streamcomp.checkpoint.digests import digest_of
 from streamcomp.checkpoint.files import companion_digests, open_regular
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import (
@@ -49,7 +52,7 @@ __all__ = [
 ]
 
 JOURNAL = "journal.jsonl"
-_VERSION = 6
+_VERSION = 7
 _PIECE_BYTES = 1 << 20
 
 # field -> value; all must agree for a job to be continued
@@ -170,13 +173,18 @@ class Journal:
         header: Header,
         steps: list[StepRow],
         inherited: bool = False,
+        lost: int = 0,
     ) -> None:
         self.path, self.header, self.steps = path, header, steps
         self.inherited = inherited  # begun with the analysis of another job
+        self.lost = lost  # lines: the first that is damaged, and those after it
 
     @classmethod
     def read(cls, folder: Path) -> Journal | None:
-        """The journal in ``folder`` as it stands, None where there is none."""
+        """The journal in ``folder`` up to its first damaged line; None where there is none.
+
+        OutputError where that is the header: without it nothing can be continued.
+        """
         path = folder / JOURNAL
         try:
             with open(open_regular(path, follow=False), "rb") as file:
@@ -185,17 +193,21 @@ class Journal:
             return None
         except OSError as error:
             raise OutputError(f"{path} cannot be read: {error.strerror}") from None
-        whole = data[: data.rfind(b"\n") + 1]
+        first, *lines = data.split(b"\n")[:-1] or [b""]  # an incomplete line is none
         try:
-            header, *steps = [_entry(line) for line in whole.splitlines()]
-            if header.get("version") != _VERSION:
+            if _version(first) != _VERSION:
                 raise JobMismatchError(
                     f"{path} was written by another version of streamcomp: remove {folder}",
                     field="version",
                 )
-            return cls(path, Header.from_dict(header), [StepRow.from_dict(step) for step in steps])
+            header = Header.from_dict(_entry(first))
         except (ValueError, RecursionError):
             raise OutputError(f"{path} is damaged: remove {folder} and start again") from None
+        steps: list[StepRow] = []
+        with suppress(ValueError, RecursionError):
+            for line in lines:
+                steps.append(StepRow.from_dict(_entry(line)))
+        return cls(path, header, steps, lost=len(lines) - len(steps))
 
     @classmethod
     def begin(
@@ -231,6 +243,11 @@ class Journal:
             if self.inherited or self.path.stat().st_size != sum(map(len, lines)):
                 write_text(self.path, "".join(lines))
 
+    def cut(self, done: int) -> None:
+        """Forget all steps from number ``done`` on, durably."""
+        self.steps = self.steps[:done]
+        self.trim()
+
     def commit(self, row: StepRow) -> None:
         """Append the row of a finished step, durably."""
         line = _line(row).encode()
@@ -254,7 +271,9 @@ class Journal:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(row.to_dict()) + "\n"
+    """A JSON object whose last key is the checksum of the object without it."""
+    text = json.dumps(row.to_dict())
+    return f'{text[:-1]}, "checksum": "{digest_of(text.encode()).digest}"}}\n'
 
 
 def _same_but(fields: Iterable[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -265,11 +284,20 @@ def _same_but(fields: Iterable[str], one: Mapping[str, Any], other: Mapping[str,
 
 
 def _entry(line: bytes) -> dict[str, Any]:
-    """One line of a journal; ValueError where it is not a JSON object."""
+    """One line of a journal; ValueError where it is not what was written."""
+    text, _, checksum = line.rpartition(b', "checksum": "')
+    if checksum != digest_of(text + b"}").digest.encode() + b'"}':
+        raise ValueError("another checksum")
+    entry: dict[str, Any] = json.loads(text + b"}")
+    return entry
+
+
+def _version(line: bytes) -> Any:
+    """The version that a journal's first line tells, of whatever version it is."""
     entry = json.loads(line)
     if not isinstance(entry, dict):
         raise ValueError("no object")
-    return entry
+    return entry.get("version")
 
 
 def _source_hash(index: CheckpointIndex) -> str:

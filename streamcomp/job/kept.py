@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from streamcomp.calibration.observe import MomentGroup
-from streamcomp.checkpoint.index import TensorInfo, read_header
-from streamcomp.checkpoint.reader import TensorReader
-from streamcomp.checkpoint.writer import Entry, write_shard
-from streamcomp.errors import SourceError
+from streamcomp.checkpoint.writer import Entry
 from streamcomp.job.files import Analysis, Moments, StepFile
+from streamcomp.job.ledger import Ledger
 from streamcomp.job.rows import AnalysisRow
 from streamcomp.linalg.low_rank import Decomposition
 from streamcomp.methods import GradientMoment, Moment
@@ -40,7 +37,9 @@ def figures(site: Site, decomposition: Decomposition) -> AnalysisRow:
     )
 
 
-def write_decomposition(folder: Path, block: int, site: Site, decomposition: Decomposition) -> None:
+def write_decomposition(
+    ledger: Ledger, block: int, site: Site, decomposition: Decomposition
+) -> None:
     """Keep the spectrum and the bases."""
     decomposition = decomposition.rounded(site.dtype)
     entries = [
@@ -49,14 +48,14 @@ def write_decomposition(folder: Path, block: int, site: Site, decomposition: Dec
     ]
     if decomposition.right is not None:
         entries.append(Entry("right", decomposition.right.cpu()))
-    write_shard(_path(folder, Analysis(block), site.name), entries)
+    ledger.write(_name(Analysis(block), site.name), entries)
 
 
 def read_decomposition(
-    folder: Path, block: int, site: Site, row: AnalysisRow, device: torch.device
+    ledger: Ledger, block: int, site: Site, row: AnalysisRow, device: torch.device
 ) -> Decomposition:
     """The decomposition that :func:`write_decomposition` kept; ``row`` is the journal's on it."""
-    tensors = _read(_path(folder, Analysis(block), site.name), device)
+    tensors = _read(ledger, _name(Analysis(block), site.name), device)
     return Decomposition(
         tensors["spectrum"],
         tensors["left"],
@@ -68,25 +67,22 @@ def read_decomposition(
     )
 
 
-def read_spectrum(folder: Path, block: int, site: Site) -> Tensor:
+def read_spectrum(ledger: Ledger, block: int, site: Site) -> Tensor:
     """Energies alone, (k,) fp64."""
-    path = _path(folder, Analysis(block), site.name)
-    with TensorReader() as reader:
-        return reader.read(_header(path)["spectrum"])
+    return dict(ledger.read(_name(Analysis(block), site.name), {"spectrum"}))["spectrum"]
 
 
-def write_output_gradient(folder: Path, block: int, value: Tensor) -> None:
+def write_output_gradient(ledger: Ledger, block: int, value: Tensor) -> None:
     """Keep the moment of the gradient of a block's output, (hidden, hidden)."""
-    path = _path(folder, Analysis(block), _OUTPUT_GRADIENT)
-    write_shard(path, [Entry("value", value.cpu())])
+    ledger.write(_name(Analysis(block), _OUTPUT_GRADIENT), [Entry("value", value.cpu())])
 
 
-def read_output_gradient(folder: Path, block: int, device: torch.device) -> Tensor:
-    return _read(_path(folder, Analysis(block), _OUTPUT_GRADIENT), device)["value"]
+def read_output_gradient(ledger: Ledger, block: int, device: torch.device) -> Tensor:
+    return _read(ledger, _name(Analysis(block), _OUTPUT_GRADIENT), device)["value"]
 
 
 def write_moment(
-    folder: Path,
+    ledger: Ledger,
     block: int,
     group: MomentGroup,
     moment: Moment,
@@ -99,15 +95,15 @@ def write_moment(
         entries.append(Entry(f"gradient.{site.name}", gradient.value.cpu()))
         energy = torch.tensor(gradient.energy, dtype=torch.float64)
         entries.append(Entry(f"energy.{site.name}", energy))
-    write_shard(_path(folder, Moments(block), group.sites[0].name), entries)
+    ledger.write(_name(Moments(block), group.sites[0].name), entries)
 
 
 def read_moment(
-    folder: Path, block: int, group: MomentGroup, site: Site, device: torch.device
+    ledger: Ledger, block: int, group: MomentGroup, site: Site, device: torch.device
 ) -> Moment:
-    """The moment of ``site``, one of ``group``; SourceError where it was not kept."""
+    """The moment of ``site``, one of ``group``; DamagedFileError where it was not kept."""
     names = {"value", "rows", f"gradient.{site.name}", f"energy.{site.name}"}
-    tensors = _read(_path(folder, Moments(block), group.sites[0].name), device, names)
+    tensors = _read(ledger, _name(Moments(block), group.sites[0].name), device, names)
     gradient = None
     if f"gradient.{site.name}" in tensors:
         energy = float(tensors[f"energy.{site.name}"])
@@ -115,23 +111,12 @@ def read_moment(
     return Moment(group.side, tensors["value"], int(tensors["rows"]), gradient)
 
 
-def _path(folder: Path, file: StepFile, name: str) -> Path:
-    return folder / f"{file.key}.{name}.safetensors"
-
-
-def _header(path: Path) -> dict[str, TensorInfo]:
-    if not path.is_file():
-        raise SourceError(f"{path} is missing: remove the work folder and start again")
-    return read_header(path)
+def _name(file: StepFile, part: str) -> str:
+    return f"{file.key}.{part}.safetensors"
 
 
 def _read(
-    path: Path, device: torch.device, names: Container[str] | None = None
+    ledger: Ledger, name: str, device: torch.device, names: Container[str] | None = None
 ) -> dict[str, Tensor]:
     """The tensors in a file, or those of ``names`` that it has."""
-    with TensorReader() as reader:
-        return {
-            name: reader.read(info).to(device)
-            for name, info in _header(path).items()
-            if names is None or name in names
-        }
+    return {tensor: value.to(device) for tensor, value in ledger.read(name, names)}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from streamcomp.errors import SourceError
 from streamcomp.job.files import StepFile
 from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
@@ -145,10 +146,16 @@ class StepPlanner:
     def _output_bytes(self) -> int:
         """All outputs: shards, and at most what is next to tensors: report, tokenizer, headers."""
         index = self.outline.skeleton.index
-        companions = sum(
-            path.stat().st_size
-            for path in index.folder.iterdir()
-            if path.suffix in _COMPANIONS and path.is_file()
-        )
+        try:
+            companions = sum(
+                path.stat().st_size
+                for path in index.folder.iterdir()
+                if path.suffix in _COMPANIONS and path.is_file()
+            )
+        except OSError as error:
+            raise SourceError(
+                f"{error.filename} cannot be read ({error.strerror}): put the model back, and the "
+                "same command goes on"
+            ) from None
         text = companions + _TEXT_BYTES + _TEXT_BYTES_PER_TENSOR * len(index.tensors)
         return sum(output.nbytes + text for output in self.outline.outputs)

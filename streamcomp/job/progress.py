@@ -143,6 +143,8 @@ class BarProgress:
         self._remaining, self._budget = _Remaining(seconds), budget_bytes
         if done:
             self._console.print(Text(f"{title}: continued after step {done} of {len(seconds)}"))
+        if self._task is not None:  # a job that goes back begins again
+            self._bar.remove_task(self._task)
         self._bar.start()
         self._task = self._bar.add_task(
             title, total=len(seconds), completed=done, stage="", eta="", rss=self._rss()

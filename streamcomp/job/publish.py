@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamcomp.checkpoint.atomic import atomic_file, write_json, write_text
+from streamcomp.checkpoint.digests import Digester, FileDigest, digest_of, digest_of_file
 from streamcomp.checkpoint.files import pieces
-from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_json
+from streamcomp.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header, read_json
 from streamcomp.errors import JobMismatchError, OutputError, RecipeError, SourceError
 from streamcomp.forms.runtime import FORMAT_VERSION
 from streamcomp.job.rows import Report
@@ -31,17 +32,29 @@ REPORT = "streamcomp_report.json"
 def publish(
     index: CheckpointIndex,
     out: Path,
-    shards: list[Path],
+    shards: Mapping[str, FileDigest],
     config: Mapping[str, Any],
     extra: Mapping[str, str],
-    digests: Mapping[str, str],
-) -> None:
-    """Write companions of ``digests``, ``extra`` files, the index, and the config last of all."""
-    copy_companions(index.folder, out, digests)
+    report: Report,
+) -> Report:
+    """Write companions, ``extra`` files, index and ``report``, and the config last of all.
+
+    ``shards`` are there already; companions must be those of the report's fingerprint. The report
+    is returned as it was written: it names all other files of OUT, with their sizes and digests.
+    """
+    companions = report.fingerprint["companions"]
+    copy_companions(index.folder, out, companions)
+    small = [*companions, *extra, INDEX_FILE]
     for name, text in extra.items():
         write_text(out / name, text)
-    write_index(out, shards)
-    write_json(out / "config.json", config)
+    write_index(out, [out / name for name in shards])
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    files = {**shards, **{name: digest_of_file(out / name) for name in small}}
+    files["config.json"] = digest_of(text.encode("utf-8", "backslashreplace"))
+    report = replace(report, files=files)
+    write_text(out / REPORT, to_json(report.to_dict()))
+    write_text(out / "config.json", text)
+    return report
 
 
 def copy_companions(source: Path, out: Path, digests: Mapping[str, str]) -> None:
@@ -51,15 +64,15 @@ def copy_companions(source: Path, out: Path, digests: Mapping[str, str]) -> None
     """
     remedy = "put back the file that the job began with, and the same command goes on"
     for name, digest in digests.items():
-        total = hashlib.blake2b(digest_size=16)
+        digester = Digester()
         with atomic_file(out / name) as target:
             try:
                 for piece in pieces(source / name):
-                    total.update(piece)
+                    digester.update(piece)
                     target.write(piece)
             except SourceError as error:
                 raise SourceError(f"{error}: {remedy}") from None
-            if total.hexdigest() != digest:
+            if digester.total.digest != digest:
                 raise JobMismatchError(f"{source / name} has changed: {remedy}", field="companions")
 
 
@@ -69,7 +82,7 @@ def write_index(out: Path, shards: list[Path]) -> None:
     sizes = [info.nbytes for header in headers.values() for info in header.values()]
     weight_map = {name: shard for shard, header in headers.items() for name in header}
     write_json(
-        out / "model.safetensors.index.json",
+        out / INDEX_FILE,
         {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))},
     )
 
@@ -104,7 +117,7 @@ def read_report(out: Path) -> Report | None:
         return report
     except SourceError as error:
         raise OutputError(f"{error}: remove {out} and start again") from None
-    except (ValueError, RecipeError) as error:
+    except (ValueError, RecursionError, RecipeError) as error:
         raise OutputError(
             f"{out / REPORT} is damaged ({error}): remove {out} and start again"
         ) from None

@@ -8,11 +8,12 @@ report it is passed over, so that a finished model stays readable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+from streamcomp.checkpoint.digests import FileDigest
 from streamcomp.job.levers import Levers
 from streamcomp.machine.rates import MachineRates
 from streamcomp.recipe import Recipe
@@ -36,6 +37,9 @@ __all__ = [
 R = TypeVar("R", bound="Row")
 
 _TOO_LARGE = 2**63  # for a count of anything
+_DEEPEST = 16  # nesting of plain values
+_SECONDS = ("seconds", "stages", "limits", "planned_seconds")  # fields
+_MOST_SECONDS = 1e12
 
 
 class Row:
@@ -46,8 +50,8 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without the fields that have their defaults."""
         assert is_dataclass(self)
-        values = ((field, vars(self)[field.name]) for field in fields(self))
-        return {field.name: _plain(value) for field, value in values if value != field.default}
+        values = ((about, vars(self)[about.name]) for about in fields(self))
+        return {about.name: _plain(value) for about, value in values if value != _default(about)}
 
     @classmethod
     def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
@@ -139,7 +143,7 @@ class Header(Row):
     @property
     def recipe(self) -> dict[str, Any]:
         """The part of the fingerprint that is the recipe."""
-        names = {field.name for field in fields(Recipe)}
+        names = {setting.name for setting in fields(Recipe)}
         return {name: value for name, value in self.fingerprint.items() if name in names}
 
 
@@ -166,6 +170,9 @@ class StepRow(StepResult):
     """A finished step: ``StepRow(**vars(result), step=name, ...)``."""
 
     step: str  # its name
+    files: dict[str, FileDigest] = field(default_factory=dict)  # that it left, by name
+    # digests of the source's tensors outside of blocks, in the first step that read them
+    sources: dict[str, str] = field(default_factory=dict)
     seconds: float
     stages: dict[str, float]  # seconds of each
     limits: dict[str, float]  # seconds of each at this machine's rates
@@ -232,6 +239,7 @@ class Report(Row):
     left: dict[str, str]  # modules left as they are, and why
     steps: tuple[StepRow, ...]
     asked: float | None = None  # the ratio asked for
+    files: dict[str, FileDigest] = field(default_factory=dict)  # of OUT, except the report
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; of the report itself, every field that is not None."""
@@ -240,7 +248,7 @@ class Report(Row):
     @property
     def settings(self) -> Recipe:
         """The recipe, without settings that this version does not have."""
-        names = {field.name for field in fields(Recipe)}
+        names = {setting.name for setting in fields(Recipe)}
         return Recipe.from_mapping({k: v for k, v in self.recipe.items() if k in names}, "report")
 
     @property
@@ -270,6 +278,7 @@ def _parsed(kind: Any, value: Any, where: str, strict: bool) -> Any:
     if type(None) in inner:
         return None if value is None else _parsed(inner[0], value, where, strict)
     if kind is Any:
+        _check_depth(value, where)
         return value
     if is_dataclass(kind) and isinstance(value, dict):
         return _from_values(kind, value, where, strict)
@@ -277,8 +286,8 @@ def _parsed(kind: Any, value: Any, where: str, strict: bool) -> Any:
         return tuple(_parsed(inner[0], item, where, strict) for item in value)
     if origin is dict and isinstance(value, dict):
         return {key: _parsed(inner[1], item, where, strict) for key, item in value.items()}
-    if type(value) is int and abs(value) >= _TOO_LARGE:
-        raise ValueError(f"{where} is a number of {value.bit_length()} bits")
+    if type(value) is int and not 0 <= value < _TOO_LARGE:
+        raise ValueError(f"{where} is a number of {value.bit_length()} bits, or below zero")
     if type(value) is int and kind is float:
         return float(value)
     if origin is None and isinstance(value, kind) and isinstance(value, bool) is (kind is bool):
@@ -286,23 +295,46 @@ def _parsed(kind: Any, value: Any, where: str, strict: bool) -> Any:
     raise ValueError(f"{where} is {value!r:.80}")
 
 
+def _check_depth(value: Any, where: str, left: int = _DEEPEST) -> None:
+    """ValueError where lists and objects are nested more than ``left`` deep."""
+    if not left:
+        raise ValueError(f"{where} is nested more than {_DEEPEST} deep")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        _check_depth(item, where, left - 1)
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    """ValueError where a field of seconds holds what no job can take."""
+    if name in _SECONDS:
+        held = value.values() if isinstance(value, dict) else value
+        for seconds in held if isinstance(held, Iterable) else [held]:
+            if not 0 <= seconds < _MOST_SECONDS:
+                raise ValueError(f"{name} has {seconds}")
+
+
 def _from_values(kind: Any, values: dict[str, Any], where: str, strict: bool) -> Any:
     hints = _hints(kind)
     if strict and not values.keys() <= hints.keys():
         raise ValueError(f"{where} has unknown keys: {sorted(values.keys() - hints.keys())}")
-    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
+    missing = [f.name for f in fields(kind) if _default(f) is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    return kind(
-        **{
-            name: _parsed(hint, values[name], f"{where}.{name}", strict)
-            for name, hint in hints.items()
-            if name in values
-        }
-    )
+    read = {
+        name: _parsed(hint, values[name], f"{where}.{name}", strict)
+        for name, hint in hints.items()
+        if name in values
+    }
+    for name, value in read.items():
+        _check_seconds(name, value)
+    return kind(**read)
 
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    return {about.name: hints[about.name] for about in fields(kind)}
+
+
+def _default(about: Field[Any]) -> Any:
+    return about.default if about.default_factory is MISSING else about.default_factory()

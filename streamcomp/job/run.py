@@ -15,9 +15,12 @@ from pathlib import Path
 
 import torch
 
-from streamcomp.checkpoint.atomic import make_folder
+from streamcomp.checkpoint.atomic import make_folder, output_errors
+from streamcomp.checkpoint.digests import FileDigest, digest_of_file
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.errors import BudgetError, JobLockedError
+from streamcomp.errors import BudgetError, DamagedFileError, JobLockedError
+from streamcomp.job.damage import finds_inputs, steps_in_order, steps_that_stand
+from streamcomp.job.files import is_step_file
 from streamcomp.job.folders import JobFolders
 from streamcomp.job.journal import (
     Journal,
@@ -28,11 +31,12 @@ from streamcomp.job.journal import (
     same_job,
     same_moments,
 )
+from streamcomp.job.ledger import file_of
 from streamcomp.job.plan import Plan, make_plan
 from streamcomp.job.planner import Conditions
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.rows import JobLevers, StepRow
-from streamcomp.job.runner import run_steps
+from streamcomp.job.runner import run_again, run_steps
 from streamcomp.job.schedule import can_keep_analysis
 from streamcomp.job.steps.decompose import Decompose
 from streamcomp.job.steps.ranks import ShareRanks
@@ -43,6 +47,8 @@ from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Recipe, Resources
 
 __all__ = ["Job", "rows_of_output"]
+
+_MOST_TIMES = 4  # that a job begins again by itself before it gives up on a machine
 
 
 class Job:
@@ -63,6 +69,7 @@ class Job:
         self.index, self.out, self.recipe, self.resources = index, out, recipe, resources
         self.here, self.progress = here, progress
         self.fingerprint = fingerprint(index, recipe)
+        self._steps_before = 0  # that earlier runs did, and that still stand
 
     @property
     def work_folder(self) -> Path:
@@ -111,8 +118,26 @@ class Job:
                 yield
 
     def run(self) -> None:
-        """Do every step that is not done yet."""
-        space = Workspace(
+        """Do every step that is not done yet, and again those whose files are damaged."""
+        for times_left in reversed(range(_MOST_TIMES)):
+            try:
+                self._check_shards(digests=False)
+                self._run_steps()
+                self._check_shards(digests=True)
+                return
+            except DamagedFileError as error:
+                if not times_left:
+                    raise
+                damage = error.with_traceback(None)  # its frames hold tensors
+            self._repair(damage)
+
+    def _run_steps(self) -> None:
+        self.plan = run_steps(
+            str(self.out), self.plan, self._workspace(), self.progress, replanned=self._with_ranks
+        )
+
+    def _workspace(self) -> Workspace:
+        return Workspace(
             self.plan.outline,
             self.plan.levers,
             self.here.device,
@@ -120,9 +145,67 @@ class Job:
             self.journal,
             self.folders.shards,
         )
-        self.plan = run_steps(
-            str(self.out), self.plan, space, self.progress, replanned=self._with_ranks
-        )
+
+    def _check_shards(self, *, digests: bool) -> None:
+        """DamagedFileError where a shard of an earlier run is not what it wrote.
+
+        Sizes tell that at once, digests only after all is read.
+        """
+        for row in self.journal.steps[: self._steps_before]:
+            for path, expected in self._files(row).items():
+                if is_step_file(path.name):
+                    continue  # it may be gone by now, and is checked when it is read
+                if not path.is_file() or path.stat().st_size != expected.bytes:
+                    raise DamagedFileError(path, "is missing, or has another size")
+                if digests and digest_of_file(path) != expected:
+                    raise DamagedFileError(path, "has other bytes than when it was written")
+
+    def _files(self, row: StepRow) -> dict[Path, FileDigest]:
+        """The files that a step left, each with what it, or a part of it, has to be."""
+        out = self.out if row.output is None else self.folders.outputs[row.output]
+        return {
+            (self.work_folder if is_step_file(file_of(name)) else out) / file_of(name): digest
+            for name, digest in row.files.items()
+        }
+
+    def _repair(self, damage: DamagedFileError) -> None:
+        """Delete a damaged file, and do the step that wrote it again, or go back to it."""
+        rows, what = self.journal.steps, f"{damage.path} {damage.what}"
+        makers = [number for number, row in enumerate(rows) if damage.path in self._files(row)]
+        with output_errors(damage.path):
+            damage.path.unlink(missing_ok=True)
+        if makers and self._is_made_again(makers[-1]):
+            self.progress.note(f"{what}: step {rows[makers[-1]].step!r} was done again")
+        else:
+            self._go_back(makers[-1] if makers else len(rows), what)
+
+    def _is_made_again(self, number: int) -> bool:
+        """Do step ``number`` again, where it can be; whether its files are as they were."""
+        steps = [planned.step for planned in self.plan.steps]
+        if not finds_inputs(steps, self.journal, number):
+            return False
+        try:
+            row = run_again(self.plan, number, self._workspace(), self.progress)
+        except DamagedFileError:
+            return False
+        return row.files == self.journal.steps[number].files
+
+    def _go_back(self, most: int, why: str) -> None:
+        """Count no more than ``most`` steps as done, fewer where they find no inputs."""
+        steps = [planned.step for planned in self.plan.steps]
+        done = steps_that_stand(steps, self.journal, most)
+        again = f"step {steps[done].name!r}" if done < len(steps) else "the end"
+        self.progress.note(f"{why}: going back to {again}")
+        self.journal.cut(done)
+        self._steps_before = min(self._steps_before, done)
+        self.plan = self._plan(self.journal)
+
+    def shard_digests(self, output: int) -> dict[str, FileDigest]:
+        """What the finished shards of an output have to be, by name."""
+        names = [shard.name for shard in self.folders.shards(output)]
+        rows = rows_of_output(self.journal.steps, output)
+        files = {name: digest for row in rows for name, digest in row.files.items()}
+        return {name: files[name] for name in names}
 
     def _journal(self) -> Journal | None:
         """The journal of what was done; a job with no finished step may begin anew.
@@ -131,7 +214,7 @@ class Job:
         output alone, and its moments to one that decomposes them with another damping.
         """
         begun = Journal.read(self.work_folder) if self.work_folder.is_dir() else None
-        if begun is None or not begun.steps:
+        if begun is None or not (begun.steps or begun.lost):
             return None
         held, levers = begun.header.fingerprint, begun.header.levers
         if same_job(held, self.fingerprint) or not (levers.keep_work and begun.finished):
@@ -218,6 +301,10 @@ class Job:
         if begun is not None and begun.inherited:
             begun.header = replace(begun.header, total=len(seconds), planned_seconds=seconds)
         self.journal = begun or Journal.begin(self.work_folder, self.fingerprint, levers, seconds)
+        self._steps_before = len(self.journal.steps)
+        in_order = steps_in_order([planned.step for planned in self.plan.steps], self.journal)
+        if self.journal.lost or in_order < self._steps_before:
+            self._go_back(in_order, f"{self.journal.path} is damaged")
         self.journal.trim()
 
 

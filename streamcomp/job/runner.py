@@ -19,7 +19,7 @@ from streamcomp.machine.allocator import release
 from streamcomp.machine.device import within_device
 from streamcomp.machine.memory import PeakMeter
 
-__all__ = ["run_steps"]
+__all__ = ["run_again", "run_steps"]
 
 
 def run_steps(
@@ -60,6 +60,15 @@ def run_steps(
     return plan
 
 
+def run_again(plan: Plan, number: int, work: Workspace, progress: JobProgress) -> StepRow:
+    """Do a step that the journal lists a second time; the row that it would get now."""
+    meter = PeakMeter(work.device)
+    try:
+        return _run_step(plan, number, work, meter, progress)
+    finally:
+        meter.close()
+
+
 def _run_step(
     plan: Plan, number: int, work: Workspace, meter: PeakMeter, progress: JobProgress
 ) -> StepRow:
@@ -68,9 +77,12 @@ def _run_step(
     with within_device(planned.name, plan.device_budget_bytes):
         if planned.step.runs_windows:
             work.capture()
+        work.ledger.written.clear()
         result = planned.step.run(work, stage)
     return StepRow(
         **vars(result),
+        files=dict(work.ledger.written),
+        sources=work.new_sources(),
         step=planned.name,
         seconds=round(stage.total(), 3),
         stages={phase: round(seconds, 3) for phase, seconds in stage.seconds.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_map_only
 
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.checkpoint.atomic import sync_folder
-from streamcomp.checkpoint.index import TensorInfo, read_header
+from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader, read_ahead
+from streamcomp.checkpoint.writer import Entry
 from streamcomp.errors import JobMismatchError, NonFiniteError
 from streamcomp.job.block_plan import BlockPlan
 from streamcomp.job.files import States, Windows, is_step_file
 from streamcomp.job.journal import JOURNAL, Journal
+from streamcomp.job.ledger import Ledger
 from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.progress import JobProgress
@@ -33,6 +35,9 @@ from streamcomp.model.taps import LayerInputs
 from streamcomp.recipe import Recipe
 
 __all__ = ["Stage", "Workspace", "check_finite", "remove_work", "work_files"]
+
+
+_WINDOWS = f"{Windows().key}.safetensors"
 
 
 class Stage:
@@ -80,7 +85,10 @@ class Workspace:
         """``shards`` tells where an output's are: one for each block, and one for the rest."""
         self.outline, self.levers, self.device = outline, levers, device
         self.folder, self.journal, self.shards = folder, journal, shards
+        self.ledger = Ledger(folder, journal)
         self.read_ahead: list[TensorInfo] = []  # tensors to ask for once a block is read
+        # digests of tensors of the source, as they were first read
+        self._sources = {k: v for row in journal.steps for k, v in row.sources.items()}
 
     @property
     def skeleton(self) -> Skeleton:
@@ -97,17 +105,44 @@ class Workspace:
     @cached_property
     def streamer(self) -> BlockStreamer:
         tokens = self.levers.feed_forward_tokens
-        return BlockStreamer(self.skeleton, self.device, tokens)
-
-    @property
-    def windows_path(self) -> Path:
-        return self.folder / f"{Windows().key}.safetensors"
+        return BlockStreamer(self.skeleton, self.device, tokens, self.saw)
 
     @cached_property
     def tokens(self) -> Tensor:
         """Calibration tokens (windows, seq), as the first step left them."""
-        with TensorReader() as reader:
-            return reader.read(read_header(self.windows_path)["tokens"])
+        return dict(self.ledger.read(_WINDOWS))["tokens"]
+
+    def write_tokens(self, tokens: Tensor) -> None:
+        """Keep the calibration tokens."""
+        self.ledger.write(_WINDOWS, [Entry("tokens", tokens)])
+
+    def write_shard(self, output: int, number: int, entries: Iterable[Entry]) -> None:
+        """Write a shard of an output; JobMismatchError where a tensor that it copies changed."""
+        reader = TensorReader()
+        self.ledger.write_shard(self.shards(output)[number], entries, reader)
+        self.saw(reader.digests)
+
+    # -- the source ----------------------------------------------------------------------
+
+    def saw(self, digests: Mapping[str, str]) -> None:
+        """Note tensors of the source by their digests; JobMismatchError where one has changed."""
+        for name, digest in digests.items():
+            if self._sources.setdefault(name, digest) != digest:
+                raise JobMismatchError(
+                    f"{name} has other bytes now than when it was read before: the model's files "
+                    "have changed; give another OUT",
+                    field="source",
+                )
+
+    def new_sources(self) -> dict[str, str]:
+        """Digests of tensors outside of blocks that no step of the journal has noted.
+
+        Those of tensors in blocks are dropped: the journal has one digest for all of a block.
+        """
+        outer = {info.name for info in self.skeleton.other_tensors()}
+        noted = {name for row in self.journal.steps for name in row.sources}
+        self._sources = {name: self._sources[name] for name in self._sources.keys() & outer}
+        return {name: self._sources[name] for name in sorted(self._sources.keys() - noted)}
 
     @property
     def shape(self) -> StreamShape:
@@ -173,10 +208,20 @@ class Workspace:
 
     @contextmanager
     def reading(self, file: States) -> Iterator[HiddenStates]:
+        """The states; DamagedFileError at the end where they are not what was written.
+
+        Also instead of an error that they may have caused.
+        """
         states = self.states(file)
+        expected = self.ledger.expected(states.path.name)
         states.open()
         try:
-            yield states
+            try:
+                yield states
+            except Exception:
+                states.verify(expected)
+                raise
+            states.verify(expected)
         finally:
             states.close()
 
@@ -194,6 +239,7 @@ class Workspace:
             done = True
         finally:
             states.close(durable=done)
+        self.ledger.written[states.path.name] = states.digest
 
     def propagate(
         self,

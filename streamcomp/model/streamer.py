@@ -127,12 +127,17 @@ class BlockStreamer:
     """Loads parts of ``skeleton``'s model onto ``device`` and runs them.
 
     ``feed_forward_tokens`` is how many positions a block's feed-forward runs at a time; 0: all.
+    ``saw`` is told the digest of each complete tensor that was read, by its name on disk.
     """
 
     def __init__(
-        self, skeleton: Skeleton, device: torch.device, feed_forward_tokens: int = 0
+        self,
+        skeleton: Skeleton,
+        device: torch.device,
+        feed_forward_tokens: int = 0,
+        saw: Callable[[Mapping[str, str]], None] = lambda digests: None,
     ) -> None:
-        self.skeleton, self.device = skeleton, device
+        self.skeleton, self.device, self._saw = skeleton, device, saw
         self._feed_forward_tokens = feed_forward_tokens
         self._inputs: dict[torch.Size, list[LayerInputs]] = {}
         wanted = skeleton.rehearsal.before - {skeleton.embedding_name}
@@ -219,6 +224,7 @@ class BlockStreamer:
         name, _, leaf = parameter.rpartition(".")
         with TensorReader() as reader:
             value = reader.read(self.skeleton.source_of(parameter))
+        self._saw(reader.digests)
         module = self.skeleton.model.get_submodule(name)
         value = value.to(self.device, self.skeleton.dtype)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
@@ -263,6 +269,7 @@ class BlockStreamer:
                 for info in infos
             }
             load_state(self.skeleton.model, state, self.skeleton.dtype, self.device)
+            self._saw(reader.digests)
             return reader.digest()
 
 

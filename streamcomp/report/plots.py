@@ -124,7 +124,7 @@ class CellMap:
 
 
 def linear_axis(high: float, distances: Sequence[float], form: Callable[[float], str]) -> Axis:
-    distance = next((d for d in distances if 5 * d >= high), distances[-1])
+    distance = next((d for d in distances if 5 * d >= high), high / 5)
     ticks = max(1, math.ceil(high / distance)) + 1
     return Axis([distance * tick for tick in range(ticks)], form)
 

@@ -77,7 +77,16 @@ def job_report(
         ),
         left=plan.outline.left | dict.fromkeys(sorted(unreached), _UNREACHED),
         steps=tuple(
-            replace(step, linears=(), analysis=(), ranks=(), refined=None, unreached=())
+            replace(
+                step,
+                linears=(),
+                analysis=(),
+                ranks=(),
+                refined=None,
+                unreached=(),
+                files={},
+                sources={},
+            )
             for step in steps
         ),
         asked=asked,

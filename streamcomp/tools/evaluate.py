@@ -17,7 +17,6 @@ from streamcomp.calibration.corpus import HELD_OUT, load_windows
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.atomic import make_folder
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.errors import NonFiniteError
 from streamcomp.job.journal import Journal
 from streamcomp.job.plan import Plan, make_evaluation_plan
@@ -97,7 +96,7 @@ def evaluate_checkpoint(
         before = meter.peak()
         meter.close()
         work = _workspace(plan, here, folder)
-        write_shard(work.windows_path, [Entry("tokens", tokens.tokens)])
+        work.tokens = tokens.tokens
         run_steps("evaluate", plan, work, progress)
         rows = work.journal.steps
     mean = rows[-1].nll

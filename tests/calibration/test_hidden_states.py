@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streamcomp.calibration import hidden_states
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
-from streamcomp.errors import OutputError, SourceError
+from streamcomp.errors import DamagedFileError, OutputError
 
 WINDOWS, SEQ, HIDDEN = 7, 5, 6
 
@@ -110,7 +110,7 @@ def test_a_file_of_another_size_is_refused(stream: HiddenStates, change: int) ->
     stream.close()
     os.truncate(stream.path, stream.shape.nbytes + change)
 
-    with pytest.raises(SourceError, match="bytes instead of 840: remove the work folder"):
+    with pytest.raises(DamagedFileError, match="bytes instead of 840"):
         stream.open()
 
 
@@ -118,12 +118,12 @@ def test_a_stream_of_another_shape_is_refused(stream: HiddenStates) -> None:
     stream.close()
     other = HiddenStates(stream.path, StreamShape(WINDOWS, SEQ, HIDDEN, torch.bfloat16))
 
-    with pytest.raises(SourceError, match="840 bytes instead of 420"):
+    with pytest.raises(DamagedFileError, match="840 bytes instead of 420"):
         other.open()
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="cannot be opened"):
+    with pytest.raises(DamagedFileError, match="cannot be opened"):
         HiddenStates(tmp_path / "none", shape_of(torch.float32)).open()
 
 
@@ -131,7 +131,7 @@ def test_a_file_cut_short_while_it_is_read_is_found(stream: HiddenStates) -> Non
     fill(stream, states_of(torch.float32), 7)
     os.truncate(stream.path, 100)
 
-    with pytest.raises(SourceError, match="cut short while it was read"):
+    with pytest.raises(DamagedFileError, match="cut short while it was read"):
         stream.read(0, 1)
 
 
@@ -219,3 +219,54 @@ def test_closing_and_removing_twice_is_harmless(stream: HiddenStates) -> None:
         stream.remove()
 
     assert not stream.path.exists()
+
+
+# -- digests -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+def test_a_digest_does_not_depend_on_how_states_are_split(
+    stream: HiddenStates, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_states, "_PIECE_BYTES", piece)
+    fill(stream, states_of(torch.float32), 3)
+    written = stream.digest
+    stream.close(durable=True)
+
+    for batch in (1, 2, 7):
+        stream.open()
+        for start in range(0, WINDOWS, batch):
+            stream.read(start, min(start + batch, WINDOWS))
+        assert stream.digest == written
+        stream.verify(written)
+        stream.close()
+
+
+@pytest.mark.parametrize("read", [[], [3], [5, 1, 5], list(range(WINDOWS))])
+def test_a_changed_byte_is_noticed_also_in_a_window_that_nobody_read(
+    stream: HiddenStates, read: list[int]
+) -> None:
+    fill(stream, states_of(torch.float32), 7)
+    written = stream.digest
+    stream.close(durable=True)
+    data = bytearray(stream.path.read_bytes())
+    data[4 * stream.shape.window_bytes + 5] ^= 1
+    stream.path.write_bytes(data)
+
+    stream.open()
+    for window in read:
+        stream.read(window, window + 1)
+    with pytest.raises(DamagedFileError, match="has other bytes than when it was written"):
+        stream.verify(written)
+
+
+def test_windows_that_change_places_are_noticed(stream: HiddenStates) -> None:
+    states = states_of(torch.float32)
+    fill(stream, states, 7)
+    written = stream.digest
+    stream.close(durable=True)
+    stream.path.write_bytes(states.flip(0).numpy().tobytes())
+
+    stream.open()
+    with pytest.raises(DamagedFileError):
+        stream.verify(written)

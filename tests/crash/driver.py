@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamcomp.checkpoint import writer
-from streamcomp.job.journal import JOURNAL, Journal
+from streamcomp.job.journal import JOURNAL, Journal, _line
 from streamcomp.job.rows import StepRow
 from streamcomp.machine.kernels import warm_up
 from tests.jobs import compress, tree
@@ -72,7 +72,7 @@ def watch(point: Points) -> None:
         point(f"after {Path(target).name} got its name")
 
     def points_at_commit(journal: Journal, row: StepRow) -> None:
-        line = json.dumps(row.to_dict()) + "\n"
+        line = _line(row)
 
         def tear() -> None:
             with journal.path.open("a") as file:

@@ -182,14 +182,14 @@ def test_a_torn_journal_line_is_as_good_as_none(
     assert streamcomp.status(out).last_step == "forward 1"
 
 
-def test_a_journal_damaged_within_is_refused(
+def test_a_journal_without_its_header_is_refused(
     pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     dense, out = pico("llama"), tmp_path / "out"
     with pytest.raises(Interrupted):
         compress(dense, out, text, progress=Interrupt(2))
     journal = out / ".streamcomp" / "journal.jsonl"
-    journal.write_bytes(journal.read_bytes().replace(b'"step"', b'"st\0p', 1))
+    journal.write_bytes(journal.read_bytes().replace(b'"fingerprint"', b'"fingerpr\0nt"', 1))
     before = tree(out)
 
     with pytest.raises(OutputError, match="is damaged: remove"):
@@ -205,7 +205,7 @@ def test_an_unpublished_folder_is_no_model(
     dense, out = pico("llama"), tmp_path / "out"
     if there:
         with (
-            mock.patch("streamcomp.job.publish.write_json", fail_at("config.json")),
+            mock.patch("streamcomp.job.publish.write_text", fail_at("config.json")),
             pytest.raises(Interrupted),
         ):
             compress(dense, out, text)
@@ -221,13 +221,13 @@ def test_an_unpublished_folder_is_no_model(
     AutoModelForCausalLM.from_pretrained(out)
 
 
-def fail_at(name: str) -> Callable[[Path, Any], None]:
-    from streamcomp.checkpoint.atomic import write_json
+def fail_at(name: str) -> Callable[[Path, str], None]:
+    from streamcomp.checkpoint.atomic import write_text
 
-    def write(path: Path, value: Any) -> None:
+    def write(path: Path, text: str) -> None:
         if path.name == name:
             raise Interrupted(name)
-        write_json(path, value)
+        write_text(path, text)
 
     return write
 

@@ -18,7 +18,9 @@ from streamcomp.calibration.corpus import load_windows
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.job.block_plan import BlockPlan, plan_blocks
 from streamcomp.job.folders import WORK_FOLDER
+from streamcomp.job.journal import Journal
 from streamcomp.job.kept import read_moment, read_output_gradient
+from streamcomp.job.ledger import Ledger
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
 from streamcomp.methods import Moment
 from streamcomp.model.sites import Site
@@ -134,11 +136,18 @@ def block_plans(folder: Path, text: Path, **settings: Any) -> list[BlockPlan]:
     return plan_blocks(open_skeleton(folder), small_recipe(text, **settings), shape)
 
 
+def ledger_of(out: Path) -> Ledger:
+    """What a job has kept."""
+    journal = Journal.read(out / WORK_FOLDER)
+    assert journal is not None
+    return Ledger(out / WORK_FOLDER, journal)
+
+
 def kept_moments(folder: Path, out: Path, text: Path) -> dict[str, tuple[Site, Moment]]:
     return {
         linear.full_name: (
             linear,
-            read_moment(out / WORK_FOLDER, block.number, group, linear, CPU),
+            read_moment(ledger_of(out), block.number, group, linear, CPU),
         )
         for block in block_plans(folder, text)
         for group in block.groups
@@ -170,7 +179,7 @@ def check_moments(folder: Path, out: Path, text: Path, tolerance: float = TOLERA
         assert moment.gradient.value.shape == (min(linear.rows, linear.columns),) * 2
         assert close(moment.gradient.value, own.T @ own, tolerance), name
     for number, block in enumerate(blocks):
-        found = read_output_gradient(out / WORK_FOLDER, number, CPU)
+        found = read_output_gradient(ledger_of(out), number, CPU)
         assert close(found, block.gradient.T @ block.gradient, tolerance)
 
 
@@ -248,9 +257,7 @@ def test_they_do_not_depend_on_which_blocks_are_compressed(
     for block in block_plans(folder, text, blocks=blocks):
         for group in block.groups:
             for linear in group.sites:
-                moment = read_moment(
-                    tmp_path / "out" / WORK_FOLDER, block.number, group, linear, CPU
-                )
+                moment = read_moment(ledger_of(tmp_path / "out"), block.number, group, linear, CPU)
                 assert moment.gradient is not None
                 energy = float(flows[linear.full_name].gradient.square().sum())
                 assert moment.gradient.energy == pytest.approx(energy, rel=TOLERANCE)

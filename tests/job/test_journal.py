@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +71,14 @@ def forget(path: Path, name: str) -> None:
     held = json.loads(first)
     del held["fingerprint"][name]
     held.get("recipe", {}).pop(name, None)
-    path.write_text(json.dumps(held) + "\n" + rest, "utf-8")
+    held.pop("checksum", None)
+    path.write_text(sealed(json.dumps(held)) + rest, "utf-8")
+
+
+def sealed(text: str) -> str:
+    """The line of a journal with the JSON object ``text``, and the checksum of that."""
+    checksum = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return f'{text[:-1]}, "checksum": "{checksum}"}}\n'
 
 
 def test_a_finished_job_without_a_new_setting_is_done(

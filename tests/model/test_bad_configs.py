@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from streamcomp.errors import SourceError, StreamcompError, UnsupportedModelError
-from streamcomp.model import meta
 from streamcomp.model.settings import at_most, check_counts, runnable
 from tests.jobs import run_cli
 from tests.model.folders import edit_config, open_skeleton, save_edited
@@ -219,7 +218,7 @@ def test_whatever_transformers_raises_is_one_refusal(
         def fail(*_: Any, error: Exception = error, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(meta.AutoModelForCausalLM, "from_config", fail)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_config", fail)
         with pytest.raises(UnsupportedModelError, match=type(error).__name__) as caught:
             open_skeleton(folder)
         assert "\n" not in str(caught.value)

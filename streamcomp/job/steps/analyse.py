@@ -173,7 +173,7 @@ def decompose(
             if not keeps_moments:
                 gradients.clear()
         if keeps_moments:
-            kept.write_moment(work.folder, loaded.number, group, moment, gradients)
+            kept.write_moment(work.ledger, loaded.number, group, moment, gradients)
 
 
 def decompose_one(
@@ -187,7 +187,7 @@ def decompose_one(
     """Decompose one site into the work folder and free its weight; return the damping used."""
     stage(f"decomposing {site.leaf}")
     analysis = work.method.analyse(site.weight(loaded), moment, work.recipe)
-    kept.write_decomposition(work.folder, loaded.number, site, analysis)
+    kept.write_decomposition(work.ledger, loaded.number, site, analysis)
     analysed.rows.append(kept.figures(site, analysis))
     site.free(loaded)
     return analysis.min_damping

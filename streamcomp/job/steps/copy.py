@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from streamcomp.checkpoint.reader import COPY_BYTES
-from streamcomp.checkpoint.writer import Entry, write_shard
+from streamcomp.checkpoint.writer import Entry
 from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.rows import StepResult
@@ -41,5 +41,5 @@ class Copy(Step):
     def run(self, work: Workspace, stage: Stage) -> StepResult:
         stage("copying")
         entries = [Entry(info.name, info) for info in work.skeleton.other_tensors()]
-        write_shard(work.shards(self.output)[-1], entries)
+        work.write_shard(self.output, len(work.skeleton), entries)
         return StepResult(output=self.output)

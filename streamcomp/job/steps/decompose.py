@@ -50,7 +50,7 @@ class Decompose(Step):
                         if site.disk_name in unreached:
                             site.free(loaded)
                             continue
-                        moment = kept.read_moment(work.folder, self.block, group, site, work.device)
+                        moment = kept.read_moment(work.ledger, self.block, group, site, work.device)
                         moment = moment.damped(least)
                         least = decompose_one(work, stage, loaded, site, moment, analysed)
                         del moment

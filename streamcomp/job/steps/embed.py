@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from streamcomp.checkpoint.reader import COPY_BYTES, check_finite_on_disk
+from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader, check_finite_on_disk
 from streamcomp.job.files import DenseStates, Windows
 from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
@@ -40,9 +40,11 @@ class Embed(Step):
 
     def run(self, work: Workspace, stage: Stage) -> StepResult:
         stage("checking")
-        for infos in work.skeleton.outer_parameters().values():
-            for info in infos:
-                check_finite_on_disk(info)
+        with TensorReader() as reader:
+            for infos in work.skeleton.outer_parameters().values():
+                for info in infos:
+                    check_finite_on_disk(info, reader)
+        work.saw(reader.digests)
         with work.writing(DenseStates(0)) as write:
             for start, stop in work.batches(stage, "embedding", work.levers.batch):
                 hidden = work.streamer.embed(work.tokens[start:stop].long())

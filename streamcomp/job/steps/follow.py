@@ -123,7 +123,7 @@ def refine(
     run_dtype = gradient_dtype(work.skeleton.dtype)
     gradient = None
     if work.method.needs_gradients:
-        gradient = kept.read_output_gradient(work.folder, number, work.device)
+        gradient = kept.read_output_gradient(work.ledger, number, work.device)
     with (
         loaded.whole(),  # its weights take gradients
         loaded.cast(run_dtype),

@@ -57,7 +57,7 @@ class ShareRanks(Step):
             for sites in (outline.eligible, outline.chosen)
         )
         spectra = [
-            kept.read_spectrum(work.folder, block.number, site)
+            kept.read_spectrum(work.ledger, block.number, site)
             for block in outline.blocks
             for site in block.targets
             if site.disk_name not in unreached

@@ -154,5 +154,5 @@ def _differentiate(
             check_finite(gradient, f"the gradient of {loaded.name}")
             write(start, gradient)
     if outputs is not None:
-        kept.write_output_gradient(work.folder, number, outputs.value)
+        kept.write_output_gradient(work.ledger, number, outputs.value)
     return observer

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from streamcomp.calibration.corpus import load_windows, tokenizing_bytes
-from streamcomp.checkpoint.writer import Entry, write_shard
 from streamcomp.job.files import Windows
 from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
@@ -50,5 +49,5 @@ class Tokenize(Step):
             recipe.seed,
             chat=recipe.chat,
         )
-        write_shard(work.windows_path, [Entry("tokens", windows.tokens)])
+        work.write_tokens(windows.tokens)
         return StepResult(windows=len(windows.tokens), notes=windows.notes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from streamcomp.calibration.observe import Observer
 from streamcomp.checkpoint.reader import COPY_BYTES
-from streamcomp.checkpoint.writer import Entry, write_shard
+from streamcomp.checkpoint.writer import Entry
 from streamcomp.forms import Allowance
 from streamcomp.job import kept
 from streamcomp.job.block_plan import BlockPlan, Pass
@@ -163,7 +163,7 @@ class WriteBlock(Step):
                 if work.recipe.compressed_stream:
                     factored, refined = self._follow(work, stage, loaded, factored)
         stage("writing")
-        write_shard(work.shards(self.output)[self.block], self._entries(work, factored))
+        work.write_shard(self.output, self.block, self._entries(work, factored))
         rows = tuple(
             LinearRow(**vars(factors.figures), spec=factors.spec) for factors in factored.values()
         )
@@ -231,7 +231,7 @@ class WriteBlock(Step):
         if not self.from_analysis:
             return work.method.compress(site, weight, moment, allowance, work.recipe)
         row = work.analysis_row(self.block, site)
-        analysis = kept.read_decomposition(work.folder, self.block, site, row, work.device)
+        analysis = kept.read_decomposition(work.ledger, self.block, site, row, work.device)
         return work.method.factors(site, weight, analysis, allowance, work.recipe)
 
     def _observe(
