@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.errors import SourceError, UnsupportedModelError
-from streamcomp.forms.runtime import FORMAT_VERSION, install_factored
+from streamcomp.errors import CorruptShardError, SourceError, UnsupportedModelError
+from streamcomp.forms.runtime import FLOATS, check_stored, install_factored, modules_of
 
 __all__ = ["FLOATS", "MetaModel", "build_model", "find_layers"]
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Implementations of attention and experts that a config may choose. transformers also writes these
 # settings with an underscore before their name and ``_internal`` after it. Other implementations
@@ -41,13 +39,13 @@ class MetaModel:
 
     model: PreTrainedModel
     dtype: torch.dtype
-    compressed: bool  # by streamcomp; then it has factored linears
+    modules: dict[str, dict[str, Any]] | None  # of a compressed model, as its config lists them
     notes: tuple[str, ...]  # settings of the config that are not followed
 
 
 def build_model(index: CheckpointIndex) -> MetaModel:
     """The model of ``index``; SourceError and UnsupportedModelError where there is none."""
-    compressed = _check_source(index)
+    modules = _compressed_modules(index)
     dtype = _model_dtype(index)
     settings, notes = _runnable(_plain_floats(index.config))
     config = _load_config(index, settings)
@@ -64,18 +62,18 @@ def build_model(index: CheckpointIndex) -> MetaModel:
             else:
                 first = f"transformers cannot build it ({type(error).__name__}: {first[:200]})"
             raise UnsupportedModelError(f"{config.model_type}: {first}") from None
-    if compressed:
-        try:
-            install_factored(model, index.config["quantization_config"]["modules"])
-        except ValueError as error:
-            raise UnsupportedModelError(f"{index.folder}: {error}") from None
+    if modules is not None:
+        _install(index, model, modules)
         _mark_as_quantised(model)
     _fill_buffers(model)
-    return MetaModel(model, dtype, compressed, notes)
+    return MetaModel(model, dtype, modules, notes)
 
 
-def _check_source(index: CheckpointIndex) -> bool:
-    """Whether streamcomp wrote ``index``; UnsupportedModelError if it is quantised otherwise."""
+def _compressed_modules(index: CheckpointIndex) -> dict[str, dict[str, Any]] | None:
+    """The linears that streamcomp has factored, None for a dense model.
+
+    UnsupportedModelError if it is quantised otherwise, or in a way that is not known.
+    """
     quantization = index.config.get("quantization_config")
     if quantization is None:
         text = index.config.get("text_config")
@@ -87,19 +85,31 @@ def _check_source(index: CheckpointIndex) -> bool:
                 f"{index.folder}: {narrow.name} is {narrow.dtype}, the model is already "
                 "quantised: start from the fp32, fp16 or bf16 original"
             )
-        return False
+        return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "streamcomp":
         raise UnsupportedModelError(
             f"{index.folder} is already quantised ({method}): start from the fp32, fp16 or "
             "bf16 original"
         )
-    if quantization.get("version") != FORMAT_VERSION:
-        raise UnsupportedModelError(
-            f"{index.folder}: format version {quantization.get('version')!r}, this streamcomp "
-            f"reads {FORMAT_VERSION}"
-        )
-    return True
+    try:
+        return modules_of(quantization)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{index.folder}: {error}") from None
+
+
+def _install(
+    index: CheckpointIndex, model: PreTrainedModel, modules: dict[str, dict[str, Any]]
+) -> None:
+    """Put factored linears into ``model``, and check that the shards hold their tensors."""
+    try:
+        install_factored(model, modules)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{index.folder}: {error}") from None
+    try:
+        check_stored(model, {i.name: (i.dtype, i.shape) for i in index.tensors.values()})
+    except ValueError as error:
+        raise CorruptShardError(f"{index.folder}: {error}") from None
 
 
 def _model_dtype(index: CheckpointIndex) -> torch.dtype:

@@ -23,11 +23,12 @@ from transformers.utils import logging as transformers_logging
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.model.feed_forward import in_chunks, whole
 from streamcomp.model.skeleton import Skeleton
 from streamcomp.model.taps import LayerInputs, check_same_inputs, hidden_of, views_of_one
 
-__all__ = ["BlockStreamer", "LoadedBlock"]
+__all__ = ["BlockStreamer", "LoadedBlock", "quiet_loading"]
 
 # The loader of the first transformers 5 releases takes one argument more.
 _OLDER_ARGUMENTS = (
@@ -268,7 +269,7 @@ class BlockStreamer:
     def _load(self, wanted: Callable[[str], bool]) -> str:
         """Load the parameters whose names ``wanted`` accepts; returns the digest of their bytes."""
         model, dtype = self.skeleton.model, self.skeleton.dtype
-        with TensorReader() as reader, _quiet_loading():
+        with TensorReader() as reader, quiet_loading():
             state = {
                 info.name: _LazyTensor(reader, info)
                 for name, infos in self.skeleton.sources.items()
@@ -310,7 +311,7 @@ class _LazyTensor:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Load without transformers' progress bar, and one tensor after the other."""
     bars = transformers_logging.is_progress_bar_enabled()
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
@@ -358,3 +359,9 @@ def _check_loaded(name: str, module: nn.Module) -> None:
                     f"{name}.{leaf}: {bad} of {value.numel()} weights are NaN or infinite; "
                     "the checkpoint is damaged"
                 )
+    for leaf, part in module.named_modules():
+        if isinstance(part, FactoredLinear):
+            try:
+                part.check_indices(f"{name}.{leaf}")
+            except ValueError as error:
+                raise CorruptShardError(f"{error}; the checkpoint is damaged") from None
