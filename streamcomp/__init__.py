@@ -36,10 +36,12 @@ if TYPE_CHECKING:
         inspect,
         plan,
         status,
+        verify,
     )
     from streamcomp.job.plan import Plan
     from streamcomp.tools.evaluate import Evaluation
     from streamcomp.tools.inspect import Inspection
+    from streamcomp.tools.verify import Verification
 
 __version__ = "0.1.0"
 
@@ -65,12 +67,14 @@ __all__ = [
     "StreamcompError",
     "UnsupportedModelError",
     "UnsupportedSystemError",
+    "Verification",
     "compress",
     "evaluate",
     "export",
     "inspect",
     "plan",
     "status",
+    "verify",
 ]
 
 # The module that has each name that is imported when it is first used.
@@ -78,6 +82,7 @@ _HOMES = {
     "Evaluation": "streamcomp.tools.evaluate",
     "Inspection": "streamcomp.tools.inspect",
     "Plan": "streamcomp.job.plan",
+    "Verification": "streamcomp.tools.verify",
 }
 
 

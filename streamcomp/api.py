@@ -32,6 +32,7 @@ from streamcomp.report.summary import job_report
 from streamcomp.tools.evaluate import Evaluation, evaluate_checkpoint
 from streamcomp.tools.export import export_checkpoint
 from streamcomp.tools.inspect import Inspection, inspect_checkpoint
+from streamcomp.tools.verify import Verification, size_faults, verify_checkpoint
 
 __all__ = [
     "CompressResult",
@@ -42,6 +43,7 @@ __all__ = [
     "inspect",
     "plan",
     "status",
+    "verify",
 ]
 
 
@@ -128,12 +130,27 @@ def _finished(
     """
     folders = output_folders(out, recipe)
     done = [report for folder in folders if (report := read_report(folder))]
-    if len(done) < len(folders):
-        return None
     for report in done:
         check_fingerprint(report.fingerprint, fingerprint(index, recipe), out, versions=False)
+    if len(done) < len(folders):
+        if Journal.read(resources.work_dir or out / WORK_FOLDER) is None:
+            _refuse_damaged(folders)  # one that lacks its config
+        return None
+    _refuse_damaged(folders)
     _clean(resources.work_dir or out / WORK_FOLDER, done[0])
     return _result(folders, done, already_done=True)
+
+
+def _refuse_damaged(folders: Sequence[Path]) -> None:
+    """OutputError where a finished model lacks a file, or has one of another size."""
+    for folder in folders:
+        faults = size_faults(folder)
+        if faults:
+            more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+            raise OutputError(
+                f"{faults[0]}{more}: the finished model in {folder} is damaged; restore it, or "
+                f"remove {folder} and compress again"
+            )
 
 
 def plan(
@@ -223,12 +240,23 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
         return inspect_checkpoint(read_index(folder))
 
 
+def verify(out: str | Path, *, progress: JobProgress | None = None) -> Verification:
+    """Check the compressed model in ``out``: its files, their digests, and whether it loads.
+
+    SourceError where ``out`` holds no compressed model; what is damaged is in the result.
+    """
+    check_system()
+    return verify_checkpoint(Path(out), progress or SilentProgress())
+
+
 def status(out: str | Path, *, work_dir: Path | None = None) -> JobStatus:
-    """Progress of the job in ``out``; OutputError where there is none."""
+    """Progress of the job in ``out``; OutputError where there is none, or files are missing."""
     out = Path(out)
     folders = [out, *sorted(out.glob("ratio-*"))]
     report = next(filter(None, map(read_report, folders)), None)
     journal = Journal.read(work_dir or out / WORK_FOLDER)
+    if journal is None or (journal.finished and report is not None):
+        _refuse_damaged(folders)
     if report is not None and (journal is None or journal.finished):
         steps = report.steps
         return JobStatus(

@@ -22,7 +22,7 @@ import click
 import streamcomp
 from streamcomp.cli import tables
 from streamcomp.cli.options import Group, Option, make_option, options_of
-from streamcomp.errors import RecipeError, StreamcompError
+from streamcomp.errors import OutputError, RecipeError, StreamcompError
 from streamcomp.recipe import Recipe, Resources
 from streamcomp.settings import Setting
 from streamcomp.terminal import drop
@@ -182,6 +182,28 @@ def status(out: Path, work_dir: Path | None, as_json: bool, quiet: bool) -> None
         tables.print_json(dataclasses.asdict(job) | {"out": str(job.out)})
     else:
         tables.print_status(job)
+
+
+@cli.command(params=[_OUT, *_PRINTING])
+def verify(out: Path, as_json: bool, quiet: bool) -> None:
+    """Check that the compressed model in OUT is whole.
+
+    Compares sizes and digests with OUT's report, and tensors with its config; reads every byte.
+
+    \b
+    Example:
+      streamcomp verify out/
+
+    Exits with 0 if all is well, with 6 if something is damaged or missing, and with 3 if OUT
+    holds no compressed model.
+    """
+    result = streamcomp.verify(out, progress=_progress(quiet or as_json))
+    if as_json:
+        tables.print_json(result.to_dict())
+    else:
+        tables.print_verification(result)
+    if not result.sound:
+        raise click.exceptions.Exit(OutputError.exit_code)
 
 
 _TEXT = [

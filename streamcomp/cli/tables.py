@@ -27,6 +27,7 @@ __all__ = [
     "print_plan",
     "print_status",
     "print_summary",
+    "print_verification",
 ]
 
 # Stages of a job in its summary, the longest.
@@ -132,6 +133,17 @@ def print_status(job: streamcomp.JobStatus) -> None:
             "recipe": ", ".join(f"{k}={v}" for k, v in job.recipe.items() if v not in ("", [])),
         },
     )
+
+
+def print_verification(result: streamcomp.Verification) -> None:
+    console = _console()
+    lines = [("ok", line) for line in result.checked]
+    lines += [("note", line) for line in result.notes]
+    lines += [("damaged", line) for line in result.faults]
+    for kind, line in lines:
+        console.print(f"{kind}: {line}", highlight=False, soft_wrap=True)
+    state = "is whole" if result.sound else f"is damaged, {len(result.faults)} faults"
+    console.print(f"{result.out} {state}", highlight=False, soft_wrap=True)
 
 
 def print_evaluation(run: streamcomp.Evaluation) -> None:

@@ -7,7 +7,7 @@ format meets a weight of the wrong shape and stops, instead of making up random 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 __all__ = [
     "AXES",
+    "FLOATS",
     "FORMAT_VERSION",
     "MODULES",
     "FactoredLinear",
@@ -25,11 +26,21 @@ __all__ = [
     "NameMap",
     "PivotLinear",
     "SharedLinear",
+    "check_stored",
     "factored",
     "install_factored",
+    "modules_of",
 ]
 
 FORMAT_VERSION = 1
+
+# Dtypes of factors, as safetensors names them.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+_INDICES = {torch.int32: "I32", torch.int16: "I16"}
+
+# A tensor's dtype and shape, as the header of a safetensors file has them.
+Stored = tuple[str, Sequence[int]]
 
 # Which channels of a linear share weights: outputs (rows) or inputs (columns).
 AXES = ("rows", "columns")
@@ -39,6 +50,7 @@ class FactoredLinear(nn.Linear):
     """A linear of ``rank`` r below both its sides: n inputs, m outputs."""
 
     form = ""
+    leaves: frozenset[str] = frozenset()  # names of its tensors, without weight and bias
     keys: frozenset[str] = frozenset()  # in the config's entry, in addition to those of every form
     weight: nn.Parameter  # (r, n)
 
@@ -67,6 +79,19 @@ class FactoredLinear(nn.Linear):
         """Tensors that a checkpoint must hold for this linear, by their names there."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
+    def check_values(self, name: str) -> None:
+        """ValueError where tensors of the linear ``name`` hold what no checkpoint may.
+
+        Tensors on ``meta`` pass.
+        """
+        for leaf, tensor in self.tensors().items():
+            if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
+                raise ValueError(f"streamcomp: {name}.{leaf} holds NaN or infinity")
+        self.check_indices(name)
+
+    def check_indices(self, name: str) -> None:
+        """ValueError where an index of the linear ``name`` points to what is not there."""
+
     def dense_weight(self) -> Tensor:
         """The product of the factors, (m, n), in fp32 at least."""
         return self.left_factor() @ _wide(self.weight)
@@ -80,6 +105,7 @@ class LowRankLinear(FactoredLinear):
     """Form ``uv``: y = U (V x) + bias, V stored as ``weight``."""
 
     form = "uv"
+    leaves = frozenset({"U"})
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = False, **place: Any
@@ -101,6 +127,7 @@ class PivotLinear(FactoredLinear):
     """
 
     form = "pivot"
+    leaves = frozenset({"coef", "pivots"})
     pivots: Tensor  # (m,) int32, a permutation
 
     def __init__(
@@ -119,6 +146,13 @@ class PivotLinear(FactoredLinear):
         output = torch.cat((pivot, rest), dim=-1)  # (..., m)
         output = _gather(output, self.pivots.long().expand(output.shape))
         return output if self.bias is None else output + self.bias
+
+    def check_indices(self, name: str) -> None:
+        if self.pivots.is_meta:
+            return
+        rows = torch.arange(len(self.pivots), dtype=torch.int32, device=self.pivots.device)
+        if not torch.equal(self.pivots.sort().values, rows):
+            raise ValueError(f"streamcomp: {name}.pivots is no permutation of 0 to {len(rows) - 1}")
 
     def left_factor(self) -> Tensor:
         return self._left(_wide(self.coef))
@@ -140,6 +174,7 @@ class SharedLinear(FactoredLinear):
     """
 
     form = "shared"
+    leaves = frozenset({"U", "codebook", "labels"})
     keys = frozenset({"clusters", "axis"})
     labels: Tensor  # (m,) for rows, (n,) for columns; int16 where that holds k, else int32
 
@@ -169,11 +204,11 @@ class SharedLinear(FactoredLinear):
     def options(cls, spec: Mapping[str, Any], rows: int, columns: int) -> dict[str, Any]:
         clusters, axis = spec.get("clusters"), spec.get("axis")
         if axis not in AXES:
-            raise ValueError(f"streamcomp: axis {axis!r} is impossible: {' or '.join(AXES)}")
+            raise ValueError(f"streamcomp: axis {_shown(axis)} is impossible: {' or '.join(AXES)}")
         channels = rows if axis == "rows" else columns
         if type(clusters) is not int or not 0 < clusters <= channels:
             raise ValueError(
-                f"streamcomp: clusters {clusters!r} are impossible for {channels} {axis}"
+                f"streamcomp: clusters {_shown(clusters)} are impossible for {channels} {axis}"
             )
         return {"clusters": clusters, "axis": axis}
 
@@ -186,6 +221,15 @@ class SharedLinear(FactoredLinear):
         wide = _wide(input)
         sums = wide.new_zeros(*input.shape[:-1], self.clusters).index_add(-1, labels, wide)
         return output + nn.functional.linear(sums.to(input.dtype), self.codebook)
+
+    def check_indices(self, name: str) -> None:
+        if self.labels.is_meta:
+            return
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= self.clusters:
+            raise ValueError(
+                f"streamcomp: {name}.labels are {low} to {high}, for {self.clusters} clusters"
+            )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, clusters={self.clusters}, axis={self.axis}"
@@ -203,28 +247,62 @@ MODULES: dict[str, type[FactoredLinear]] = {
     module.form: module for module in (LowRankLinear, PivotLinear, SharedLinear)
 }
 
+_CONFIG_KEYS = {"quant_method", "version", "modules"}
 _KEYS = {"form", "rank", "dtype"}
+
+
+def modules_of(quantization: object) -> dict[str, dict[str, Any]]:
+    """``modules`` of a config's ``quantization_config``: entries by the names of linears on disk.
+
+    A key that is not known is refused, here and in each entry, for a reader that skips what it
+    does not know returns a wrong model. Raises ValueError.
+    """
+    if not isinstance(quantization, dict):
+        raise ValueError(f"streamcomp: quantization_config is {_shown(quantization)}, no object")
+    version, modules = quantization.get("version"), quantization.get("modules")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(
+            f"streamcomp: format version {_shown(version)}, this reader knows {FORMAT_VERSION}"
+        )
+    if quantization.get("quant_method") != "streamcomp":
+        raise ValueError("streamcomp: quantization_config is another method's")
+    _refuse_unknown(set(quantization) - _CONFIG_KEYS, "in quantization_config")
+    if not isinstance(modules, dict):
+        raise ValueError(f"streamcomp: modules of quantization_config is {_shown(modules)}")
+    for name, spec in modules.items():
+        if not isinstance(spec, dict):
+            raise ValueError(f"streamcomp: the entry of {_shown(name)} is {_shown(spec)}")
+    return modules
 
 
 def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     """An empty factored linear instead of ``dense``, as ``spec`` of the config says.
 
-    ``spec`` holds ``form``, ``rank`` and ``dtype``, and the keys of its form. Anything else is
-    refused, for a reader that skips what it does not know returns a wrong model. Raises ValueError.
+    ``spec`` holds ``form``, ``rank`` and ``dtype``, and the keys of its form. Raises ValueError.
     """
     form, rank = spec.get("form"), spec.get("rank")
     kind = MODULES.get(form) if isinstance(form, str) else None
-    unknown = sorted(set(spec) - _KEYS - (kind.keys if kind else set()))
-    if unknown:
-        raise ValueError(f"streamcomp: unknown key {unknown[0]!r}: written by a newer version?")
+    _refuse_unknown(set(spec) - _KEYS - (kind.keys if kind else set()))
     if kind is None:
-        raise ValueError(f"streamcomp: unknown form {form!r}: written by a newer version?")
+        raise ValueError(f"streamcomp: unknown form {_shown(form)}: written by a newer version?")
+    if "dtype" in spec and spec["dtype"] not in FLOATS:
+        raise ValueError(
+            f"streamcomp: dtype {_shown(spec['dtype'])} is impossible: {', '.join(FLOATS)}"
+        )
     rows, columns = dense.out_features, dense.in_features
     if type(rank) is not int or not 0 < rank < min(rows, columns):
-        raise ValueError(f"streamcomp: rank {rank!r} is impossible for {rows} x {columns}")
+        raise ValueError(f"streamcomp: rank {_shown(rank)} is impossible for {rows} x {columns}")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     bias = dense.bias is not None
     return kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
+
+
+def _refuse_unknown(keys: set[str], where: str = "") -> None:
+    if keys:
+        place = f" {where}" if where else ""
+        raise ValueError(
+            f"streamcomp: unknown key {_shown(min(keys))}{place}: written by a newer version?"
+        )
 
 
 class NameMap:
@@ -252,17 +330,95 @@ def install_factored(model: PreTrainedModel, modules: Mapping[str, Mapping[str, 
 
     Raises ValueError naming the module that is not there, no linear, or of unknown form.
     """
-    names = NameMap(model)
+    names, head = NameMap(model), model.get_output_embeddings()
     for disk_name, spec in modules.items():
-        parameter = names.parameter(f"{disk_name}.weight")
+        parameter, shown = names.parameter(f"{disk_name}.weight"), _shown(disk_name, quoted=False)
         if parameter is None:
-            raise ValueError(f"streamcomp: {type(model).__name__} has no module {disk_name}")
+            raise ValueError(f"streamcomp: {type(model).__name__} has no module {shown}")
         parent, _, leaf = parameter.removesuffix(".weight").rpartition(".")
         owner = model.get_submodule(parent)
         dense = getattr(owner, leaf)
         if not isinstance(dense, nn.Linear):
-            raise ValueError(f"streamcomp: {disk_name} is a {type(dense).__name__}, no linear")
-        setattr(owner, leaf, factored(dense, spec))
+            raise ValueError(f"streamcomp: {shown} is a {type(dense).__name__}, no linear")
+        if dense is head or isinstance(dense, FactoredLinear):
+            why = "the head, which stays dense" if dense is head else "listed by two names"
+            raise ValueError(f"streamcomp: {shown} is {why}")
+        try:
+            setattr(owner, leaf, factored(dense, spec))
+        except ValueError as error:
+            raise ValueError(f"{error} (linear {shown})") from None
+
+
+def check_stored(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> None:
+    """Compare the factored linears of ``model`` with the headers of its shards.
+
+    ``tensors`` are dtype and shape of each tensor by its name on disk, as safetensors says them.
+    Raises ValueError naming the first tensor that is missing, of another dtype or shape, or a
+    factor of a linear that the config does not list.
+    """
+    names = NameMap(model)
+    stored: dict[str, list[Stored]] = {}
+    for key, entry in tensors.items():
+        parameter = names.parameter(key)
+        if parameter is not None:
+            stored.setdefault(parameter, []).append(entry)
+        else:
+            _refuse_factor(model, names, key)
+    for name, module in model.named_modules():
+        if isinstance(module, FactoredLinear):
+            for leaf, tensor in module.tensors().items():
+                entries = stored.get(f"{name}.{leaf}", [])
+                if len(entries) != 1:
+                    why = (
+                        "is in the checkpoint twice"
+                        if entries
+                        else "is missing from the checkpoint"
+                    )
+                    raise ValueError(f"streamcomp: {name}.{leaf} {why}")
+                _check_tensor(f"{name}.{leaf}", tensor, entries[0])
+            dtypes = {stored[f"{name}.{leaf}"][0][0] for leaf in ("weight", *module.leaves)}
+            if len(dtypes & set(FLOATS)) > 1:
+                raise ValueError(
+                    f"streamcomp: the factors of {name} are {' and '.join(sorted(dtypes))}"
+                )
+
+
+def _check_tensor(name: str, tensor: Tensor, entry: Stored) -> None:
+    dtype, shape = entry
+    if tuple(shape) != tuple(tensor.shape):
+        raise ValueError(
+            f"streamcomp: {name} is {list(shape)[:8]} in the checkpoint, the config makes it "
+            f"{list(tensor.shape)}"
+        )
+    allowed = FLOATS if tensor.is_floating_point() else (_INDICES[tensor.dtype],)
+    if dtype not in allowed:
+        raise ValueError(
+            f"streamcomp: {name} is {dtype} in the checkpoint, it has to be {', '.join(allowed)}"
+        )
+
+
+def _refuse_factor(model: PreTrainedModel, names: NameMap, key: str) -> None:
+    """ValueError where ``key``, which no parameter takes, is a factor of some linear."""
+    owner, _, leaf = key.rpartition(".")
+    if not any(leaf in kind.leaves for kind in MODULES.values()):
+        return
+    weight = names.parameter(f"{owner}.weight")
+    if weight and isinstance(model.get_submodule(weight.rpartition(".")[0]), nn.Linear):
+        raise ValueError(
+            f"streamcomp: {_shown(key, quoted=False)} is a factor that the config does not list"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; the sum is one pass without memory of its own."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _shown(value: object, *, quoted: bool = True) -> str:
+    """``value`` of a config as one short line; a plain name may go without quotes."""
+    if isinstance(value, str) and value.isprintable() and not quoted:
+        return value[:200]
+    return f"{value!r:.80}"
 
 
 def _gather(output: Tensor, places: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from safetensors import safe_open
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -47,24 +48,12 @@ AUTO_MAP = {
 class StreamCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of a compressed model: form and rank of each factored linear."""
 
-    def __init__(
-        self,
-        modules: dict[str, dict[str, Any]] | None = None,
-        quant_method: str = "streamcomp",
-        **others: Any,
-    ) -> None:
-        from streamcomp.forms.runtime import FORMAT_VERSION
+    def __init__(self, /, **settings: Any) -> None:
+        from streamcomp.forms.runtime import FORMAT_VERSION, modules_of
 
-        version = others.pop("version", FORMAT_VERSION)
-        if quant_method != "streamcomp" or version != FORMAT_VERSION:
-            raise ValueError(
-                f"streamcomp: format version {version!r}, this reader knows {FORMAT_VERSION}"
-            )
-        if others:
-            raise ValueError(f"streamcomp: unknown key {min(others)!r} in quantization_config")
-        self.quant_method = quant_method
-        self.version = version
-        self.modules = modules or {}
+        self.modules = modules_of(settings)
+        self.quant_method = "streamcomp"
+        self.version = FORMAT_VERSION
 
 
 class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -73,11 +62,13 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True  # nothing is compressed while loading
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        from streamcomp.forms.runtime import install_factored
+        from streamcomp.forms.runtime import check_stored, install_factored
 
         install_factored(model, self.quantization_config.modules)
+        if checkpoint_files and all(name.endswith(".safetensors") for name in checkpoint_files):
+            check_stored(model, _headers(checkpoint_files))
         return model
 
     def _process_model_after_weight_loading(
@@ -93,7 +84,8 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             for leaf, tensor in module.tensors().items():
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
-                    raise RuntimeError(f"streamcomp: {name}.{leaf} is missing from the checkpoint")
+                    raise ValueError(f"streamcomp: {name}.{leaf} is missing from the checkpoint")
+            module.check_values(name)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -110,6 +102,17 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _headers(files: list[str]) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of each tensor in safetensors ``files``."""
+    tensors = {}
+    for name in files:
+        with safe_open(name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                entry = file.get_slice(key)
+                tensors[key] = (entry.get_dtype(), entry.get_shape())
+    return tensors
 
 
 class _Redirect:

@@ -52,7 +52,8 @@ def publish(
     files = {**shards, **{name: digest_of_file(out / name) for name in small}}
     files["config.json"] = digest_of(text.encode("utf-8", "backslashreplace"))
     report = replace(report, files=files)
-    write_text(out / REPORT, to_json(report.to_dict()))
+    value = report.to_dict()
+    write_text(out / REPORT, to_json(value | {"checksum": _checksum(value)}))
     write_text(out / "config.json", text)
     return report
 
@@ -105,12 +106,22 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def read_report(out: Path) -> Report | None:
-    """The report of a finished model in ``out``; None where there is none."""
-    if not (out / "config.json").is_file() or not (out / REPORT).is_file():
+def _checksum(report: Mapping[str, Any]) -> str:
+    return digest_of(json.dumps(report).encode()).digest
+
+
+def read_report(out: Path, *, finished: bool = True) -> Report | None:
+    """The report in ``out``; None where there is none, or no model that is ``finished``.
+
+    OutputError where it is not as it was written.
+    """
+    if not (out / REPORT).is_file() or (finished and not (out / "config.json").is_file()):
         return None
     try:
-        report = Report.from_dict(read_json(out / REPORT))
+        value = read_json(out / REPORT)
+        if value.pop("checksum", None) not in (None, _checksum(value)):
+            raise ValueError("another checksum")
+        report = Report.from_dict(value)
         if not report.steps:
             raise ValueError("no steps")
         _ = report.settings  # refuses a recipe that is none

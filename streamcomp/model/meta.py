@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.errors import SourceError, StreamcompError, UnsupportedModelError
-from streamcomp.forms.runtime import FORMAT_VERSION, install_factored
+from streamcomp.errors import CorruptShardError, SourceError, StreamcompError, UnsupportedModelError
+from streamcomp.forms.runtime import FLOATS, check_stored, install_factored, modules_of
 from streamcomp.model.settings import at_most, check_counts, refusing, runnable
 from streamcomp.units import format_bytes
 
 __all__ = ["FLOATS", "MetaModel", "build_model"]
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 # What a model may have beyond its shards: parameters, for a tower may be missing, and bytes of
 # buffers that no checkpoint holds.
@@ -40,7 +38,7 @@ class MetaModel:
 
     model: PreTrainedModel
     dtype: torch.dtype
-    compressed: bool  # by streamcomp; then it has factored linears
+    modules: dict[str, dict[str, Any]] | None  # of a compressed model, as its config lists them
     notes: tuple[str, ...]  # settings of the config that are not followed
     layers_name: str
     layers: nn.ModuleList
@@ -48,7 +46,7 @@ class MetaModel:
 
 def build_model(index: CheckpointIndex) -> MetaModel:
     """The model of ``index``; SourceError and UnsupportedModelError where there is none."""
-    compressed = _check_source(index)
+    modules = _compressed_modules(index)
     dtype = _model_dtype(index)
     settings, notes = runnable(index.config)
     config = _load_config(index, settings)
@@ -59,17 +57,14 @@ def build_model(index: CheckpointIndex) -> MetaModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False
             ).eval()
-    if compressed:
-        try:
-            install_factored(model, index.config["quantization_config"]["modules"])
-        except ValueError as error:
-            raise UnsupportedModelError(f"{index.folder}: {error}") from None
+    if modules is not None:
+        _install(index, model, modules)
         _mark_as_quantised(model)
     _check_size(index, model)
     with refusing(what, settings):
         _fill_buffers(model)
         layers_name, layers = find_layers(model)
-    return MetaModel(model, dtype, compressed, notes, layers_name, layers)
+    return MetaModel(model, dtype, modules, notes, layers_name, layers)
 
 
 def _check_size(index: CheckpointIndex, model: PreTrainedModel) -> None:
@@ -91,8 +86,11 @@ def _check_size(index: CheckpointIndex, model: PreTrainedModel) -> None:
         )
 
 
-def _check_source(index: CheckpointIndex) -> bool:
-    """Whether streamcomp wrote ``index``; UnsupportedModelError if it is quantised otherwise."""
+def _compressed_modules(index: CheckpointIndex) -> dict[str, dict[str, Any]] | None:
+    """The linears that streamcomp has factored, None for a dense model.
+
+    UnsupportedModelError if it is quantised otherwise, or in a way that is not known.
+    """
     quantization = index.config.get("quantization_config")
     if quantization is None:
         text = index.config.get("text_config")
@@ -104,19 +102,31 @@ def _check_source(index: CheckpointIndex) -> bool:
                 f"{index.folder}: {narrow.name} is {narrow.dtype}, the model is already "
                 "quantised: start from the fp32, fp16 or bf16 original"
             )
-        return False
+        return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "streamcomp":
         raise UnsupportedModelError(
             f"{index.folder} is already quantised ({method}): start from the fp32, fp16 or "
             "bf16 original"
         )
-    if quantization.get("version") != FORMAT_VERSION:
-        raise UnsupportedModelError(
-            f"{index.folder}: format version {quantization.get('version')!r}, this streamcomp "
-            f"reads {FORMAT_VERSION}"
-        )
-    return True
+    try:
+        return modules_of(quantization)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{index.folder}: {error}") from None
+
+
+def _install(
+    index: CheckpointIndex, model: PreTrainedModel, modules: dict[str, dict[str, Any]]
+) -> None:
+    """Put factored linears into ``model``, and check that the shards hold their tensors."""
+    try:
+        install_factored(model, modules)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{index.folder}: {error}") from None
+    try:
+        check_stored(model, {i.name: (i.dtype, i.shape) for i in index.tensors.values()})
+    except ValueError as error:
+        raise CorruptShardError(f"{index.folder}: {error}") from None
 
 
 def _model_dtype(index: CheckpointIndex) -> torch.dtype:

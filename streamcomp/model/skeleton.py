@@ -37,7 +37,7 @@ class Skeleton:
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
         built = build_model(index)
-        self.model, self.dtype, self.compressed = built.model, built.dtype, built.compressed
+        self.model, self.dtype, self.modules = built.model, built.dtype, built.modules
         self.notes = built.notes  # of settings of its config that are not followed
         self.config = self.model.config
         self.text_config = self.config.get_text_config(decoder=True)
@@ -51,6 +51,10 @@ class Skeleton:
         self.rehearsal = self._rehearse()
 
     # -- what is there -------------------------------------------------------------------
+
+    @property
+    def compressed(self) -> bool:
+        return self.modules is not None
 
     def __len__(self) -> int:
         """Number of blocks."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.model.feed_forward import in_chunks, whole
 from streamcomp.model.loading import load_state
 from streamcomp.model.skeleton import Skeleton
@@ -314,3 +315,9 @@ def _check_loaded(name: str, module: nn.Module) -> None:
                     f"{name}.{leaf}: {bad} of {value.numel()} weights are NaN or infinite; "
                     "the checkpoint is damaged"
                 )
+    for leaf, part in module.named_modules():
+        if isinstance(part, FactoredLinear):
+            try:
+                part.check_indices(f"{name}.{leaf}")
+            except ValueError as error:
+                raise CorruptShardError(f"{error}; the checkpoint is damaged") from None

@@ -10,9 +10,9 @@ from typing import Any
 from streamcomp.checkpoint.atomic import make_folder, write_json, write_text
 from streamcomp.checkpoint.files import companion_digests
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo, read_json
-from streamcomp.checkpoint.reader import TensorReader
+from streamcomp.checkpoint.reader import TensorReader, check_finite_on_disk
 from streamcomp.checkpoint.writer import Computed, Entry, write_shard
-from streamcomp.errors import OutputError, RecipeError, UnsupportedModelError
+from streamcomp.errors import CorruptShardError, OutputError, RecipeError, UnsupportedModelError
 from streamcomp.forms import find_form
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.forms.uv import Uv
@@ -45,15 +45,17 @@ def export_checkpoint(
     """
     if form not in _FORMS:
         raise RecipeError(f"form {form!r} unknown; one of: {', '.join(_FORMS)}")
-    if not Skeleton(index).compressed:
+    skeleton = Skeleton(index)
+    if skeleton.modules is None:
         raise UnsupportedModelError(f"{index.folder} is not compressed: there is nothing to export")
     if destination.resolve() == index.folder.resolve():
         raise OutputError(f"{destination} is the model's own folder: give another DEST")
-    modules: dict[str, dict[str, Any]] = index.config["quantization_config"]["modules"]
+    modules = skeleton.modules
     factors = _FORMS[form]
     if factors is not None:
         _check_products(modules)
     _check_names(index, modules)
+    skeleton.check_tensors(head=True)
     _claim(index, destination, form)
     shards = []
     progress.begin("export", [1.0] * len(index.shards), 0, 0)
@@ -128,6 +130,8 @@ def _entries(
         if info.shard != shard:
             continue
         if owner not in modules or leaf == "bias":
+            with TensorReader() as reader:
+                check_finite_on_disk(info, reader)
             yield Entry(name, info)
         elif leaf == "weight":
             yield from _factored_entries(index, owner, modules[owner], info, factors)
@@ -166,4 +170,8 @@ def _load(
     with TensorReader() as reader:
         state = {leaf: reader.read(index.tensors[f"{owner}.{leaf}"]) for leaf in module.tensors()}
     module.load_state_dict(state, assign=True)
+    try:
+        module.check_values(owner)
+    except ValueError as error:
+        raise CorruptShardError(f"{index.folder}: {error}; the checkpoint is damaged") from None
     return module.requires_grad_(False)

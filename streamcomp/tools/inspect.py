@@ -58,6 +58,8 @@ class Inspection:
 def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
     """Inspect every block of ``index``; SourceError or UnsupportedModelError if it is unusable."""
     skeleton = Skeleton(index)
+    if skeleton.compressed:
+        skeleton.check_tensors(head=False)
     groups: dict[str, list[_Member]] = {}
     left: dict[str, tuple[str, int]] = {}
     shared = _shared_inputs(skeleton)

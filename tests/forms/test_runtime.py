@@ -37,7 +37,7 @@ def filled(form: str, random: Generator, *, bias: bool = False, **place: Any) ->
 
 
 def spec(**changes: Any) -> dict[str, Any]:
-    return {"form": "uv", "rank": 4, "dtype": "float32", **changes}
+    return {"form": "uv", "rank": 4, "dtype": "F32", **changes}
 
 
 def shared_spec(**changes: Any) -> dict[str, Any]:
@@ -94,6 +94,7 @@ def test_tensors_have_the_names_of_the_format(form: str, bias: bool, random: Gen
     module = filled(form, random, bias=bias)
 
     expected = sorted(NAMES[form] + ["bias"] * bias)
+    assert module.leaves == set(NAMES[form]) - {"weight"}
     assert sorted(module.state_dict()) == expected
     assert sorted(module.tensors()) == expected
     assert module.weight.shape == (7, 20)  # never that of the dense weight
@@ -314,6 +315,9 @@ def test_a_dense_linear_is_replaced_by_an_empty_one_of_its_kind(form: str, bias:
         (shared_spec(clusters=True), "clusters True are impossible"),
         (shared_spec(clusters=None), "clusters None are impossible"),
         (spec(bias=True), "unknown key 'bias': written by a newer version"),
+        (spec(dtype="I32"), "dtype 'I32' is impossible: F64, F32, F16, BF16"),
+        (spec(dtype=None), "dtype None is impossible"),
+        (spec(dtype=["F32"]), r"dtype \['F32'\] is impossible"),
         (shared_spec(bias=True), "unknown key 'bias'"),
     ],
 )
@@ -363,6 +367,9 @@ def test_factored_linears_are_put_where_the_names_say(architecture: str) -> None
         ("model.layers.0.mlp", "has no module model.layers.0.mlp"),
         ("model.embed_tokens", "model.embed_tokens is a Embedding, no linear"),
         ("model.norm", "model.norm is a LlamaRMSNorm, no linear"),
+        ("lm_head", "lm_head is the head, which stays dense"),
+        ("", "has no module"),
+        ("model\n", r"has no module 'model\\n'"),
     ],
 )
 def test_a_module_that_is_no_linear_is_named(name: str, message: str) -> None:
@@ -389,3 +396,10 @@ def test_names_of_a_bare_model_are_mapped_into_the_causal_one(pico: Callable[...
     names = NameMap(open_skeleton(pico("llama")).model)
 
     assert names.parameter("layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
+
+
+def test_a_linear_is_listed_once() -> None:
+    names = ["model.layers.0.mlp.up_proj", "layers.0.mlp.up_proj"]
+
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj is listed by two names"):
+        install_factored(make_pico("llama"), {name: spec() for name in names})

@@ -12,7 +12,7 @@ from streamcomp.model.taps import LayerInputs, check_same_inputs, input_bytes, v
 from tests.model.folders import edit_config, open_skeleton, save_edited
 from tests.pico import ARCHITECTURES, save_pico
 
-MODULES = {"model.layers.0.mlp.up_proj": {"form": "uv", "rank": 4, "dtype": "float32"}}
+MODULES = {"model.layers.0.mlp.up_proj": {"form": "uv", "rank": 4, "dtype": "F32"}}
 
 
 def streamcomp_config(**changes: Any) -> dict[str, Any]:

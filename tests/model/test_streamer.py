@@ -366,7 +366,7 @@ def test_a_compressed_model_streams_like_the_product_of_its_factors(
             tensors.update({f"{name}.{leaf}": part for leaf, part in parts.items()})
 
     folder = save_edited(tmp_path / "factored", factor)
-    spec = {"form": form, "rank": rank, "dtype": "float32"}
+    spec = {"form": form, "rank": rank, "dtype": "F32"}
     edit_config(
         folder,
         quantization_config={
@@ -391,11 +391,11 @@ def test_factors_of_another_rank_than_the_config_says_are_refused(tmp_path: Path
     tensors[f"{UP}.U"] = torch.zeros(48, 5)
     tensors[f"{UP}.weight"] = torch.zeros(5, 32)
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-    modules = {UP: {"form": "uv", "rank": 6, "dtype": "float32"}}
+    modules = {UP: {"form": "uv", "rank": 6, "dtype": "F32"}}
     edit_config(
         folder,
         quantization_config={"quant_method": "streamcomp", "version": 1, "modules": modules},
     )
 
-    with pytest.raises(CorruptShardError, match="on disk, config.json makes it"):
+    with pytest.raises(CorruptShardError, match="in the checkpoint, the config makes it"):
         streamed_logits(folder, pico_tokens())
