@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.attack
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from streamcomp.job.progress import SilentProgress  # noqa: E402
 from tests.attack.jobs import (  # noqa: E402
     KINDS,
     Ended,
@@ -49,7 +50,6 @@ from tests.attack.jobs import (  # noqa: E402
     run_forked,
     run_here,
 )
-from tests.jobs import SilentProgress  # noqa: E402
 
 DAMAGES = ("flip", "zero", "cut", "delete")
 _DAMAGED_EXIT, _USAGE_EXIT = 6, 2
