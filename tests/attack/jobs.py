@@ -123,11 +123,11 @@ class Ended:
 
 def prepare(folder: Path) -> Place:
     """A pico model and a text in ``folder``, and everything that a fork would load otherwise."""
-    model, text = save_pico(folder / "model"), varied_text(folder / "text.txt", 4000)
-    AutoModelForCausalLM.from_pretrained(model)
-    torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    model, text = save_pico(folder / "model"), varied_text(folder / "text.txt", 4000)
+    AutoModelForCausalLM.from_pretrained(model)
     warm_up(torch.device("cpu"), torch.float32, gradients=True, training=True)
     return Place(model, text, folder)
 
