@@ -54,7 +54,7 @@ KINDS: dict[str, Kind] = {
     "svd-llm": Kind({"method": "svd-llm"}),
     "svd-llm, compressed": Kind({"method": "svd-llm", "statistics": "compressed"}),
     "rom": Kind({"method": "rom"}),
-    "swsc": Kind({"method": "swsc", "refine": 2}),
+    "swsc": Kind({"method": "swsc"}),
 }
 
 
