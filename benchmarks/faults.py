@@ -203,7 +203,8 @@ def _table(results: list[tuple[FaultCase, str, str]]) -> Table:
     rows: dict[tuple[str, str], list[tuple[FaultCase, str, str]]] = {}
     for result in results:
         rows.setdefault((result[0].job.name, result[0].fault), []).append(result)
-    for (name, fault), row in rows.items():
+    order = [*KINDS, KEPT]
+    for (name, fault), row in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
         count = Counter("fault" if wrong else ended for _, ended, wrong in row)
         operations = len(row[0][0].job.operations)
         ends = (count["finished"], count["killed"], count["one line"], count["fault"])
