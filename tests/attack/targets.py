@@ -23,7 +23,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import streamcomp
 from streamcomp.calibration.corpus import load_windows
@@ -291,11 +291,11 @@ def load(case: Case) -> None:
     """A compressed model through transformers, run once."""
     model, refuse = _compressed(case, headers=False)
     try:
-        section = json.loads((model / "config.json").read_bytes()).get("quantization_config")
-    except (ValueError, RecursionError):
+        config = AutoConfig.from_pretrained(model)
+    except Exception:  # transformers chokes on it before a line of this package has run
         return
-    if not isinstance(section, dict):
-        return  # transformers itself chokes on both: no line of this package has run then
+    if not isinstance(getattr(config, "quantization_config", None), dict):
+        return
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     with torch.no_grad():
         loaded(input_ids=torch.arange(8)[None])
