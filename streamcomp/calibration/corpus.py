@@ -212,17 +212,25 @@ def _not_read(folder: Path) -> list[str]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    try:
+    with _tokenizing(folder, "be loaded"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # every tokenizer raises exceptions of another kind
-        if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+
+
+@contextmanager
+def _tokenizing(folder: str | Path, what: str) -> Iterator[None]:
+    """One CalibrationError for whatever the tokenizer in ``folder`` raises."""
+    try:
+        yield
+    except BaseException as error:  # the tokenizers library panics outside of Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if not any(path for pattern in _TOKENIZERS for path in Path(folder).glob(pattern)):
             raise CalibrationError(
                 f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): fetch it to where "
                 "the weights are"
             ) from None
-        raise CalibrationError(
-            f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0][:200]}"
-        ) from None
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CalibrationError(f"the tokenizer in {folder} cannot {what}: {text}") from None
 
 
 @dataclass(frozen=True)
@@ -285,10 +293,11 @@ def _little_memory() -> Iterator[None]:
 
 def _opening(tokenizer: Any, template: _Template | None) -> list[int]:
     """Tokens in front of each window: BOS, if the template or else the tokenizer adds it."""
-    bos = tokenizer.bos_token_id
-    if template and template.bos_places:
-        return [bos] if template.bos_places == [0] else []
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    with _tokenizing(tokenizer.name_or_path, "be used"):
+        bos = tokenizer.bos_token_id
+        if template and template.bos_places:
+            return [bos] if template.bos_places == [0] else []
+        return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
 def _tokens(tokenizer: Any, texts: Iterable[str]) -> tuple[Tensor, int]:
@@ -297,8 +306,9 @@ def _tokens(tokenizer: Any, texts: Iterable[str]) -> tuple[Tensor, int]:
     for piece in _pieces(texts):
         read += len(piece)
         whole = piece.encode("utf-8", "replace").decode()  # replaces unpaired surrogates
-        tokens = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        parts.append(torch.tensor(tokens, dtype=torch.int32))
+        with _tokenizing(tokenizer.name_or_path, "be used"):
+            tokens = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+            parts.append(torch.tensor(tokens, dtype=torch.int32))
     return torch.cat(parts), read
 
 

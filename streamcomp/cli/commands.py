@@ -326,11 +326,9 @@ def main() -> None:
     _prepare_libraries()
     try:
         with _stopping():
-            cli(standalone_mode=False)
+            code = cli(standalone_mode=False)
     except StreamcompError as error:
         _fail(f"error: {error}", error.exit_code)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
     except click.ClickException as error:
         with _unheard():
             error.show()
@@ -347,6 +345,8 @@ def main() -> None:
         _fail(
             f"interrupted{by}: the finished steps are kept, the same command goes on", 128 + number
         )
+    if code:  # what a command asks for
+        sys.exit(code)
 
 
 class _Stopped(BaseException):

@@ -18,7 +18,7 @@ import torch
 from streamcomp.checkpoint.atomic import make_folder, output_errors
 from streamcomp.checkpoint.digests import FileDigest, digest_of_file
 from streamcomp.checkpoint.index import CheckpointIndex
-from streamcomp.errors import BudgetError, DamagedFileError, JobLockedError
+from streamcomp.errors import BudgetError, DamagedFileError, JobLockedError, OutputError
 from streamcomp.job.damage import finds_inputs, steps_in_order, steps_that_stand
 from streamcomp.job.files import is_step_file
 from streamcomp.job.folders import JobFolders
@@ -217,7 +217,11 @@ class Job:
         if begun is None or not (begun.steps or begun.lost):
             return None
         held, levers = begun.header.fingerprint, begun.header.levers
-        if same_job(held, self.fingerprint) or not (levers.keep_work and begun.finished):
+        if same_job(held, self.fingerprint):
+            return begun
+        if begun.lost:  # what it had finished, and whether it kept its work, is not known
+            raise OutputError(f"{begun.path} is damaged: remove {self.work_folder} and start again")
+        if not (levers.keep_work and begun.finished):
             return begun
         if same_analysis(held, self.fingerprint):
             return begun.inherit(self.fingerprint, (ShareRanks.label,))

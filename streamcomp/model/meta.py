@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import CorruptShardError, SourceError, StreamcompError, UnsupportedModelError
 from streamcomp.forms.runtime import FLOATS, check_stored, install_factored, modules_of
-from streamcomp.model.settings import at_most, check_counts, refusing, runnable
+from streamcomp.model.settings import at_most, check_counts, named, refusing, runnable
 from streamcomp.units import format_bytes
 
 __all__ = ["FLOATS", "MetaModel", "build_model"]
@@ -159,7 +159,8 @@ def _load_config(index: CheckpointIndex, settings: dict[str, Any]) -> Any:
     except StreamcompError:
         raise
     except Exception as error:  # config classes validate with errors of many kinds
-        raise SourceError(f"{path} is not valid: {' '.join(str(error).split())[:300]}") from None
+        text = " ".join(str(error).split())[:300]
+        raise SourceError(f"{path} is not valid: {text}{named(settings, str(error))}") from None
 
 
 def _mark_as_quantised(model: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules import module as registry
 
 from streamcomp.errors import SourceError, StreamcompError, UnsupportedModelError
 
-__all__ = ["at_most", "check_counts", "refusing", "runnable"]
+__all__ = ["at_most", "check_counts", "named", "refusing", "runnable"]
 
 # Implementations of attention and experts that a config may choose. transformers also writes these
 # settings with an underscore before their name and ``_internal`` after it. Other implementations
@@ -147,12 +147,12 @@ def refusing(what: str, settings: dict[str, Any]) -> Iterator[None]:
         if isinstance(error, ValueError) and "Unrecognized configuration" in text:
             told = f"transformers has no causal language model of this type ({text[:120]})"
         else:
-            named = _named(settings, str(error))
-            told = f"transformers cannot build it ({type(error).__name__}: {text[:200]}){named}"
+            told = f"transformers cannot build it ({type(error).__name__}: {text[:200]})"
+            told += named(settings, str(error))
         raise UnsupportedModelError(f"{what}: {told}") from None
 
 
-def _named(settings: dict[str, Any], text: str) -> str:
+def named(settings: dict[str, Any], text: str) -> str:
     """The setting that an error's ``text`` is most likely about: named, quoted, or no size."""
     flat = [(name, value) for name, value in _flat(settings) if name != "model_type"]
     named = [pair for pair in flat if len(pair[0]) > 4 and pair[0] in re.findall(r"\w+", text)]

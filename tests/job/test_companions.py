@@ -112,6 +112,7 @@ def test_a_finished_model_of_a_version_without_digests_is_recognised(
     compress(pico("llama"), out, text)
     report = json.loads((out / REPORT).read_text("utf-8"))
     assert "tokenizer.json" in report["fingerprint"].pop("companions")
+    del report["checksum"]
     (out / REPORT).write_text(json.dumps(report))
 
     assert compress(pico("llama"), out, text).already_done

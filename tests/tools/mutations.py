@@ -165,7 +165,7 @@ MUTATIONS: dict[str, Mutation] = {
     "rank one more": spec_by("rank", 1),
     "rank one less": spec_by("rank", -1),
     "dtype of integers": spec(dtype="I8"),
-    "dtype a list": spec(dtype=["F32"]),
+    "dtype an object": spec(dtype={"F32": 1}),
     # -- the rest of the config
     "another hidden size": setting(hidden_size=64),
     "a block less": setting(num_hidden_layers=1),

@@ -67,6 +67,7 @@ def relist(folder: Path, name: str) -> None:
     report = json.loads((folder / REPORT).read_text())
     data = (folder / name).read_bytes()
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    report.pop("checksum", None)
     report["files"][name] = {"bytes": len(data), "digest": digest}
     (folder / REPORT).write_text(json.dumps(report))
 
@@ -83,7 +84,7 @@ def test_a_finished_model_is_whole(whole: Path) -> None:
     count = len(files_of(whole)) + 1  # and the model card
     assert lines[:-1] == [line for line in lines if line.startswith("ok: ")]
     assert any(line.startswith(f"ok: {count} files, ") for line in lines)
-    assert "ok: 14 factored linears: forms, ranks, shapes and indices are valid" in lines
+    assert "ok: 12 factored linears: forms, ranks, shapes and indices are valid" in lines
     assert "ok: no number in 3 shards is NaN or infinite" in lines
 
 
