@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import CorruptShardError, SourceError, StreamcompError, UnsupportedModelError
 from streamcomp.forms.runtime import FLOATS, check_stored, install_factored, modules_of
-from streamcomp.model.settings import at_most, check_counts, named, refusing, runnable
+from streamcomp.model.settings import at_most, check_counts, named, refusing, runnable, silent
 from streamcomp.units import format_bytes
 
 __all__ = ["FLOATS", "MetaModel", "build_model"]
@@ -155,7 +155,8 @@ def _load_config(index: CheckpointIndex, settings: dict[str, Any]) -> Any:
     try:
         config_class = CONFIG_MAPPING[model_type]
         check_counts(path, settings, config_class, len(index.tensors))
-        return config_class.from_dict(settings)
+        with silent():
+            return config_class.from_dict(settings)
     except StreamcompError:
         raise
     except Exception as error:  # config classes validate with errors of many kinds

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from torch.nn.modules import module as registry
+from transformers.utils import logging as transformers_logging
 
 from streamcomp.errors import SourceError, StreamcompError, UnsupportedModelError
 
-__all__ = ["at_most", "check_counts", "named", "refusing", "runnable"]
+__all__ = ["at_most", "check_counts", "named", "refusing", "runnable", "silent"]
 
 # Implementations of attention and experts that a config may choose. transformers also writes these
 # settings with an underscore before their name and ``_internal`` after it. Other implementations
@@ -133,6 +134,17 @@ def at_most(tensors: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep transformers from logging what it raises as well."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @contextmanager

@@ -313,3 +313,13 @@ def test_checking_shapes_leaves_the_model_as_it_was(pico: Callable[..., Path]) -
 
     assert {name: id(value) for name, value in skeleton.model.named_parameters()} == before
     assert all(value.is_meta for value in skeleton.model.parameters())
+
+
+def test_what_transformers_raises_is_not_logged_as_well(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = edit_config(save_pico(tmp_path), sub_configs=["x"])
+
+    assert_refused(run_cli("inspect", folder), 3, "config.json is not valid")
+
+    assert capfd.readouterr().err == ""
