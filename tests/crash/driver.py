@@ -108,7 +108,8 @@ def watch(point: Points) -> None:
         write(self, data)
 
     def points_at_unlink(path: Path, missing_ok: bool = False) -> None:
-        point(f"before {path.name} is removed")
+        if path.exists():
+            point(f"before {path.name} is removed")
         unlink(path, missing_ok)
 
     def points_at_rmdir(path: Path) -> None:

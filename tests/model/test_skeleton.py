@@ -243,7 +243,7 @@ def test_fp8_weights_are_refused_also_without_a_word_in_the_config(tmp_path: Pat
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (streamcomp_config(version=2), "format version 2, this streamcomp reads 1"),
+        (streamcomp_config(version=2), "format version 2, this reader knows 1"),
         (streamcomp_config(version=None), "format version None"),
         (streamcomp_config(modules={"model.ghost": {}}), "has no module model.ghost"),
         (
