@@ -37,9 +37,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "refined": {"update": True, "refine": 2, "store_every": 2, "include": "k_proj|down_proj"},
 }
 
-# Every third point is tried, and each of these. ``benchmarks/faults.py`` tries all.
-_EVERY_POINT = 3
-_ALWAYS = re.compile(r"committed|journal line|config\.json|k_proj\.safetensors|gradient-\d+\.bin")
+# Every sixth point is tried, and each of these. ``benchmarks/faults.py`` tries all.
+_EVERY_POINT = 6
+_ALWAYS = re.compile(
+    r"committed|a shard|journal line|config\.json|k_proj\.safetensors|gradient-\d+\.bin"
+)
 _EVERY_WRITE = 8  # of the writes to a shard: there is one for each tensor
 _MOST_POINTS = 30  # that one process comes to: enough to finish a block or to publish
 
