@@ -139,7 +139,9 @@ class DamageCase:
         if self.path.parts[0] != "out":
             return RIGHT, ""  # kept work, which a finished job does not need
         verified = _told(run_forked(["verify", str((place.folder / self.path).parent)]), tell)
-        if not verified.refused or verified.code == _USAGE_EXIT:
+        if verified.code != _DAMAGED_EXIT and (
+            not verified.refused or verified.code == _USAGE_EXIT
+        ):
             return NOTICED, f"verify: {verified}"
         done = _told(run_forked(self.state.command(place)), tell)
         if done.code == _DAMAGED_EXIT and done.refused:

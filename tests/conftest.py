@@ -28,6 +28,17 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), fit))
 
 
+# Files that take longest, which begin first: a long one at the end keeps one worker alone busy.
+_LONG = ("test_plan.py", "test_kill_and_resume.py", "test_sweeps.py", "test_families.py",
+         "test_smollm2.py", "test_evaluate.py", "test_refine.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of ``_LONG`` first, in that order."""
+    order = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

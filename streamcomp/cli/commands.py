@@ -411,6 +411,7 @@ def _prepare_libraries() -> None:
     if "torch" in sys.modules:
         return  # too late, and the environment is another program's
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # no code is fetched for a model
     if not any(name in os.environ for name in (*_SPINNING, *_OTHERS_SPINNING)):
         os.environ.update(_SPINNING)
 

@@ -651,7 +651,6 @@ def test_a_template_reaches_nothing_outside_its_sandbox(tmp_path: Path) -> None:
         "{{ 'x' * 10**7 }}",
         "{% set a = namespace(t='x') %}"
         "{% for i in range(40) %}{% set a.t = a.t + a.t %}{% endfor %}",
-        "{{ 10 ** (10 ** 5) }}",
     ],
 )
 def test_a_template_takes_little_memory(template: str, tmp_path: Path) -> None:

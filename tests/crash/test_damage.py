@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "compressed": {"method": "svd-llm", "statistics": "compressed"},
 }
 HOW = ("flip", "zero", "cut", "delete", "exchange")
-MOST = int(os.environ.get("DAMAGES", "14"))  # of a kind of job; there are some 300
+MOST = int(os.environ.get("DAMAGES", "8"))  # of a kind of job; there are some 300
 WORK = ".streamcomp"
 
 

@@ -104,8 +104,8 @@ def test_killed_at_any_point_it_goes_on_to_the_same_bytes(
         assert f"before {step} is committed" in names
         assert f"within the journal line of {step}" in names
         assert f"after {step} is committed" in names
-    assert names.count("within hidden states") >= 2
-    assert names.count("within a shard") >= 4
+    assert "within hidden states" in names
+    assert "within a shard" in names
     assert ("before config.json gets its name" in names) == (kind == "dense")
     if kind == "refined":
         assert "before analysis-00001.self_attn.k_proj.safetensors gets its name" in names

@@ -74,17 +74,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import streamcomp
 told = load()
 """,
-    "a part of streamcomp that imports transformers": """
-from streamcomp.forms.runtime import MODULES
-assert "streamcomp.api" not in sys.modules
-told = load()
-""",
     "the integration itself": """
 from streamcomp.integrations.transformers import PLUGIN
-told = load()
-""",
-    "the whole interface": """
-from streamcomp import compress
 told = load()
 """,
     "with the plugin as well": """

@@ -63,9 +63,10 @@ def test_no_report_ends_in_a_traceback(
     out, choose = tmp_path / "out", random.Random(0)
     compress(pico("llama"), out, text, include="k_proj")
     report = json.loads((out / REPORT).read_text())
+    del report["checksum"]  # it would refuse each of them, before types are looked at
     cases = [(path, new) for path in places(report) for new in (*VALUES, None)]
 
-    for path, new in cases:
+    for path, new in choose.sample(cases, len(cases) // 3):
         (out / REPORT).write_text(changed(report, path, new))
         for read in (read_report, status):
             try:
@@ -73,7 +74,7 @@ def test_no_report_ends_in_a_traceback(
             except StreamcompError as error:
                 assert "\n" not in str(error) and len(str(error)) < 1000, (path, new)
     settings = ("--samples", "8", "--seq-len", "16", "--calibration", text, "--include", "k_proj")
-    for path, new in choose.sample(cases, 60):
+    for path, new in choose.sample(cases, 20):
         (out / REPORT).write_text(changed(report, path, new))
         for command in (("status", out), ("compress", pico("llama"), out, *settings)):
             done = run_cli(*command, "--threads", "1") if len(command) > 2 else run_cli(*command)

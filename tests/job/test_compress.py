@@ -284,10 +284,12 @@ def test_each_tensor_keeps_the_dtype_it_has(text: Path, tmp_path: Path) -> None:
 def test_a_model_of_links_as_the_hub_s_cache_has_it_is_read(
     pico: Callable[..., Path], text: Path, tmp_path: Path, compressed: Callable[..., Any]
 ) -> None:
-    links = tmp_path / "snapshot"
-    links.mkdir()
-    for path in pico("llama").iterdir():
-        (links / path.name).symlink_to(path)
+    cached = tmp_path / "models--somebody--pico"
+    links, blobs = cached / "snapshots" / "0123abcd", cached / "blobs"
+    links.mkdir(parents=True)
+    shutil.copytree(pico("llama"), blobs)
+    for path in blobs.iterdir():
+        (links / path.name).symlink_to(Path("../../blobs") / path.name)
 
     compress(links, tmp_path / "out", text)
 

@@ -116,7 +116,7 @@ def test_batches_and_chunks_of_the_head_do_not_matter(
     folder = pico(architecture)
     expected = evaluate(folder, text, batch=1).nll
 
-    for batch, head in ((2, 0), (5, 0), (8, 0), (1, 1), (1, 7), (3, 23), (3, 24)):
+    for batch, head in ((5, 0), (8, 0), (1, 7), (3, 23)):
         found = evaluate(folder, text, batch=batch, head=head).nll
 
         assert found == pytest.approx(expected, rel=1e-6), (batch, head)
