@@ -91,7 +91,15 @@ def write_index(out: Path, shards: list[Path]) -> None:
 def quantization_config(
     specs: Mapping[str, Mapping[str, Any]], dtypes: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The config's entry for factored linears: ``specs`` by linear, ``dtypes`` by tensor name."""
+    """The config's entry for factored linears: ``specs`` by linear, ``dtypes`` by tensor name.
+
+    OutputError where a linear's tensors were not written.
+    """
+    if missing := [name for name in specs if f"{name}.weight" not in dtypes]:
+        raise OutputError(
+            f"no shard holds {missing[0]}, which the journal lists: the journal is damaged, remove "
+            "the work folder and start again"
+        )
     return {
         "quant_method": "streamcomp",
         "version": FORMAT_VERSION,

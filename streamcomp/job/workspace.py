@@ -17,7 +17,7 @@ from streamcomp.checkpoint.atomic import sync_folder
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.checkpoint.writer import Entry
-from streamcomp.errors import JobMismatchError, NonFiniteError
+from streamcomp.errors import JobMismatchError, NonFiniteError, OutputError
 from streamcomp.job.block_plan import BlockPlan
 from streamcomp.job.files import States, Windows, is_step_file
 from streamcomp.job.journal import JOURNAL, Journal
@@ -266,7 +266,13 @@ class Workspace:
         """The journal's row on the latest decomposition of ``site``."""
         steps = (step for step in reversed(self.journal.steps) if step.block == block)
         rows = (row for step in steps for row in step.analysis)
-        return next(row for row in rows if row.name == site.disk_name)
+        for row in rows:
+            if row.name == site.disk_name:
+                return row
+        raise OutputError(
+            f"{self.journal.path} is damaged, it lists no decomposition of {site.disk_name}: "
+            f"remove {self.folder} and start again"
+        )
 
 
 def work_files(folder: Path) -> list[Path]:

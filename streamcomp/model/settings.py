@@ -61,7 +61,7 @@ _SHOWN_CHARS = 80
 def runnable(settings: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """``settings`` without those that choose code, and notes on them, each once."""
     notes: list[str] = []
-    kept = _followed(settings, notes)
+    kept = {} if "__float__" in settings else _followed(settings, notes)  # no config at all
     return kept, tuple(dict.fromkeys(notes))
 
 
