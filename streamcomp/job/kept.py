@@ -9,6 +9,7 @@ from torch import Tensor
 
 from streamcomp.calibration.observe import MomentGroup
 from streamcomp.checkpoint.writer import Entry
+from streamcomp.errors import OutputError
 from streamcomp.job.files import Analysis, Moments, StepFile
 from streamcomp.job.ledger import Ledger
 from streamcomp.job.rows import AnalysisRow
@@ -56,11 +57,17 @@ def read_decomposition(
 ) -> Decomposition:
     """The decomposition that :func:`write_decomposition` kept; ``row`` is the journal's on it."""
     tensors = _read(ledger, _name(Analysis(block), site.name), device)
+    of_inputs = site.rows > site.columns
+    if not {"spectrum", "left"} <= tensors.keys() or (of_inputs and "right" not in tensors):
+        raise OutputError(
+            f"the journal lists no whole decomposition of {site.disk_name}: it was altered; remove "
+            "the work folder and start again"
+        )
     return Decomposition(
         tensors["spectrum"],
         tensors["left"],
         tensors.get("right"),
-        site.rows > site.columns,
+        of_inputs,
         row.damping,
         float("inf") if row.condition is None else row.condition,
         row.fallback,

@@ -72,7 +72,11 @@ def mutated_json(value: Any, random: Random) -> bytes:
         random.choice(_STRUCTURED)(value, random)
         if random.random() < 0.6:
             break
-    text = _MARK.sub(lambda mark: _RAW[mark[1]], json.dumps(value.get("root")))
+    try:
+        text = json.dumps(value.get("root"))
+    except ValueError:  # a container was put into itself, which JSON cannot write
+        text = "{}"
+    text = _MARK.sub(lambda mark: _RAW[mark[1]], text)
     data = text.encode("utf-8", "surrogatepass")
     return mutated_bytes(data, random) if random.random() < 0.05 else data
 
