@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("."), help="where folders are made")
     parser.add_argument("settings", nargs="*", metavar="SETTING",
                         help="of the job, after -- (default: --samples 16)")  # fmt: skip
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     work = Path(tempfile.mkdtemp(prefix="kill-", dir=options.work))
     try:
         started = time.monotonic()
