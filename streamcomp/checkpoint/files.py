@@ -17,10 +17,10 @@ from streamcomp.checkpoint.digests import Digester
 from streamcomp.errors import SourceError
 from streamcomp.units import format_bytes
 
-__all__ = ["check_link", "companion_digests", "companions", "open_regular", "pieces"]
+__all__ = ["COMPANIONS", "check_link", "companion_digests", "companions", "open_regular", "pieces"]
 
 # Files next to the weights that belong to the model. Never code, never weights.
-_COMPANIONS = (
+COMPANIONS = (
     "*.json",
     "*.jinja",
     "*.model",
@@ -88,7 +88,7 @@ def companions(folder: Path) -> list[Path]:
     paths = [
         path
         for path in entries
-        if any(fnmatchcase(path.name, pattern) for pattern in _COMPANIONS)
+        if any(fnmatchcase(path.name, pattern) for pattern in COMPANIONS)
         and not any(fnmatchcase(path.name, pattern) for pattern in _NOT_COPIED)
         and not path.is_dir()
     ]

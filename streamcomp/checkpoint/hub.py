@@ -24,13 +24,11 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from streamcomp.checkpoint.files import check_link, companions
+from streamcomp.checkpoint.files import COMPANIONS, check_link, companions
 from streamcomp.checkpoint.index import INDEX_FILE, check_inside
 from streamcomp.errors import SourceError
 
 __all__ = ["checkpoint_folder", "headers_folder"]
-
-_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*"]
 
 
 def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -40,7 +38,7 @@ def checkpoint_folder(model: str | Path, revision: str | None = None) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
-    return _fetch(model, revision, [*_SMALL_FILES, "*.safetensors"])
+    return _fetch(model, revision, [*COMPANIONS, "*.safetensors"])
 
 
 @contextmanager
@@ -53,7 +51,7 @@ def headers_folder(model: str | Path, revision: str | None = None) -> Iterator[P
     if Path(model).is_dir():
         yield Path(model)
         return
-    small = _fetch(model, revision, _SMALL_FILES)
+    small = _fetch(model, revision, [*COMPANIONS])
     try:
         metadata = get_safetensors_metadata(str(model), revision=revision)
     except NotASafetensorsRepoError:

@@ -10,11 +10,9 @@ import dataclasses
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -22,6 +20,7 @@ import click
 import streamcomp
 from streamcomp.cli import tables
 from streamcomp.cli.options import Group, Option, make_option, options_of
+from streamcomp.cli.signals import Stopped, stopping
 from streamcomp.errors import OutputError, RecipeError, StreamcompError
 from streamcomp.recipe import Recipe, Resources
 from streamcomp.settings import Setting
@@ -325,7 +324,7 @@ def main() -> None:
     """Entry point; a StreamcompError becomes one line and its exit code."""
     _prepare_libraries()
     try:
-        with _stopping():
+        with stopping():
             code = cli(standalone_mode=False)
     except StreamcompError as error:
         _fail(f"error: {error}", error.exit_code)
@@ -339,49 +338,14 @@ def main() -> None:
             click.echo(f"error: {where}{error.strerror or error}", err=True)
         _drop_output()  # what could not be written may be the output itself
         sys.exit(1)
-    except (_Stopped, KeyboardInterrupt, click.Abort) as stop:
-        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+    except (Stopped, KeyboardInterrupt, click.Abort) as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         by = "" if number == signal.SIGINT else f" by {number.name}"
         _fail(
             f"interrupted{by}: the finished steps are kept, the same command goes on", 128 + number
         )
     if code:  # what a command asks for
         sys.exit(code)
-
-
-class _Stopped(BaseException):
-    """The process is asked to end by the signal ``number``."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """Raise :class:`_Stopped` on a signal that asks the process to end.
-
-    A second one ends it at once. Signals that the process was started to ignore (``nohup``)
-    stay ignored.
-    """
-    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    if threading.current_thread() is not threading.main_thread():
-        asked = []  # Python handles signals there alone
-    before = {number: signal.getsignal(number) for number in asked}
-    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for each in handled:
-            signal.signal(each, signal.SIG_DFL)
-        raise _Stopped(signal.Signals(number))
-
-    for number in handled:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, before[number])
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -11,7 +11,6 @@ SIGKILL.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +24,7 @@ import transformers
 
 from streamcomp.calibration.corpus import text_files
 from streamcomp.checkpoint.atomic import output_errors, write_text
-from streamcomp.checkpoint.digests import digest_of
+from streamcomp.checkpoint.digests import Digester, digest_of
 from streamcomp.checkpoint.files import companion_digests, open_regular
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import (
@@ -302,25 +301,25 @@ def _version(line: bytes) -> Any:
 
 def _source_hash(index: CheckpointIndex) -> str:
     """Config, and each shard's name, size, time of change and tensor table."""
-    total = hashlib.blake2b(digest_size=16)
-    total.update(json.dumps(index.config, sort_keys=True).encode())
+    digester = Digester()
+    digester.update(json.dumps(index.config, sort_keys=True).encode())
     for shard in index.shards:
         stat = shard.stat()
-        total.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns]).encode())
+        digester.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns]).encode())
     for name, info in sorted(index.tensors.items()):
         row = [name, info.dtype, list(info.shape), info.shard.name, info.start, info.stop]
-        total.update(json.dumps(row).encode())
-    return total.hexdigest()
+        digester.update(json.dumps(row).encode())
+    return digester.total.digest
 
 
 def _text_hash(path: Path) -> str:
     """Hash of a file, or of a folder's texts: a copy of them elsewhere has the same one."""
-    total = hashlib.blake2b(digest_size=16)
+    digester = Digester()
     for file in [path] if path.is_file() else text_files(path):
         try:
             with file.open("rb") as text:
                 while piece := text.read(_PIECE_BYTES):
-                    total.update(piece)
+                    digester.update(piece)
         except OSError as error:
             raise CalibrationError(f"{file} cannot be read: {error.strerror}") from error
-    return total.hexdigest()
+    return digester.total.digest

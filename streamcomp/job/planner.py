@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from streamcomp.errors import SourceError
+from streamcomp.checkpoint.files import companions
 from streamcomp.job.files import StepFile
 from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
@@ -22,7 +22,6 @@ __all__ = ["Conditions", "StepPlan", "StepPlanner"]
 _SLACK = 1.05
 # Disk for what is written next to the tensors: the plugin, the report, and their lines in it.
 _TEXT_BYTES, _TEXT_BYTES_PER_TENSOR = 256 * 2**10, 2 * 2**10
-_COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -146,16 +145,6 @@ class StepPlanner:
     def _output_bytes(self) -> int:
         """All outputs: shards, and at most what is next to tensors: report, tokenizer, headers."""
         index = self.outline.skeleton.index
-        try:
-            companions = sum(
-                path.stat().st_size
-                for path in index.folder.iterdir()
-                if path.suffix in _COMPANIONS and path.is_file()
-            )
-        except OSError as error:
-            raise SourceError(
-                f"{error.filename} cannot be read ({error.strerror}): put the model back, and the "
-                "same command goes on"
-            ) from None
-        text = companions + _TEXT_BYTES + _TEXT_BYTES_PER_TENSOR * len(index.tensors)
+        beside = sum(path.stat().st_size for path in companions(index.folder))
+        text = beside + _TEXT_BYTES + _TEXT_BYTES_PER_TENSOR * len(index.tensors)
         return sum(output.nbytes + text for output in self.outline.outputs)

@@ -121,9 +121,9 @@ class Job:
         """Do every step that is not done yet, and again those whose files are damaged."""
         for times_left in reversed(range(_MOST_TIMES)):
             try:
-                self._check_shards(digests=False)
+                self._check_earlier_shards(digests=False)
                 self._run_steps()
-                self._check_shards(digests=True)
+                self._check_earlier_shards(digests=True)
                 return
             except DamagedFileError as error:
                 if not times_left:
@@ -146,7 +146,7 @@ class Job:
             self.folders.shards,
         )
 
-    def _check_shards(self, *, digests: bool) -> None:
+    def _check_earlier_shards(self, *, digests: bool) -> None:
         """DamagedFileError where a shard of an earlier run is not what it wrote.
 
         Sizes tell that at once, digests only after all is read.

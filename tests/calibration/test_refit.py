@@ -26,7 +26,6 @@ from tests.jobs import (
     inputs_of,
     load_dense,
     products,
-    varied_text,
 )
 from tests.model.folders import CPU, open_skeleton
 from tests.pico import pico_tokens
@@ -226,11 +225,6 @@ def test_the_sums_leave_no_hook_and_the_factors_in_their_places(pico: Callable[.
 
 
 # -- a whole job
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from streamcomp.checkpoint.digests import FileDigest, digest_of_file
 from streamcomp.checkpoint.index import read_index
 from streamcomp.job import run
 from streamcomp.job.journal import JOURNAL
-from tests.jobs import Interrupt, Interrupted, Notes, compress, run_cli, tree, varied_text
+from tests.jobs import Interrupt, Interrupted, Notes, compress, run_cli, tree
 from tests.pico import save_pico
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -42,11 +42,6 @@ class Snapshots(Notes):
     def finish_step(self, step: int, name: str, seconds: float, detail: str) -> None:
         super().finish_step(step, name, seconds, detail)
         shutil.copytree(self._out, self._copies / f"{step:02}")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 def damage(path: Path, how: str, choose: random.Random) -> None:

@@ -43,11 +43,6 @@ BLOCKS = ["block 0", "block 1"]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
-
-
-@pytest.fixture(scope="module")
 def driven(
     pico: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:

@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 
 from streamcomp.calibration.corpus import load_windows
-from tests.jobs import SMALL, compress, in_memory, inputs_of, load_dense, products, varied_text
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
+from tests.jobs import SMALL, compress, in_memory, inputs_of, load_dense, products
 
 
 @torch.no_grad()

@@ -36,7 +36,6 @@ from tests.jobs import (
     quick_plan,
     set_levers,
     small_recipe,
-    varied_text,
 )
 from tests.model.folders import CPU, open_skeleton, save_edited
 from tests.pico import HIDDEN, UNUSUAL
@@ -55,11 +54,6 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 NAMES = ["-".join([name, *settings]) for name, settings in MODELS]
 # Norms run in fp32 whatever the model's dtype is, in the same order in both.
 TOLERANCE = 1e-9
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 @dataclass

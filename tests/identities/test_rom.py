@@ -23,7 +23,6 @@ from tests.jobs import (
     inputs_of,
     load_dense,
     products,
-    varied_text,
 )
 
 F64 = torch.float64
@@ -119,11 +118,6 @@ def test_no_other_matrix_of_the_rank_loses_less(
 
 
 # -- a whole job
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 @torch.no_grad()

@@ -29,16 +29,9 @@ from tests.jobs import (
     products,
     run_python,
     stored_tensors,
-    varied_text,
 )
 from tests.model.folders import edit_config
 from tests.pico import pico_tokens
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
-
 
 # What a name stands for beside the forms of the default method.
 OTHERS: dict[str, dict[str, Any]] = {

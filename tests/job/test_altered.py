@@ -16,7 +16,7 @@ from streamcomp.api import status
 from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.publish import REPORT, read_report
 from tests.job.test_journal import sealed
-from tests.jobs import Interrupt, Interrupted, compress, run_cli, varied_text
+from tests.jobs import Interrupt, Interrupted, compress, run_cli
 
 # What takes the place of a value. Text is put into the file as it is.
 VALUES = (
@@ -50,11 +50,6 @@ def changed(value: Any, path: tuple[Any, ...], new: str | None) -> str:
     else:
         holder[last] = "PUT IT HERE"
     return json.dumps(value).replace('"PUT IT HERE"', new or "")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 def test_no_report_ends_in_a_traceback(

@@ -33,17 +33,11 @@ from tests.jobs import (
     products,
     stored_tensors,
     tree,
-    varied_text,
 )
 from tests.model.folders import save_edited
 from tests.pico import ARCHITECTURES, make_tokenizer, pico_tokens, save_pico
 
 FORMS = ("pivot", "uv")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,6 @@ from tests.jobs import (
 from tests.pico import save_pico
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
-
-
 def interrupted(model: Path, out: Path, text: Path, after: int, **settings: Any) -> None:
     with pytest.raises(Interrupted):
         compress(model, out, text, progress=Interrupt(after), **settings)

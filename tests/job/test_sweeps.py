@@ -32,17 +32,11 @@ from tests.jobs import (
     small_recipe,
     stored_tensors,
     tree,
-    varied_text,
 )
 from tests.pico import TUPLES
 
 Settings = dict[str, Any]
 RATIOS = (0.2, 0.4)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 @pytest.fixture(scope="module")

@@ -37,15 +37,9 @@ from tests.jobs import (
     run_python,
     stored_tensors,
     tree,
-    varied_text,
 )
 from tests.model.folders import edit_config
 from tests.pico import ARCHITECTURES, pico_tokens
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 @pytest.fixture(scope="module")

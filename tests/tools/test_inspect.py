@@ -22,14 +22,8 @@ from tests.jobs import (
     factored_modules,
     run_cli,
     stored_tensors,
-    varied_text,
 )
 from tests.pico import ARCHITECTURES, save_pico
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 def test_a_dense_model_is_told_by_families(pico: Callable[..., Path]) -> None:

@@ -9,17 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.jobs import Finished, compress, factored_modules, run_cli, run_python, varied_text
+from tests.jobs import Finished, compress, factored_modules, run_cli, run_python
 from tests.refusals import assert_refused
 from tests.tools.mutations import MUTATIONS, UP, Mutation, mutated
 
 SHARED = {"method": "swsc", "clusters": 4, "axis": "columns"}
 HEADERS = [name for name, mutation in MUTATIONS.items() if mutation.in_headers]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,8 @@ import streamcomp
 from streamcomp import SourceError
 from streamcomp.checkpoint import reader
 from streamcomp.job.publish import REPORT
-from tests.jobs import compress, config_of, run_cli, stored_tensors, tree, varied_text
+from tests.jobs import compress, config_of, run_cli, stored_tensors, tree
 from tests.refusals import assert_refused, run_compress, write
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return varied_text(tmp_path_factory.mktemp("text") / "calibration.txt", 4000)
 
 
 @pytest.fixture(scope="module")
