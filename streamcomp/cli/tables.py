@@ -142,11 +142,8 @@ def print_verification(result: streamcomp.Verification) -> None:
     lines += [("damaged", line) for line in result.faults]
     for kind, line in lines:
         console.print(f"{kind}: {line}", highlight=False, soft_wrap=True)
-    state = (
-        "is whole"
-        if result.sound
-        else f"is damaged: {len(result.faults)} of the lines above say where"
-    )
+    count = len(result.faults)
+    state = f"is damaged, {count} fault{'s' if count > 1 else ''}" if count else "is whole"
     console.print(f"{result.out} {state}", highlight=False, soft_wrap=True)
 
 
