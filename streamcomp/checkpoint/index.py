@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -70,7 +70,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor on disk: bytes ``start`` to ``stop`` of ``shard``."""
+    """One tensor on disk, or rows of one: bytes ``start`` to ``stop`` of ``shard``."""
 
     name: str
     dtype: str  # as safetensors names it, e.g. "BF16"
@@ -78,6 +78,26 @@ class TensorInfo:
     shard: Path
     start: int
     stop: int
+    rows: tuple[int, int] | None = None  # along the first axis, where it is not the whole tensor
+
+    @property
+    def key(self) -> str:
+        """The name under which its digest is kept; parts of a tensor have one each."""
+        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+
+    def part(self, first: int, last: int) -> TensorInfo:
+        """Rows ``first`` to ``last`` of the first axis, e.g. some experts of a fused tensor."""
+        count = self.shape[0]
+        if not 0 <= first <= last <= count:
+            raise ValueError(f"rows {first} to {last} of {self.key}, which has {count}")
+        before = self.rows[0] if self.rows else 0
+        return replace(
+            self,
+            shape=(last - first, *self.shape[1:]),
+            start=self.start + first * self.nbytes // max(1, count),
+            stop=self.start + last * self.nbytes // max(1, count),
+            rows=(before + first, before + last),
+        )
 
     @property
     def nbytes(self) -> int:

@@ -34,8 +34,8 @@ COPY_BYTES = 8 * 2**20
 class TensorReader:
     """Opens shards when they are first needed and closes them all together.
 
-    A context manager; one per block. ``digests`` keeps the BLAKE2b digest of every complete tensor
-    read, so that a later pass can prove that it read the same bytes.
+    A context manager; one per block. ``digests`` keeps the BLAKE2b digest of every tensor read,
+    or part of one, by its key, so that a later pass can prove that it read the same bytes.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class TensorReader:
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy().data)
         self._fill(info, view, info.start)
-        self.digests[info.name] = digest_of(view).digest
+        self.digests[info.key] = digest_of(view).digest
         self._forget(info)
         return buffer.view(info.torch_dtype).reshape(info.shape)
 
@@ -81,7 +81,7 @@ class TensorReader:
             self._fill(info, view, start)
             digester.update(view)
             yield view
-        self.digests[info.name] = digester.total.digest
+        self.digests[info.key] = digester.total.digest
         self._forget(info)
 
     def ask_for(self, info: TensorInfo) -> None:
