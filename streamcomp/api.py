@@ -303,9 +303,8 @@ def _publish(job: Job, output: int) -> Report:
         job.plan.outputs[output].asked,
     )
     dtypes = {info.name: info.dtype for info in written}
-    specs = {linear.name: linear.spec for linear in report.linears}
     config = dict(job.index.config)
-    config["quantization_config"] = quantization_config(specs, dtypes)
+    config["quantization_config"] = quantization_config(report.specs, dtypes)
     config["auto_map"] = AUTO_MAP
     extra = {
         PLUGIN: plugin_source(),

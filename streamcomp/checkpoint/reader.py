@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamcomp.checkpoint.digests import Digester, digest_of
+from streamcomp.checkpoint.digests import Digester, combined, digest_of
 from streamcomp.checkpoint.files import open_regular
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.errors import CorruptShardError, NonFiniteError, SourceError
@@ -91,8 +91,7 @@ class TensorReader:
 
     def digest(self) -> str:
         """One digest of all complete tensors read so far, in any order."""
-        named = (f"{name}\0{self.digests[name]}\n" for name in sorted(self.digests))
-        return digest_of("".join(named).encode()).digest
+        return combined(self.digests)
 
     def _descriptor(self, info: TensorInfo) -> int:
         if info.shard not in self._descriptors:

@@ -19,7 +19,7 @@ from streamcomp.checkpoint.digests import Digester, FileDigest
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
 from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader
 
-__all__ = ["DIRTY_BYTES", "Computed", "Entry", "write_shard", "write_tensors"]
+__all__ = ["DIRTY_BYTES", "Computed", "Entry", "Streamed", "write_shard", "write_tensors"]
 
 # Written bytes are flushed to disk and dropped from the page cache this often, so that no
 # more than this is dirty at any time.
@@ -38,11 +38,20 @@ class Computed:
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """A tensor of given dtype and shape whose bytes come in pieces."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[memoryview]]
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: held in memory, copied from another shard, or computed."""
+    """A tensor to be written: held in memory or elsewhere, copied from a shard, or computed."""
 
     name: str
-    source: Tensor | TensorInfo | Computed
+    source: Tensor | TensorInfo | Computed | Streamed
 
     @property
     def dtype(self) -> str:
@@ -131,6 +140,8 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
         if tensor.dtype != entry.source.dtype or tuple(tensor.shape) != entry.source.shape:
             raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
         yield from _tensor_chunks(tensor)
+    elif isinstance(entry.source, Streamed):
+        yield from entry.source.chunks()
     else:
         yield from _tensor_chunks(entry.source)
 

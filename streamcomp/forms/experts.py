@@ -215,6 +215,16 @@ class ExpertMatrices:
             pieces[self.pivots] = tensors.get("pivots", dense)[None]
         return pieces
 
+    def starts(self, expert: int) -> dict[str, int]:
+        """Where the :meth:`pieces` of one expert begin in each stored tensor, on its first axis."""
+        group = next(group for group in self.alike if expert in group.experts)
+        number = group.experts.index(expert)
+        starts = {self.right: group.row + number * group.rank}
+        starts[self.left] = group.start + number * group.rank * self.left_rows(group.rank)
+        if self.pivots:
+            starts[self.pivots] = expert
+        return starts
+
     @cached_property
     def alike(self) -> tuple[_Alike, ...]:
         """Experts of equal rank together, in the order in which they are stored."""

@@ -73,7 +73,7 @@ class StepPlanner:
         self._in_memory += conditions.outputs_in_memory * self._output_bytes
         blocks = outline.blocks
         self.most_groups = max([1, *(len(block.groups) for block in blocks)])
-        self.most_linears = max([1, *(len(block.targets) for block in blocks)])
+        self.most_linears = max([1, *(sum(len(g.sites) for g in b.groups) for b in blocks)])
 
     def steps(self, levers: Levers) -> tuple[StepPlan, ...]:
         """Every step with its peak and seconds."""
@@ -138,7 +138,8 @@ class StepPlanner:
             there = live_after(self.schedule, number) | set(step.writes)
             lasting = {file for file in there if file.lasts(keeps_work=self.conditions.keeps_work)}
             stays |= lasting
-            most = max(most, sum(file.nbytes(self.outline) for file in there | stays))
+            held = sum(file.nbytes(self.outline) for file in there | stays)
+            most = max(most, held + step.scratch_bytes(self.outline))
         return most
 
     @cached_property

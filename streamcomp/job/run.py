@@ -211,7 +211,8 @@ class Job:
         """The journal of what was done; a job with no finished step may begin anew.
 
         A finished job that kept its work hands its decompositions on to one that differs in its
-        output alone, and its moments to one that decomposes them with another damping.
+        output alone, and its moments to one that decomposes them with another damping; of
+        experts it keeps none.
         """
         begun = Journal.read(self.work_folder) if self.work_folder.is_dir() else None
         if begun is None or not (begun.steps or begun.lost):
@@ -225,7 +226,8 @@ class Job:
             return begun
         if same_analysis(held, self.fingerprint):
             return begun.inherit(self.fingerprint, (ShareRanks.label,))
-        if levers.analysis and same_moments(held, self.fingerprint):
+        routed = any(r.tokens is not None for step in begun.steps for r in step.analysis)
+        if levers.analysis and not routed and same_moments(held, self.fingerprint):
             before = (Decompose.label, ShareRanks.label)
             return begun.inherit(self.fingerprint, before, from_moments=True)
         return begun

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from streamcomp.checkpoint.index import TensorInfo
-from streamcomp.forms.experts import computes_experts, has_experts, matrices_of
+from streamcomp.forms.expert_trial import computes_experts
+from streamcomp.forms.experts import has_experts, matrices_of
 from streamcomp.model.meta import FLOATS
 
 if TYPE_CHECKING:  # both are traced through what runs in their blocks

@@ -209,7 +209,7 @@ class ExpertSite(Site):
 
     @property
     def rank_step(self) -> int:
-        """Products of experts of equal rank run together, where rows begin at multiples of 16 bytes.
+        """Experts of equal rank run together, where rows begin at multiples of 16 bytes.
 
         In small matrices multiples of 8 are too coarse.
         """

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from streamcomp.checkpoint.digests import combined
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.forms.experts import expert_parts
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.model.experts import ExpertBank
 from streamcomp.model.feed_forward import in_chunks, whole
@@ -33,8 +34,13 @@ class LoadedBlock:
 
     def __init__(self, module: nn.Module, name: str, number: int = 0) -> None:
         self.module, self.name, self.number = module, name, number
-        self.digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}  # experts that are loaded apart add theirs
         self._replaced: dict[str, nn.Module] = {}
+
+    @property
+    def digest(self) -> str:
+        """One digest of all tensors that were read."""
+        return combined(self.digests)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
@@ -127,25 +133,21 @@ class LoadedBlock:
         return held
 
 
-@dataclass(frozen=True)
 class LoadedExperts:
-    """Experts ``first`` to ``last`` (exclusive) of a block: ``module`` holds no others."""
+    """Experts ``first`` to ``last`` (exclusive) of a block; ``digests`` of the tensors read."""
 
-    module: nn.Module
-    first: int
-    last: int
-    digests: Mapping[str, str]
+    def __init__(self, module: nn.Module, first: int, last: int, digests: dict[str, str]) -> None:
+        self.first, self.last, self.digests = first, last, digests
+        self.parts = expert_parts(module)
 
     def weight(self, expert: int, matrix: str) -> Tensor:
         """A view of W (m, n) of one expert."""
-        weight = self.module.get_parameter(matrix)[expert - self.first].detach()
-        return weight.T if self.module.is_transposed else weight
+        return self.parts.matrix(matrix, expert - self.first).detach()
 
     def bias(self, expert: int, matrix: str) -> Tensor | None:
         """The bias (m,) of one expert."""
-        if not self.module.has_bias:
-            return None
-        return self.module.get_parameter(f"{matrix}_bias")[expert - self.first].detach()
+        bias = self.parts.bias(matrix, expert - self.first)
+        return None if bias is None else bias.detach()
 
 
 class BlockStreamer:
@@ -230,16 +232,14 @@ class BlockStreamer:
         """
         module = self.skeleton.model.get_submodule(bank.full_name)
         before = {leaf: module.get_parameter(leaf) for leaf in bank.sources}
-        for leaf, whole in before.items():
-            shape = (last - first, *whole.shape[1:])
-            empty = torch.empty(shape, dtype=whole.dtype, device="meta")
+        for leaf, all_experts in before.items():
+            shape = (last - first, *all_experts.shape[1:])
+            empty = torch.empty(shape, dtype=all_experts.dtype, device="meta")
             module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
         try:
             digests = self._load_tensors(bank.parts(first, last))
             _check_loaded(bank.full_name, module)
-            # fused tensors have one name in every part
-            named = {f"{name} from {first}": digest for name, digest in digests.items()}
-            yield LoadedExperts(module.requires_grad_(False), first, last, named)
+            yield LoadedExperts(module.requires_grad_(False), first, last, digests)
         finally:
             module._parameters.update(before)
 

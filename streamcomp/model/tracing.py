@@ -174,8 +174,8 @@ def trace_block(
 ) -> BlockTrace:
     """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
 
-    With ``tokens`` its feed-forward runs that many positions at a time. What the experts ``without``
-    would compute is left out.
+    With ``tokens`` its feed-forward runs that many positions at a time. What the experts
+    ``without`` would compute is left out.
 
     A block whose code depends on the data (a mixture's routing) cannot be traced: then no
     sharing is assumed, and bytes and operations are estimated from its weights.
