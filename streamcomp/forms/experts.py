@@ -18,21 +18,41 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from transformers.integrations.moe import _grouped_linear
 
-from streamcomp.forms.runtime import LowRankLinear, PivotLinear
+from streamcomp.forms.runtime import (
+    LowRankLinear,
+    PivotLinear,
+    check_dtype,
+    check_finite,
+    check_permutations,
+    refuse_unknown,
+    shown,
+)
 
 __all__ = [
     "EXPERT_FORMS",
+    "EXPERT_LEAVES",
+    "FIRST_MATRICES",
     "ExpertMatrices",
     "ExpertParts",
     "FactoredExperts",
     "expert_parts",
+    "factored_experts",
+    "guard_of",
     "has_experts",
     "matrices_of",
 ]
 
 # Forms that experts can be stored in.
 EXPERT_FORMS = (LowRankLinear.form, PivotLinear.form)
+# Names of an expert's first matrix, with a gate and without; and of the second one.
+FIRST_MATRICES, _SECOND = ("gate_up_proj", "up_proj"), "down_proj"
+# Names of the stored tensors of a matrix, in whatever form, by its name.
+EXPERT_LEAVES = {
+    name: frozenset(f"{name}_{part}" for part in ("V", "U", "coef", "pivots"))
+    for name in (*FIRST_MATRICES, _SECOND)
+}
 
+_EXPERT_KEYS = {"form", "ranks", "dtype"}
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 _ALIGNED = 16  # bytes to which rows must be aligned for grouped products
 _FEW = 4  # rows for each busy expert: with fewer, one product after the other is faster
@@ -56,7 +76,7 @@ def matrices_of(experts: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _names(experts: Any) -> tuple[str, str]:
-    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+    return FIRST_MATRICES[0 if experts.has_gate else 1], _SECOND
 
 
 def _is_transposed(experts: Any) -> bool:
@@ -152,14 +172,14 @@ class ExpertMatrices:
     def __post_init__(self) -> None:
         if self.form not in EXPERT_FORMS:
             raise ValueError(
-                f"streamcomp: form {self.form!r:.80} is impossible for experts: "
-                f"{' or '.join(EXPERT_FORMS)}"
+                f"streamcomp: form {shown(self.form)} is unknown for experts: "
+                f"{' or '.join(EXPERT_FORMS)}; written by a newer version?"
             )
         largest = min(self.rows, self.columns) if self._has_pivots else self.rows
         for rank in self.ranks:
             if type(rank) is not int or not (0 < rank <= largest or rank == self.rows):
                 raise ValueError(
-                    f"streamcomp: rank {rank!r:.80} of {self.name} is impossible for "
+                    f"streamcomp: rank {shown(rank)} of {self.name} is impossible for "
                     f"{self.rows} x {self.columns}"
                 )
 
@@ -247,7 +267,38 @@ class ExpertMatrices:
         return tuple(self.order.index(expert) for expert in range(len(self.ranks)))
 
 
+def guard_of(experts: nn.Module, dtype: torch.dtype) -> tuple[str, Tensor]:
+    """A small tensor to be stored under the name of the first dense parameter, with that name.
+
+    A program that does not know the format meets a parameter of the wrong shape and stops, instead
+    of making up random experts. transformers can split it by expert and by gate when it saves the
+    model, and join it when it loads it, as it does with the dense parameter.
+    """
+    name = _names(experts)[0]
+    return name, torch.zeros(1, 1 + (name == FIRST_MATRICES[0]), 1, dtype=dtype)
+
+
 # -- the module --------------------------------------------------------------------------------
+
+
+def factored_experts(dense: nn.Module, spec: Mapping[str, Any]) -> FactoredExperts:
+    """Empty factored experts instead of ``dense``, as ``spec`` of the config says.
+
+    ``spec`` holds ``form``, ``dtype`` and ``ranks`` by matrix and expert. Raises ValueError.
+    """
+    refuse_unknown(set(spec) - _EXPERT_KEYS)
+    check_dtype(spec)
+    ranks, names = spec.get("ranks"), _names(dense)
+    if not isinstance(ranks, dict) or set(ranks) != set(names):
+        given = sorted(map(str, ranks)) if isinstance(ranks, dict) else ranks
+        raise ValueError(f"streamcomp: ranks are of {shown(given)}, not of {' and '.join(names)}")
+    for name, of_experts in ranks.items():
+        count = len(dense.get_parameter(name))
+        if not isinstance(of_experts, list) or len(of_experts) != count:
+            raise ValueError(
+                f"streamcomp: ranks {shown(of_experts)} of {name} are no list of {count}"
+            )
+    return FactoredExperts(dense, spec.get("form", ""), ranks)
 
 
 class FactoredExperts(nn.Module):
@@ -281,15 +332,42 @@ class FactoredExperts(nn.Module):
                     self.register_parameter(leaf, nn.Parameter(empty))
             if (bias := dense._parameters.get(f"{name}_bias")) is not None:
                 self.register_parameter(f"{name}_bias", bias)
+        name, guard = guard_of(dense, like.dtype)
+        self.register_buffer(name, guard.to(like.device))
 
     def extra_repr(self) -> str:
         ranks = {name: f"{min(m.ranks)}-{max(m.ranks)}" for name, m in self.matrices.items()}
         return f"form={self.form}, ranks={ranks}"
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Names of factors and pivots; all floats among them are of one dtype."""
+        return tuple(leaf for matrices in self.matrices.values() for leaf in matrices.shapes())
+
+    @property
+    def converted(self) -> frozenset[str]:
+        """Names of the tensors that transformers may split on disk: biases and the guard."""
+        return frozenset(self.tensors()) - frozenset(self.factors)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Factors, pivots and biases: what a checkpoint must hold, by their names there."""
+        """Tensors that a checkpoint must hold for these experts, by their names there."""
         direct = {**self._parameters, **self._buffers}
         return {name: value for name, value in direct.items() if value is not None}
+
+    def check_values(self, name: str) -> None:
+        """ValueError where tensors of the experts ``name`` hold what no checkpoint may.
+
+        Tensors on ``meta`` pass.
+        """
+        check_finite(name, self.tensors())
+        self.check_indices(name)
+
+    def check_indices(self, name: str) -> None:
+        """ValueError where pivots of the experts ``name`` are no permutation."""
+        for matrices in self.matrices.values():
+            pivots = self.get_buffer(matrices.pivots) if matrices.pivots else None
+            if pivots is not None and not pivots.is_meta:
+                check_permutations(f"{name}.{matrices.pivots}", pivots)
 
     def dense_weights(self, name: str) -> Iterator[Tensor]:
         """The matrix ``name`` of each expert in turn, (m, n), in fp32 at least."""

@@ -18,7 +18,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import CorruptShardError, SourceError, StreamcompError, UnsupportedModelError
-from streamcomp.forms.runtime import FLOATS, check_stored, install_factored, modules_of
+from streamcomp.forms.install import check_stored, install_factored, modules_of
+from streamcomp.forms.runtime import FLOATS
 from streamcomp.model.settings import at_most, check_counts, named, refusing, runnable, silent
 from streamcomp.units import format_bytes
 

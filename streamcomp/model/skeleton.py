@@ -18,7 +18,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
 from streamcomp.errors import CorruptShardError, MissingShardError, UnsupportedModelError
-from streamcomp.forms.runtime import NameMap
+from streamcomp.forms.install import NameMap
 from streamcomp.model.loading import check_shapes
 from streamcomp.model.meta import FLOATS, build_model
 from streamcomp.model.rehearsal import Rehearsal, code_of, rehearse
