@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,10 @@ class RowFile:
     def __init__(self, folder: Path, rows: int, width: int, dtype: torch.dtype) -> None:
         self.dtype, self._width, self._row_bytes = dtype, width, width * dtype.itemsize
         self._rows, self._folder = rows, folder
-        with output_errors(folder):
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        with output_errors(folder), ExitStack() as stack:
+            self._file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
             os.posix_fallocate(self._file.fileno(), 0, max(1, rows * self._row_bytes))
+            stack.pop_all()  # open until it is closed
 
     def read(self, rows: Tensor) -> Tensor:
         """The rows of these numbers (k,), ascending, as (k, width)."""

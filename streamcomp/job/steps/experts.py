@@ -22,7 +22,7 @@ from streamcomp.calibration.routing import (
 )
 from streamcomp.checkpoint.writer import Entry, Streamed
 from streamcomp.forms import Allowance
-from streamcomp.forms.experts import ExpertMatrices
+from streamcomp.forms.experts import ExpertMatrices, guard_of
 from streamcomp.job import kept
 from streamcomp.job.block_plan import BlockPlan
 from streamcomp.job.files import Gradients, States
@@ -330,6 +330,7 @@ class StoredExperts:
     form: str
     dtype: torch.dtype
     files: dict[str, RowFile]
+    guard: tuple[str, torch.Tensor]
 
     @classmethod
     def of(
@@ -352,7 +353,8 @@ class StoredExperts:
                 files[name] = RowFile(
                     work.folder, shape[0], width, torch.int32 if of_pivots else dtype
                 )
-        return cls(bank, matrices, sites, [], form, dtype, files)
+        module = work.skeleton.model.get_submodule(bank.full_name)
+        return cls(bank, matrices, sites, [], form, dtype, files, guard_of(module, dtype))
 
     def put(self, site: ExpertSite, factors: Factors, tokens: int | None) -> None:
         """Store the factors of one matrix, and how their compression went."""
@@ -380,7 +382,8 @@ class StoredExperts:
 
     def entries(self) -> list[Entry]:
         """Tensors of the shard."""
-        return [
+        name, guard = self.guard
+        return [Entry(f"{self.bank.disk_name}.{name}", guard)] + [
             Entry(
                 f"{self.bank.disk_name}.{name}",
                 Streamed(self.files[name].dtype, shape, self.files[name].chunks),
