@@ -30,11 +30,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor of given dtype and shape that is computed when it is written."""
+    """A tensor of given dtype and shape that is computed when it is written.
+
+    ``make`` returns it, or its parts along the first axis, one after the other.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    make: Callable[[], Tensor | Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,15 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
     if isinstance(entry.source, TensorInfo):
         yield from reader.chunks(entry.source)
     elif isinstance(entry.source, Computed):
-        tensor = entry.source.make()
-        if tensor.dtype != entry.source.dtype or tuple(tensor.shape) != entry.source.shape:
-            raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
-        yield from _tensor_chunks(tensor)
+        made, rows = entry.source.make(), 0
+        for tensor in (made,) if isinstance(made, Tensor) else made:
+            rows += len(tensor)
+            same = tensor.dtype == entry.source.dtype and tensor.shape[1:] == entry.shape[1:]
+            if not same or (isinstance(made, Tensor) and rows != entry.shape[0]):
+                raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
+            yield from _tensor_chunks(tensor)
+        if rows != entry.shape[0]:
+            raise ValueError(f"{entry.name}: made {rows} rows, not {entry.shape[0]}")
     else:
         yield from _tensor_chunks(entry.source)
 
