@@ -76,12 +76,11 @@ class RowFile:
         """Add ``values`` (k, width) to the rows of these numbers (k,), ascending."""
         self.write(rows, self.read(rows) + values.detach().to("cpu", self.dtype))
 
-    def chunks(self) -> Iterator[memoryview]:
-        """All bytes in order, ``COPY_BYTES`` at a time at most."""
+    def parts(self) -> Iterator[Tensor]:
+        """All rows in order, ``COPY_BYTES`` at a time at most."""
         each = max(1, COPY_BYTES // self._row_bytes)
         for start in range(0, self._rows, each):
-            part = self.read(torch.arange(start, min(start + each, self._rows)))
-            yield memoryview(part.view(torch.uint8).numpy().data).cast("B")
+            yield self.read(torch.arange(start, min(start + each, self._rows)))
 
     def close(self) -> None:
         self._file.close()

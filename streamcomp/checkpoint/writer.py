@@ -19,7 +19,7 @@ from streamcomp.checkpoint.digests import Digester, FileDigest
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
 from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader
 
-__all__ = ["DIRTY_BYTES", "Computed", "Entry", "Streamed", "write_shard", "write_tensors"]
+__all__ = ["DIRTY_BYTES", "Computed", "Entry", "write_shard", "write_tensors"]
 
 # Written bytes are flushed to disk and dropped from the page cache this often, so that no
 # more than this is dirty at any time.
@@ -30,28 +30,22 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor of given dtype and shape that is computed when it is written."""
+    """A tensor of given dtype and shape that is computed when it is written.
+
+    ``make`` returns it, or its parts along the first axis, one after the other.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A tensor of given dtype and shape whose bytes come in pieces."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[memoryview]]
+    make: Callable[[], Tensor | Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: held in memory or elsewhere, copied from a shard, or computed."""
+    """A tensor to be written: held in memory, copied from another shard, or computed."""
 
     name: str
-    source: Tensor | TensorInfo | Computed | Streamed
+    source: Tensor | TensorInfo | Computed
 
     @property
     def dtype(self) -> str:
@@ -136,12 +130,15 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
     if isinstance(entry.source, TensorInfo):
         yield from reader.chunks(entry.source)
     elif isinstance(entry.source, Computed):
-        tensor = entry.source.make()
-        if tensor.dtype != entry.source.dtype or tuple(tensor.shape) != entry.source.shape:
-            raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
-        yield from _tensor_chunks(tensor)
-    elif isinstance(entry.source, Streamed):
-        yield from entry.source.chunks()
+        made, rows = entry.source.make(), 0
+        for tensor in (made,) if isinstance(made, Tensor) else made:
+            rows += len(tensor)
+            same = tensor.dtype == entry.source.dtype and tensor.shape[1:] == entry.shape[1:]
+            if not same or (isinstance(made, Tensor) and rows != entry.shape[0]):
+                raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
+            yield from _tensor_chunks(tensor)
+        if rows != entry.shape[0]:
+            raise ValueError(f"{entry.name}: made {rows} rows, not {entry.shape[0]}")
     else:
         yield from _tensor_chunks(entry.source)
 

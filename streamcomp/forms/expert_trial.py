@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcomp.forms.experts import (
-    EXPERT_FORMS,
-    FactoredExperts,
-    expert_parts,
-    has_experts,
-    matrices_of,
-)
+from streamcomp.forms.expert_module import FactoredExperts
+from streamcomp.forms.experts import EXPERT_FORMS, expert_parts, has_experts, matrices_of
 
 __all__ = ["computes_experts"]
 

@@ -6,7 +6,7 @@ where a module could not run as it was compressed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from streamcomp.forms.experts import (
-    EXPERT_LEAVES,
-    FIRST_MATRICES,
-    FactoredExperts,
-    factored_experts,
-    has_experts,
-)
+from streamcomp.forms.expert_module import FactoredExperts, factored_experts
+from streamcomp.forms.experts import EXPERT_LEAVES, FIRST_MATRICES, has_experts
 from streamcomp.forms.runtime import (
     FLOATS,
     FORMAT_VERSION,
@@ -32,7 +27,7 @@ from streamcomp.forms.runtime import (
     shown,
 )
 
-__all__ = ["FACTORED", "NameMap", "check_stored", "install_factored", "modules_of"]
+__all__ = ["FACTORED", "NameMap", "check_stored", "install_factored", "modules_of", "place_of"]
 
 # Modules that run factors.
 FACTORED = (FactoredLinear, FactoredExperts)
@@ -69,14 +64,17 @@ def modules_of(quantization: object) -> dict[str, dict[str, Any]]:
 
 
 class NameMap:
-    """Maps names on disk to the parameters of ``model`` that transformers loads them into."""
+    """Maps names on disk to the parameters of ``model`` that transformers loads them into.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    ``others`` are parameters that the model would have, were it dense.
+    """
+
+    def __init__(self, model: PreTrainedModel, others: Iterable[str] = ()) -> None:
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._prefix = model.base_model_prefix
-        self._known = model.state_dict()
+        self._known = {**model.state_dict(), **dict.fromkeys(others, torch.empty(0))}
 
     def parameter(self, key: str) -> str | None:
         """The parameter that ``key`` is loaded into, None if there is none."""
@@ -95,10 +93,10 @@ def install_factored(model: PreTrainedModel, modules: Mapping[str, Mapping[str, 
     """
     names, head = NameMap(model), model.get_output_embeddings()
     for disk_name, spec in modules.items():
-        parameter, show = _parameter_of(names, disk_name), shown(disk_name, quoted=False)
-        if parameter is None:
+        name, show = place_of(names, disk_name), shown(disk_name, quoted=False)
+        if name is None:
             raise ValueError(f"streamcomp: {type(model).__name__} has no module {show}")
-        parent, _, leaf = parameter.rpartition(".")[0].rpartition(".")
+        parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         dense = getattr(owner, leaf)
         if dense is head or isinstance(dense, FACTORED):
@@ -114,10 +112,11 @@ def install_factored(model: PreTrainedModel, modules: Mapping[str, Mapping[str, 
         setattr(owner, leaf, made)
 
 
-def _parameter_of(names: NameMap, disk_name: str) -> str | None:
-    """A dense parameter of the module that is called ``disk_name`` on disk, None without one."""
+def place_of(names: NameMap, disk_name: str) -> str | None:
+    """The name in the model of the module called ``disk_name`` on disk; None without one."""
     parameters = (names.parameter(f"{disk_name}.{leaf}") for leaf in ("weight", *FIRST_MATRICES))
-    return next(filter(None, parameters), None)
+    parameter = next(filter(None, parameters), None)
+    return parameter and parameter.rpartition(".")[0]
 
 
 def check_stored(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> None:

@@ -165,12 +165,13 @@ if "streamcomp" not in AUTO_QUANTIZER_MAPPING:
 
 def plugin_source() -> str:
     """The plugin file: the modules that a model needs, joined, with no import of streamcomp."""
-    from streamcomp.forms import experts, install, runtime
+    from streamcomp.forms import expert_module, experts, install, runtime
 
     this = inspect.getsource(inspect.getmodule(plugin_source))  # type: ignore[arg-type]
     imports, _, rest = _without_streamcomp(this).partition("__all__")
     body = imports + rest.partition("# -- plugin begins")[2].partition("# -- plugin ends")[0]
-    parts = [_without_streamcomp(inspect.getsource(module)) for module in (experts, install)]
+    others = (experts, expert_module, install)
+    parts = [_without_streamcomp(inspect.getsource(module)) for module in others]
     return "\n\n".join((inspect.getsource(runtime), *parts, "# -- loading\n" + body))
 
 

@@ -21,7 +21,7 @@ from tests.pico import ARCHITECTURES, pico_tokens
 
 def linear(name: str, rows: int, columns: int) -> LinearSite:
     source = TensorInfo(f"{name}.weight", "F32", (rows, columns), Path("x"), 0, 4 * rows * columns)
-    return LinearSite(name, f"block.{name}", source, rows, columns)
+    return LinearSite(name, f"block.{name}", rows, columns, source)
 
 
 def captured(
@@ -33,7 +33,7 @@ def captured(
     """
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)
-    linears = find_sites(skeleton, 1).eligible
+    linears = find_sites(skeleton, 1).linears
     block = skeleton.block(1)
     hidden, layer_inputs = skeleton.dry_capture(1, 8)
     shared = trace_block(block, linears, hidden, layer_inputs[1]).groups

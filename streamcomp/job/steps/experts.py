@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ from streamcomp.calibration.routing import (
     routing_bytes,
     scratch_bytes,
 )
-from streamcomp.checkpoint.writer import Entry, Streamed
+from streamcomp.checkpoint.writer import Computed, Entry
 from streamcomp.forms import Allowance
 from streamcomp.forms.experts import ExpertMatrices, guard_of
 from streamcomp.job import kept
@@ -369,9 +370,9 @@ class StoredExperts:
 
     def _store(self, expert: int, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         matrices = self.matrices[name]
-        starts = matrices.starts(expert)
+        places = matrices.slices(expert)
         for leaf, piece in matrices.pieces(expert, tensors).items():
-            rows = torch.arange(starts[leaf], starts[leaf] + len(piece))
+            rows = torch.arange(places[leaf].start, places[leaf].stop)
             self.files[leaf].write(rows, piece if piece.dim() > 1 else piece[:, None])
 
     @property
@@ -383,14 +384,15 @@ class StoredExperts:
     def entries(self) -> list[Entry]:
         """Tensors of the shard."""
         name, guard = self.guard
-        return [Entry(f"{self.bank.disk_name}.{name}", guard)] + [
-            Entry(
-                f"{self.bank.disk_name}.{name}",
-                Streamed(self.files[name].dtype, shape, self.files[name].chunks),
-            )
-            for matrices in self.matrices.values()
-            for name, shape in matrices.shapes().items()
-        ]
+        entries = [Entry(f"{self.bank.disk_name}.{name}", guard)]
+        for matrices in self.matrices.values():
+            for leaf, shape in matrices.shapes().items():
+                stored = Computed(self.files[leaf].dtype, shape, partial(self._parts, leaf, shape))
+                entries.append(Entry(f"{self.bank.disk_name}.{leaf}", stored))
+        return entries
+
+    def _parts(self, leaf: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        return (part.view(-1, *shape[1:]) for part in self.files[leaf].parts())
 
     def close(self) -> None:
         for file in self.files.values():
