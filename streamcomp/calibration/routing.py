@@ -107,7 +107,7 @@ class _Sums:
 class Routing:
     """What the experts of ``bank`` are given and give, for each token of a stream.
 
-    Runs in ``dtype``. Holds :func:`routing_bytes`, and files of :func:`scratch_bytes` in ``folder``.
+    Runs in ``dtype``. Holds :func:`routing_bytes`, and in ``folder`` :func:`scratch_bytes` of files.
     """
 
     def __init__(
@@ -231,8 +231,8 @@ class Routing:
 
         With a prior, so that they tell directions apart that few tokens or none run through: as if
         half as many tokens more as it has channels had been seen, all channels alike and as large
-        as the mean over all experts of the block. An expert that no token reached is then decomposed
-        as if nothing were known of it. Moments of gradients are scaled to the tokens of the stream,
+        as the mean over all experts of the block. An expert that no token reached is decomposed as
+        if nothing were known of it. Moments of gradients are scaled to the tokens of the stream,
         so that losses compare with those of linears that every token runs through.
         """
         one = _Expert(experts, self.bank, number, self._dtype)

@@ -26,7 +26,7 @@ def linear(name: str, rows: int, columns: int) -> LinearSite:
 
 def captured(
     folder: Path, side: str | None = None
-) -> list[tuple[MomentGroup, Tensor, Tensor, Tensor]]:
+) -> list[tuple[MomentGroup[LinearSite], Tensor, Tensor, Tensor]]:
     """Per moment of block 1: its group, its value, and the linear's inputs and outputs (T, ...).
 
     ``side`` overrules what is chosen by size.

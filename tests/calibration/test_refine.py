@@ -131,7 +131,9 @@ def refine(given: Problem, steps: int, **settings: Any) -> Any:
     return refine_block(given.loaded, sites, given.data, steps, form=form, **settings)
 
 
-def same(one: dict[LinearSite, dict[str, Tensor]], other: dict[LinearSite, dict[str, Tensor]]) -> bool:
+def same(
+    one: dict[LinearSite, dict[str, Tensor]], other: dict[LinearSite, dict[str, Tensor]]
+) -> bool:
     assert one.keys() == other.keys()
     return all(
         one[name].keys() == other[name].keys()

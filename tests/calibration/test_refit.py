@@ -139,7 +139,9 @@ def lost(wanted: Tensor, low: Tensor, left: Tensor, ridge: float = 0.0) -> float
 @contextmanager
 def compressed_block(
     folder: Path, form: str
-) -> Iterator[tuple[LoadedBlock, dict[LinearSite, FactoredLinear], list[tuple[Tensor, Tensor, Any]]]]:
+) -> Iterator[
+    tuple[LoadedBlock, dict[LinearSite, FactoredLinear], list[tuple[Tensor, Tensor, Any]]]
+]:
     """Block 1 with half of its linears' ranks, and micro-batches of both streams."""
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)

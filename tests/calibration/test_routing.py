@@ -101,12 +101,14 @@ def test_the_block_on_what_its_experts_gave_is_the_whole_block(
         gradient = whole.differentiate(given.hidden, inputs, given.gradient)
         digest = whole.digests
 
-    with given.route(tmp_path, back=True) as routing:
-        with given.streamer.block(BLOCK, given.bank) as block:
-            with routing.replayed(block, 0, WINDOWS):
-                output = block.run(given.hidden, inputs)
-                below = block.differentiate(given.hidden, inputs, given.gradient)
-            apart = block.digests
+    with (
+        given.route(tmp_path, back=True) as routing,
+        given.streamer.block(BLOCK, given.bank) as block,
+    ):
+        with routing.replayed(block, 0, WINDOWS):
+            output = block.run(given.hidden, inputs)
+            below = block.differentiate(given.hidden, inputs, given.gradient)
+        apart = block.digests
 
     torch.testing.assert_close(output, expected, rtol=CLOSE, atol=CLOSE)
     torch.testing.assert_close(below, gradient, rtol=CLOSE, atol=CLOSE)
