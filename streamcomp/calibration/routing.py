@@ -107,7 +107,7 @@ class _Sums:
 class Routing:
     """What the experts of ``bank`` are given and give, for each token of a stream.
 
-    Runs in ``dtype``. Holds :func:`routing_bytes`, and in ``folder`` :func:`scratch_bytes` of files.
+    Runs in ``dtype``. Holds :func:`routing_bytes`, and its files take :func:`scratch_bytes`.
     """
 
     def __init__(
