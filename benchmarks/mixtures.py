@@ -56,7 +56,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        ranks = "equal ranks" if self.allocation == "uniform" else "a rank each, by loss"
+        ranks = "equal ranks" if self.allocation == "uniform" else "a rank for each"
         return f"{self.method}, {ranks}"
 
 
@@ -67,8 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--wikitext", type=Path, required=True, help="folder of the two texts")
     parser.add_argument("--out", type=Path, default=Path("out/mixtures"))
-    parser.add_argument("--steps", type=int, default=1000, help="of training")
-    parser.add_argument("--windows", type=int, default=1024, help="of evaluation; 0: all")
+    parser.add_argument("--steps", type=int, default=800, help="of training")
+    parser.add_argument("--windows", type=int, default=512, help="of evaluation; 0: all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -205,23 +205,21 @@ def _nll(model: Path, options: argparse.Namespace) -> float:
 
 def _table(training: dict[str, Any], dense: float, values: dict[str, Any]) -> str:
     load = [count for block in training["load"] for count in block]
-    columns = [(reach, tokens, f"{ratio:g}") for reach in REACHES for tokens in TOKENS
-               for ratio in RATIOS]  # fmt: skip
+    columns = [(tokens, f"{ratio:g}") for tokens in TOKENS for ratio in RATIOS]
     lines = [
         f"{training['parameters']:,} parameters, trained in {format_seconds(training['seconds'])}; "
         f"{dense:.4f} nats a byte; {min(load)} to {max(load)} of {max(TOKENS)} tokens per expert.",
         "",
-        "| | " + " | ".join(f"{r}, {t} tokens, {x}" for r, t, x in columns) + " |",
+        "| | " + " | ".join(f"{tokens} tokens, {ratio}" for tokens, ratio in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
-
-    def lost(row: Row, reach: str, tokens: int, ratio: str) -> float:
-        figure: float = values[f"{reach}, {tokens} tokens, {row.name}"][ratio]["lost"]
-        return figure
-
-    for row in ROWS:
-        cells = [f"{lost(row, *c):.4f} ({lost(row, *c) / lost(ROWS[0], *c):.2f})" for c in columns]
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    for reach in REACHES:
+        base = [0.0] * len(columns)
+        for row in ROWS:
+            lost = [values[f"{reach}, {t} tokens, {row.name}"][x]["lost"] for t, x in columns]
+            base = lost if row is ROWS[0] else base
+            cells = [f"{one:.4f} ({one / of:.2f})" for one, of in zip(lost, base, strict=True)]
+            lines.append(f"| {reach}: {row.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
