@@ -17,7 +17,7 @@ from torch import Tensor
 from streamcomp.checkpoint.atomic import atomic_file
 from streamcomp.checkpoint.digests import Digester, FileDigest
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
-from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader
+from streamcomp.checkpoint.reader import TensorReader, chunks_of
 
 __all__ = ["DIRTY_BYTES", "Computed", "Entry", "write_shard", "write_tensors"]
 
@@ -130,9 +130,9 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
         tensor = entry.source.make()
         if tensor.dtype != entry.source.dtype or tuple(tensor.shape) != entry.source.shape:
             raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
-        yield from _tensor_chunks(tensor)
+        yield from chunks_of(tensor)
     else:
-        yield from _tensor_chunks(entry.source)
+        yield from chunks_of(entry.source)
 
 
 class _Write:
@@ -152,14 +152,3 @@ class _Write:
             os.fdatasync(self._file.fileno())
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._dirty = 0
-
-
-def _tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    flat = tensor.detach().contiguous().cpu().view(-1)
-    if flat.stride() != (1,):  # one number sliced from a row counts as contiguous
-        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
-    if not flat.numel():
-        return
-    data = flat.view(torch.uint8).numpy().data
-    for start in range(0, len(data), COPY_BYTES):
-        yield data[start : start + COPY_BYTES]

@@ -33,7 +33,7 @@ class Family:
     ranks: tuple[int, int] | None  # least and largest, None where dense
     clusters: tuple[int, int] | None  # likewise, None but in the form shared
     axes: tuple[str, ...]  # form shared: which channels share weights, rows or columns or both
-    nbytes: int  # all of them on disk
+    nbytes: int  # all of them, as they are read
     shares_with: tuple[str, ...]  # linears of the same block fed the same tensor
 
 
@@ -46,6 +46,7 @@ class Inspection:
     blocks: int
     parameters: int
     nbytes: int
+    decoded_bytes: int  # of the same tensors as bf16, where the source is quantised; else nbytes
     shards: int
     compressed: bool
     families: tuple[Family, ...]
@@ -76,6 +77,7 @@ def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
         len(skeleton),
         index.numel,
         index.nbytes,
+        index.decoded_bytes,
         len(index.shards),
         skeleton.compressed,
         tuple(_family(members, shared) for members in groups.values()),
