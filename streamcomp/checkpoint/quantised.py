@@ -8,7 +8,9 @@ Two formats, as models are downloaded in them:
   for each 32 numbers.
 
 A decoded tensor has the name, shape and dtype that it has in a bf16 checkpoint. It is decoded in
-pieces while it is read, so that memory holds the result and a few MiB.
+pieces while it is read, so that memory holds the result and a few MiB. The numbers are those that
+transformers decodes, bit for bit. Its converters are not called: they refuse partial blocks, hold
+several copies of a tensor and take up to 40 times longer.
 """
 
 from __future__ import annotations
@@ -33,9 +35,12 @@ Tensors = Mapping[str, "TensorInfo"]
 
 # Settings of a config that tell how weights are quantised, the second in older models.
 _KEYS = ("quantization_config", "compression_config")
-# Numbers decoded at a time, and the bytes that each takes meanwhile: the code, its index into the
-# table of values, copies in fp32.
-_PIECE_NUMBERS, _PIECE_BYTES = 2**20, 16
+# Numbers decoded at a time, and the bytes that each takes meanwhile: the code, its index into a
+# table of values, the value and its scale in fp32, the result.
+_PIECE_NUMBERS, _PIECE_BYTES = 2**19, 24
+_FP4 = torch.tensor(
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.bfloat16
+)
 _BLOCK = (128, 128)  # of fp8 where the config names none
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 
@@ -68,6 +73,7 @@ class Encoding(ABC):
     ) -> Iterator[Tensor]:
         """Items ``first`` to ``last`` along the first axis in bf16, as pieces in their order.
 
+        Each is valid until the next is made.
         ``read`` gives rows of ``codes`` and of ``scales``.
         """
 
@@ -82,8 +88,7 @@ class Encoding(ABC):
 class _Fp8(Encoding):
     """``w = code * scale`` in fp32, with a scale for each block of ``block`` rows and columns.
 
-    Blocks at the lower and right edge of a matrix may be partial. transformers' own converter is
-    not called: it refuses these, and its arguments differ between releases.
+    Blocks at the lower and right edge of a matrix may be partial.
     """
 
     matrix: int  # rows of one matrix; several are below each other
@@ -96,20 +101,24 @@ class _Fp8(Encoding):
     def decode(
         self, first: int, last: int, read: Callable[[TensorInfo], Tensor]
     ) -> Iterator[Tensor]:
+        values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         scale_rows = math.ceil(self.matrix / self.block[0])
         for start, stop in self._pieces(first * self.rows, last * self.rows):
             rows = torch.arange(start, stop)
             places = rows // self.matrix * scale_rows + rows % self.matrix // self.block[0]
             top, end = int(places[0]), int(places[-1]) + 1
-            weight = read(self.codes.part(start, stop)).float()
+            weight = _looked_up(values, read(self.codes.part(start, stop)))
             scales = _factors(read(self.scales.part(top, end)))[places - top]
             wide = scales.repeat_interleave(self.block[1], 1)[:, : self.width]
-            yield weight.mul_(wide).to(torch.bfloat16)
+            yield weight.view_as(wide).mul_(wide).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class _Mxfp4(Encoding):
-    """Experts (experts, inputs, outputs); ``codes`` (experts * outputs, groups, 16 bytes)."""
+    """Experts (experts, inputs, outputs); ``codes`` (experts * outputs, groups, 16 bytes).
+
+    The lower half of a byte is the first of its two numbers.
+    """
 
     @property
     def width(self) -> int:
@@ -122,16 +131,23 @@ class _Mxfp4(Encoding):
     def decode(
         self, first: int, last: int, read: Callable[[TensorInfo], Tensor]
     ) -> Iterator[Tensor]:
-        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
+        halves = torch.arange(256)
+        pairs = torch.stack([_FP4[halves % 16], _FP4[halves // 16]], 1).view(torch.int32).view(-1)
+        expert = torch.empty(self.width, self.rows, dtype=torch.bfloat16)  # holds one at a time
         for item in range(first, last):
             before = item * self.rows
-            expert = torch.empty(self.width, self.rows, dtype=torch.bfloat16)
             for start, stop in self._pieces(before, before + self.rows):
-                codes, scales = self.codes.part(start, stop), self.scales.part(start, stop)
-                piece = convert_moe_packed_tensors(read(codes)[None], read(scales)[None])
-                expert[:, start - before : stop - before] = piece[0]
+                codes = read(self.codes.part(start, stop))
+                scales = _factors(read(self.scales.part(start, stop))).to(torch.bfloat16)
+                weight = _looked_up(pairs, codes).view(torch.bfloat16).view(*scales.shape, 32)
+                piece = weight.mul_(scales[..., None]).view(stop - start, self.width)
+                expert[:, start - before : stop - before] = piece.T
             yield expert
+
+
+def _looked_up(values: Tensor, codes: Tensor) -> Tensor:
+    """The value of each byte of ``codes``, flat; much faster than a cast of fp8."""
+    return values.index_select(0, codes.view(torch.uint8).view(-1).int())
 
 
 def _factors(scales: Tensor) -> Tensor:

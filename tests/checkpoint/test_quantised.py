@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from streamcomp.checkpoint import quantised
 from streamcomp.checkpoint import reader as reader_module
@@ -230,6 +231,18 @@ def test_transformers_decodes_the_same_numbers(kind: str, tmp_path: Path) -> Non
         assert torch.equal(theirs[name], value), name
     for name, info in read_index(folder).tensors.items():
         assert torch.equal(read(info), read(read_index(tmp_path / "plain").tensors[name])), name
+
+
+def test_transformers_decodes_each_code_and_power_to_the_same_bits(tmp_path: Path) -> None:
+    """All bytes with all powers up to the largest that bf16 can hold six times."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    blocks = codes.expand(1, 253, 16, 16).contiguous()
+    scales = torch.arange(253, dtype=torch.uint8).view(1, -1, 1).expand(1, 253, 16).contiguous()
+
+    index = opened(tmp_path, MXFP4, a_blocks=blocks, a_scales=scales)
+
+    theirs = convert_moe_packed_tensors(blocks, scales)
+    assert torch.equal(read(index.tensors["a"]).view(torch.int16), theirs.view(torch.int16))
 
 
 # -- the index

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from streamcomp.checkpoint import reader, writer
+from streamcomp.checkpoint import reader
 from streamcomp.checkpoint.index import DTYPES, SINGLE_FILE, read_index
 from streamcomp.checkpoint.writer import Computed, Entry, write_shard
 from streamcomp.errors import CorruptShardError
@@ -45,7 +45,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_safetensors_loads_what_was_written(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "COPY_BYTES", chunk)
+    monkeypatch.setattr(reader, "COPY_BYTES", chunk)
     monkeypatch.setattr(writer, "DIRTY_BYTES", 16)
 
     write_shard(tmp_path / "a.safetensors", [Entry(*item) for item in mixed().items()])

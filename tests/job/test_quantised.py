@@ -28,7 +28,10 @@ from tests.jobs import (
 from tests.pico import pico_tokens, whole_logits
 from tests.quantised import deepseek_config, save_fp8, save_mxfp4
 
-METHODS: dict[str, dict[str, Any]] = {"two-sided": {}, "svd-llm": {"method": "svd-llm", "form": "uv"}}
+METHODS: dict[str, dict[str, Any]] = {
+    "two-sided": {},
+    "svd-llm": {"method": "svd-llm", "form": "uv"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +84,13 @@ def test_its_shards_are_those_of_the_decoded_model(
 def test_a_config_inside_the_config_is_not_handed_on(text: Path, tmp_path: Path) -> None:
     source = save_fp8(tmp_path / "model", tmp_path / "plain")
     config = config_of(source)
-    config["text_config"] = {"quantization_config": config.pop("quantization_config"), "a": 1}
+    config["parts"] = {"quantization_config": config.pop("quantization_config"), "a": 1}
     (source / "config.json").write_text(json.dumps(config))
 
     compress(source, tmp_path / "out", text)
 
     after = config_of(tmp_path / "out")
-    assert after["text_config"] == {"a": 1}
+    assert after["parts"] == {"a": 1}
     assert after["quantization_config"]["quant_method"] == "streamcomp"
 
 
