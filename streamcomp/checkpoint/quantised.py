@@ -54,9 +54,9 @@ class Encoding(ABC):
     rows: int  # of ``codes`` for each item along the first axis of the decoded tensor
 
     @property
+    @abstractmethod
     def working_bytes(self) -> int:
         """Bytes held next to the result while it is decoded."""
-        return _PIECE_BYTES * min(self.numel, max(_PIECE_NUMBERS, self.width))
 
     @property
     def numel(self) -> int:
@@ -76,6 +76,11 @@ class Encoding(ABC):
         Each is valid until the next is made.
         ``read`` gives rows of ``codes`` and of ``scales``.
         """
+
+    def _piece_bytes(self, numbers: int, scales: int) -> int:
+        """Bytes held for one piece of ``numbers``, and for their ``scales``, twice in fp32."""
+        piece = min(numbers, max(_PIECE_NUMBERS, self.width))
+        return _PIECE_BYTES * piece + 2 * torch.float32.itemsize * scales
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Rows of ``codes`` to decode at a time."""
@@ -98,19 +103,29 @@ class _Fp8(Encoding):
     def width(self) -> int:
         return self.codes.shape[1]
 
+    @property
+    def working_bytes(self) -> int:
+        return self._piece_bytes(self.numel, self.scales.numel)
+
     def decode(
         self, first: int, last: int, read: Callable[[TensorInfo], Tensor]
     ) -> Iterator[Tensor]:
         values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-        scale_rows = math.ceil(self.matrix / self.block[0])
-        for start, stop in self._pieces(first * self.rows, last * self.rows):
-            rows = torch.arange(start, stop)
-            places = rows // self.matrix * scale_rows + rows % self.matrix // self.block[0]
-            top, end = int(places[0]), int(places[-1]) + 1
+        begin, end = first * self.rows, last * self.rows
+        if begin == end:
+            return
+        top, bottom = self._scale_rows(torch.tensor([begin, end - 1])).tolist()
+        scales = _factors(read(self.scales.part(top, bottom + 1)))
+        for start, stop in self._pieces(begin, end):
             weight = _looked_up(values, read(self.codes.part(start, stop)))
-            scales = _factors(read(self.scales.part(top, end)))[places - top]
-            wide = scales.repeat_interleave(self.block[1], 1)[:, : self.width]
+            each = scales[self._scale_rows(torch.arange(start, stop)) - top]
+            wide = each.repeat_interleave(self.block[1], 1)[:, : self.width]
             yield weight.view_as(wide).mul_(wide).to(torch.bfloat16)
+
+    def _scale_rows(self, rows: Tensor) -> Tensor:
+        """The row of ``scales`` for each of ``rows`` of ``codes``."""
+        each = math.ceil(self.matrix / self.block[0])
+        return rows // self.matrix * each + rows % self.matrix // self.block[0]
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,8 @@ class _Mxfp4(Encoding):
 
     @property
     def working_bytes(self) -> int:
-        return super().working_bytes + self.rows * self.width * torch.bfloat16.itemsize
+        expert = self.rows * self.width
+        return expert * torch.bfloat16.itemsize + self._piece_bytes(expert, expert // 32)
 
     def decode(
         self, first: int, last: int, read: Callable[[TensorInfo], Tensor]
@@ -136,12 +152,13 @@ class _Mxfp4(Encoding):
         expert = torch.empty(self.width, self.rows, dtype=torch.bfloat16)  # holds one at a time
         for item in range(first, last):
             before = item * self.rows
-            for start, stop in self._pieces(before, before + self.rows):
-                codes = read(self.codes.part(start, stop))
-                scales = _factors(read(self.scales.part(start, stop))).to(torch.bfloat16)
-                weight = _looked_up(pairs, codes).view(torch.bfloat16).view(*scales.shape, 32)
-                piece = weight.mul_(scales[..., None]).view(stop - start, self.width)
-                expert[:, start - before : stop - before] = piece.T
+            scales = read(self.scales.part(before, before + self.rows))
+            powers = _factors(scales).to(torch.bfloat16)[..., None]  # (outputs, groups, 1)
+            for start, stop in self._pieces(0, self.rows):
+                codes = read(self.codes.part(before + start, before + stop))
+                weight = _looked_up(pairs, codes).view(torch.bfloat16).view(*codes.shape[:2], 32)
+                weight.mul_(powers[start:stop])
+                expert[:, start:stop] = weight.view(stop - start, self.width).T
             yield expert
 
 
@@ -195,14 +212,14 @@ def decoded(tensors: Tensors, quantization: Mapping[str, Any]) -> dict[str, Tens
 
 def _decoded_fp8(tensors: Tensors, quantization: Mapping[str, Any]) -> dict[str, TensorInfo]:
     block = _block_of(quantization)
-    kept, dropped = dict(tensors), []
+    kept, dropped = dict(tensors), set[str]()
     for name, scales in tensors.items():
         target = name.removesuffix("_scale_inv")
         if target == name:
             continue
         kept[target] = _fp8(_needed(tensors, target, name), scales, block)
         owner = target.removesuffix("weight")
-        dropped += [name, f"{owner}activation_scale", f"{owner}input_scale"]
+        dropped |= {name, f"{owner}activation_scale", f"{owner}input_scale"}
     return {name: info for name, info in kept.items() if name not in dropped}
 
 

@@ -18,7 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from streamcomp.checkpoint import quantised
 from streamcomp.checkpoint import reader as reader_module
 from streamcomp.checkpoint.index import SINGLE_FILE, CheckpointIndex, TensorInfo, read_index
-from streamcomp.checkpoint.reader import TensorReader, check_finite_on_disk
+from streamcomp.checkpoint.reader import TensorReader, check_finite_on_disk, read_ahead
 from streamcomp.errors import (
     CorruptShardError,
     MissingShardError,
@@ -289,6 +289,19 @@ def test_weights_without_scales_stay_as_they_are(tmp_path: Path) -> None:
 
     assert index.tensors["a.weight"].encoding is None
     assert torch.equal(read(index.tensors["a.weight"]), weight)
+
+
+def test_the_kernel_is_asked_for_what_is_stored(
+    encoded: tuple[TensorInfo, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info, _ = encoded
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *advice: asked.append(advice))
+
+    read_ahead([info])
+
+    advice = os.POSIX_FADV_WILLNEED
+    assert asked == [(part.start, part.nbytes, advice) for part in info.stored]
 
 
 # -- digests and damage

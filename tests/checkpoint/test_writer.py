@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from streamcomp.checkpoint import reader
+from streamcomp.checkpoint import reader, writer
 from streamcomp.checkpoint.index import DTYPES, SINGLE_FILE, read_index
 from streamcomp.checkpoint.writer import Computed, Entry, write_shard
 from streamcomp.errors import CorruptShardError
