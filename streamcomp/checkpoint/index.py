@@ -20,6 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from streamcomp.checkpoint.files import check_link, companions, open_regular
+from streamcomp.checkpoint.quantised import (
+    DECODED,
+    Encoding,
+    decoded,
+    quantization_of,
+    without_quantization,
+)
 from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
 from streamcomp.units import format_bytes
 
@@ -70,7 +77,10 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor on disk, or rows of one: bytes ``start`` to ``stop`` of ``shard``."""
+    """One tensor on disk, or rows of one: bytes ``start`` to ``stop`` of ``shard``.
+
+    With an ``encoding`` it is decoded as it is read: dtype, shape and bytes are the result's.
+    """
 
     name: str
     dtype: str  # as safetensors names it, e.g. "BF16"
@@ -79,6 +89,14 @@ class TensorInfo:
     start: int
     stop: int
     rows: tuple[int, int] | None = None  # along the first axis, where it is not the whole tensor
+    encoding: Encoding | None = field(default=None, repr=False)
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors on disk that it is made of, as rows: itself, or codes and scales."""
+        if self.encoding is None:
+            return (self,)
+        return self.encoding.codes, self.encoding.scales
 
     @property
     def key(self) -> str:
@@ -125,15 +143,28 @@ class CheckpointIndex:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
+    # what its config said of weights that are decoded as they are read
+    quantization: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shards(self) -> list[Path]:
-        return sorted({info.shard for info in self.tensors.values()})
+        return sorted({part.shard for info in self.tensors.values() for part in info.stored})
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors on disk."""
+        return sum(part.nbytes for info in self.tensors.values() for part in info.stored)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of all tensors as they are read."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def decoding_bytes(self) -> int:
+        """The most that is held while a tensor is decoded, next to the result."""
+        encodings = [info.encoding for info in self.tensors.values() if info.encoding]
+        return max((encoding.working_bytes for encoding in encodings), default=0)
 
     @property
     def numel(self) -> int:
@@ -179,7 +210,10 @@ def _is_deep(value: Any) -> bool:
 
 
 def read_index(folder: Path | str) -> CheckpointIndex:
-    """Read the config and all safetensors headers of ``folder``; no weight is touched."""
+    """Read the config and all safetensors headers of ``folder``; no weight is touched.
+
+    Weights that are quantised in a way that is decoded appear as those of the bf16 model.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder")
@@ -188,9 +222,9 @@ def read_index(folder: Path | str) -> CheckpointIndex:
         check_link(folder, folder / name)
     config = read_json(folder / "config.json")
     if (folder / SINGLE_FILE).exists():
-        return CheckpointIndex(folder, config, read_header(folder / SINGLE_FILE))
+        return _as_decoded(CheckpointIndex(folder, config, read_header(folder / SINGLE_FILE)))
     if (folder / INDEX_FILE).exists():
-        return CheckpointIndex(folder, config, _read_sharded(folder))
+        return _as_decoded(CheckpointIndex(folder, config, _read_sharded(folder)))
     pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt*")
     )
@@ -200,6 +234,15 @@ def read_index(folder: Path | str) -> CheckpointIndex:
             "are not read: convert them to safetensors first"
         )
     raise MissingShardError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _as_decoded(index: CheckpointIndex) -> CheckpointIndex:
+    quantization = quantization_of(index.config)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if not isinstance(method, str) or method not in DECODED:
+        return index
+    tensors = decoded(index.tensors, quantization)
+    return CheckpointIndex(index.folder, without_quantization(index.config), tensors, quantization)
 
 
 def _read_sharded(folder: Path) -> dict[str, TensorInfo]:

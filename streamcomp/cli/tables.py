@@ -166,9 +166,10 @@ def print_inspection(model: str, inspection: Inspection) -> None:
     console.print(_families_table(model, inspection, console))
     for name, (why, count) in inspection.left.items():
         console.print(f"left as it is: {name} ({why}), {count}x", highlight=False)
+    size, decoded = format_bytes(inspection.nbytes), inspection.decoded_bytes
+    more = "" if decoded == inspection.nbytes else f" (decoded: {format_bytes(decoded)})"
     console.print(
-        f"{inspection.parameters:,} parameters, {format_bytes(inspection.nbytes)} "
-        f"in {inspection.shards} shards",
+        f"{inspection.parameters:,} parameters, {size} in {inspection.shards} shards{more}",
         highlight=False,
     )
 

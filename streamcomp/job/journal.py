@@ -307,8 +307,11 @@ def _source_hash(index: CheckpointIndex) -> str:
         stat = shard.stat()
         digester.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns]).encode())
     for name, info in sorted(index.tensors.items()):
-        row = [name, info.dtype, list(info.shape), info.shard.name, info.start, info.stop]
-        digester.update(json.dumps(row).encode())
+        for part in info.stored:
+            row = [name, part.dtype, list(part.shape), part.shard.name, part.start, part.stop]
+            digester.update(json.dumps(row).encode())
+    if index.quantization:
+        digester.update(json.dumps(index.quantization, sort_keys=True).encode())
     return digester.total.digest
 
 

@@ -69,6 +69,7 @@ class StepPlanner:
         self.outline, self.schedule = outline, steps
         self.conditions, self.baseline = conditions, baseline
         self.work_bytes = self._work_bytes()
+        self._decoding = outline.skeleton.index.decoding_bytes  # a step may read any tensor
         self._in_memory = conditions.work_in_memory * self.work_bytes
         self._in_memory += conditions.outputs_in_memory * self._output_bytes
         blocks = outline.blocks
@@ -126,7 +127,7 @@ class StepPlanner:
 
     def _bytes(self, step: Step, peak: Phase) -> tuple[int, int]:
         """Bytes resident at ``peak``, and bytes that the GPU holds."""
-        counted = int(_SLACK * peak.nbytes) + LATE_BYTES
+        counted = int(_SLACK * peak.nbytes) + LATE_BYTES + self._decoding
         on_device = self.conditions.device_budget > 0 and not step.on_host
         host = self.baseline + self._in_memory + counted
         return host, CONTEXT_BYTES + WORKSPACE_BYTES + counted if on_device else 0
