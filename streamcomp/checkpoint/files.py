@@ -60,7 +60,8 @@ def _check_regular(status: os.stat_result) -> None:
 def check_link(folder: Path, path: Path) -> None:
     """SourceError where a link makes ``path`` a file outside of the model in ``folder``.
 
-    A model folder in the hub's cache has links to its ``blobs``; these belong to it.
+    A model folder in the hub's cache has links to its ``blobs``, and these may be links to the
+    ``blobs`` that all models of the cache share; both belong to it.
     """
     try:
         target, home = path.resolve(), folder.resolve()
@@ -68,7 +69,7 @@ def check_link(folder: Path, path: Path) -> None:
         raise SourceError(f"{path} cannot be read: {error}") from None
     homes = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        homes.append(home.parent.parent / "blobs")
+        homes += [home.parent.parent / "blobs", home.parent.parent.parent / "blobs"]
     if not any(target.is_relative_to(place) for place in homes):
         raise SourceError(
             f"{path} is a link to {target}, outside of the model's folder: refused; "

@@ -14,7 +14,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,10 @@ from safetensors import SafetensorError, safe_open
 from streamcomp.checkpoint.files import check_link, companions, open_regular
 from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
 from streamcomp.units import format_bytes
+
+if TYPE_CHECKING:
+    from streamcomp.checkpoint.fetched import FetchedShards
+    from streamcomp.checkpoint.hub import HubModel
 
 __all__ = [
     "DTYPES",
@@ -78,6 +82,8 @@ class TensorInfo:
     shard: Path
     start: int
     stop: int
+    # Fetches the shard when it is opened; None: the shard is there.
+    store: FetchedShards | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +103,10 @@ class TensorInfo:
             raise SourceError(f"{self.name}: dtype {self.dtype} of {self.shard} is not supported")
         return DTYPES[self.dtype]
 
+    def open(self) -> int:
+        """A descriptor for reading the shard; OSError where it is no regular file."""
+        return self.store.open(self.shard) if self.store else open_regular(self.shard)
+
 
 @dataclass(frozen=True)
 class CheckpointIndex:
@@ -105,10 +115,21 @@ class CheckpointIndex:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
+    hub: HubModel | None = None  # what it was fetched from
+    store: FetchedShards | None = None  # fetches its shards as they are needed
 
     @property
     def shards(self) -> list[Path]:
         return sorted({info.shard for info in self.tensors.values()})
+
+    def stamp(self, shard: Path) -> tuple[str, int, int | str]:
+        """Name and size of a shard, and the hub's digest of it or else its time of change."""
+        if self.hub is not None:
+            name = self.store.name_of(shard) if self.store else str(shard.relative_to(self.folder))
+            if file := self.hub.files.get(name):
+                return shard.name, file.size, file.digest
+        status = shard.stat()
+        return shard.name, status.st_size, status.st_mtime_ns
 
     @property
     def nbytes(self) -> int:

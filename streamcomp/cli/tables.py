@@ -59,12 +59,16 @@ def print_plan(model: str, made: streamcomp.Plan) -> None:
             **_device_plan_rows(made),
             "time": f"about {format_seconds(made.seconds)}",
             "disk": f"{format_bytes(made.disk_bytes)} at most, {format_bytes(made.output_bytes)} "
-            "of it the result",
+            f"of it the result{_shards_of(made)}",
             "at a time": _at_a_time(made),
             "linears": f"{len(made.outline.eligible)} eligible, ratio {made.ratio:.4f}, "
             f"{len(made.outline.left)} other modules left as they are",
         },
     )
+
+
+def _shards_of(made: streamcomp.Plan) -> str:
+    return f", {format_bytes(made.shard_bytes)} fetched shards" if made.shard_bytes else ""
 
 
 def _at_a_time(made: streamcomp.Plan) -> str:

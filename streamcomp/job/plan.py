@@ -45,8 +45,9 @@ class Plan:
     device_budget_bytes: int  # the same two of the GPU; 0 without one
     device_minimum_bytes: int
     baseline_bytes: int  # resident before the first step, and what products take for a while
-    disk_bytes: int  # outputs, streams, analysis and journal together, at most
+    disk_bytes: int  # outputs, streams, analysis, journal and fetched shards together, at most
     work_bytes: int  # those of them that are in the work folder
+    shard_bytes: int  # those of them that are fetched shards
     levers_seconds: float  # what levers cost that compute or read anything again
 
     @property
@@ -102,6 +103,7 @@ class Plan:
             "seconds": round(self.seconds, 1),
             "output_bytes": self.output_bytes,
             "disk_bytes": self.disk_bytes,
+            "shard_bytes": self.shard_bytes,
             "ratio": self.ratio,
             "steps": [
                 {
@@ -225,6 +227,7 @@ def _fitting(planner: StepPlanner, levers: Levers | None) -> Plan:
         planner.baseline,
         planner.disk_bytes,
         planner.work_bytes,
+        conditions.shard_bytes,
         planner.seconds(levers) - planner.seconds(at_once),
     )
 
