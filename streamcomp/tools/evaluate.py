@@ -139,7 +139,7 @@ def _workspace(plan: Plan, here: Machine, folder: Path) -> Workspace:
 
 @contextmanager
 def work_folder(folder: Path | None) -> Iterator[Path]:
-    """A fresh folder for what an evaluation writes, below ``folder`` or where temporary files go."""
+    """A fresh folder below ``folder``, or where temporary files go."""
     if folder is not None:
         make_folder(folder)
     with tempfile.TemporaryDirectory(prefix="streamcomp-", dir=folder) as name:
