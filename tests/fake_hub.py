@@ -31,7 +31,7 @@ class FakeHub:
         self.ranges: list[str] = []  # files of which a part was asked for
         self.before: Callable[[str], None] = lambda name: None  # each whole file is sent
         self.damaged: set[str] = set()  # files that are sent with one bit flipped
-        self.broken: set[str] = set()  # files that are refused
+        self.broken: set[str] = set()  # files that are refused, except for parts of them
         self.lfs = True  # keeps safetensors files in LFS, or else in git
 
     def add(self, folder: Path) -> str:
@@ -103,12 +103,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, commit: str, name: str, *, body: bool) -> None:
         entry = next((e for e in self.hub.files(commit) if e["name"] == name), None)
-        if entry is None or name in self.hub.broken:
+        asked = self.headers.get("Range")
+        if entry is None or (name in self.hub.broken and not asked):
             code, word = (404, "EntryNotFound") if entry is None else (403, "Refused")
             self._send(b"", {"X-Error-Code": word}, code=code, body=body)
             return
         data = (self.hub.commits[commit] / name).read_bytes()
-        asked = self.headers.get("Range")
         if body and not asked:
             self.hub.before(name)
             self.hub.fetched.append(name)
@@ -148,7 +148,7 @@ def fake_hub(cache: Path) -> Iterator[FakeHub]:
     Handler.hub = hub = FakeHub(f"http://127.0.0.1:{server.server_port}", cache)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    settings = {
+    settings: dict[str, Any] = {
         "ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": False,
         "HF_HUB_CACHE": str(cache),
