@@ -74,7 +74,9 @@ class HubModel:
         with hub_errors(name, revision):
             info = HfApi().model_info(name, revision=pinned or revision, files_metadata=True)
         files = {
-            each.rfilename: HubFile(each.size or 0, each.lfs.sha256 if each.lfs else each.blob_id)
+            each.rfilename: HubFile(
+                each.size or 0, each.lfs.sha256 if each.lfs else each.blob_id or ""
+            )
             for each in info.siblings or ()
         }
         return cls(name, revision or constants.DEFAULT_REVISION, info.sha or "", files)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.errors import RecipeError
+from streamcomp.job.steps.base import Step
 from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Resources
 from streamcomp.units import format_bytes, parse_bytes
 
-__all__ = ["allow_shards"]
+__all__ = ["allow_shards", "bytes_to_fetch"]
 
 
 def allow_shards(skeleton: Skeleton, resources: Resources) -> int:
@@ -41,6 +42,26 @@ def allow_shards(skeleton: Skeleton, resources: Resources) -> int:
     if index.store is not None:
         index.store.most_bytes, index.store.fetches_ahead = allowed, allowed >= usual
     return min(allowed, sum(sizes.values()))
+
+
+def bytes_to_fetch(skeleton: Skeleton, steps: Iterable[Step], allowed: int) -> int:
+    """Bytes that blocks of a job have fetched in the end, with ``allowed`` bytes on disk at most.
+
+    Tensors outside of blocks, which a few steps read, may add some shards.
+    """
+    sizes = {shard: skeleton.index.stamp(shard)[1] for shard in skeleton.index.shards}
+    blocks = [sorted(_shards(skeleton.block_tensors(n))) for n in range(len(skeleton))]
+    held: list[Path] = []  # the last used last
+    fetched = 0
+    for shard in (shard for step in steps if step.block >= 0 for shard in blocks[step.block]):
+        if shard in held:
+            held.remove(shard)
+        else:
+            fetched += sizes[shard]
+            while held and _total(held, sizes) + sizes[shard] > allowed:
+                held.pop(0)
+        held.append(shard)
+    return fetched
 
 
 def _shards(tensors: Iterable[TensorInfo]) -> set[Path]:

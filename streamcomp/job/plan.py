@@ -16,6 +16,7 @@ from typing import Any
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.errors import RecipeError, UnsupportedModelError
 from streamcomp.job.block_plan import BlockPlan, plan_blocks
+from streamcomp.job.fetching import bytes_to_fetch
 from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.outputs import OutputPlan, Ranks, plan_outputs
@@ -73,6 +74,13 @@ class Plan:
         return self.outputs[0].ranks
 
     @property
+    def fetched_bytes(self) -> int:
+        """Bytes of shards that blocks have fetched in the end; 0 where all are there."""
+        steps = (planned.step for planned in self.steps)
+        allowed = self.shard_bytes
+        return bytes_to_fetch(self.outline.skeleton, steps, allowed) if allowed else 0
+
+    @property
     def output_bytes(self) -> int:
         return sum(output.nbytes for output in self.outputs)
 
@@ -104,6 +112,7 @@ class Plan:
             "output_bytes": self.output_bytes,
             "disk_bytes": self.disk_bytes,
             "shard_bytes": self.shard_bytes,
+            "fetched_bytes": self.fetched_bytes,
             "ratio": self.ratio,
             "steps": [
                 {
