@@ -120,9 +120,12 @@ class FetchedShards:
         return path if isinstance(path, str) else ""
 
     def _open(self, name: str) -> int:
+        self._use(name)
+        return open_regular(self._shards[name])
+
+    def _use(self, name: str) -> None:
         self._uses += 1
         self._used[name] = self._uses
-        return open_regular(self._shards[name])
 
     def _own_folder(self, name: str) -> Path:
         return self._folder / self._shards[name].relative_to(self._folder).parts[0]
@@ -155,10 +158,14 @@ class FetchedShards:
                     "command again"
                 )
             self._fetched[name] = self._fetched.get(name, 0) + file.size
-        self._used[name] = 0
+        with self._lock:
+            self._use(name)
 
     def _make_room(self, folder: Path, size: int) -> None:
-        """Drop the shards that were not used for longest until ``size`` more bytes are allowed."""
+        """Drop the shards that were not used for longest, until ``folder`` may have ``size`` bytes.
+
+        What earlier runs left, and this one has not used, goes first.
+        """
         for path in (self._root, self._folder):
             if path.is_symlink():
                 raise OutputError(
@@ -170,7 +177,7 @@ class FetchedShards:
                 self._remove(path)
         names = {self._own_folder(name): name for name in self._used}
         held = {path: _size(path) for path in self._folder.iterdir() if path != folder}
-        for path in sorted(held, key=lambda path: self._used.get(names.get(path, ""), -1)):
+        for path in sorted(held, key=lambda path: self._used.get(names.get(path, ""), 0)):
             if sum(held.values()) + size <= self.most_bytes:
                 break
             with self._lock:

@@ -296,6 +296,17 @@ def test_the_next_shards_are_fetched_in_the_background(
     assert hub.shards().count(index.shards[0].name) == 1
 
 
+def test_shards_fetched_ahead_do_not_drop_each_other(hub: FakeHub, model: Path, work: Path) -> None:
+    index, store = streamed(work, 3 * largest(model))
+    one, two, three, four = index.shards[:4]
+    for shard in (one, two):
+        os.close(store.open(shard))
+
+    store._fetch_all([store.name_of(three), store.name_of(four)])
+
+    assert held(work) == [two.name, three.name, four.name]
+
+
 def test_what_fails_in_the_background_is_told_when_it_is_needed(hub: FakeHub, work: Path) -> None:
     index, store = streamed(work)
     store.fetches_ahead = True

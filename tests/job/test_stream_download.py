@@ -98,6 +98,8 @@ def test_the_result_is_that_of_a_local_folder_and_the_disk_is_never_fuller(
     assert files(out) == expected
     assert max(seen) <= most
     assert not list(hub.cache.rglob("*.safetensors"))
+    record = {"model": NAME, "revision": "main", "commit": hub.branch}
+    assert report["fingerprint"]["hub"] == record
     told = [note.split()[1] for note in notes.texts if note.startswith("fetching ")]
     assert told == hub.shards()
     counted = [name for step in report["steps"] for name in step.get("fetched", {})]
