@@ -14,7 +14,7 @@ import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,10 @@ from streamcomp.checkpoint.quantised import (
 )
 from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
 from streamcomp.units import format_bytes
+
+if TYPE_CHECKING:
+    from streamcomp.checkpoint.fetched import FetchedShards
+    from streamcomp.checkpoint.hub import HubModel
 
 __all__ = [
     "DTYPES",
@@ -88,6 +92,8 @@ class TensorInfo:
     shard: Path
     start: int
     stop: int
+    # Fetches the shard when it is opened; None: the shard is there.
+    store: FetchedShards | None = field(default=None, compare=False, repr=False)
     rows: tuple[int, int] | None = None  # along the first axis, where it is not the whole tensor
     encoding: Encoding | None = field(default=None, repr=False)
 
@@ -135,6 +141,10 @@ class TensorInfo:
             raise SourceError(f"{self.name}: dtype {self.dtype} of {self.shard} is not supported")
         return DTYPES[self.dtype]
 
+    def open(self) -> int:
+        """A descriptor for reading the shard; OSError where it is no regular file."""
+        return self.store.open(self.shard) if self.store else open_regular(self.shard)
+
 
 @dataclass(frozen=True)
 class CheckpointIndex:
@@ -145,10 +155,21 @@ class CheckpointIndex:
     tensors: dict[str, TensorInfo] = field(repr=False)
     # what its config said of weights that are decoded as they are read
     quantization: dict[str, Any] = field(default_factory=dict)
+    hub: HubModel | None = None  # what it was fetched from
+    store: FetchedShards | None = None  # fetches its shards as they are needed
 
     @property
     def shards(self) -> list[Path]:
         return sorted({part.shard for info in self.tensors.values() for part in info.stored})
+
+    def stamp(self, shard: Path) -> tuple[str, int, int | str]:
+        """Name and size of a shard, and the hub's digest of it or else its time of change."""
+        if self.hub is not None:
+            name = self.store.name_of(shard) if self.store else str(shard.relative_to(self.folder))
+            if file := self.hub.files.get(name):
+                return shard.name, file.size, file.digest
+        status = shard.stat()
+        return shard.name, status.st_size, status.st_mtime_ns
 
     @property
     def nbytes(self) -> int:

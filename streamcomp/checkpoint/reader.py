@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamcomp.checkpoint.digests import Digester, combined, digest_of
-from streamcomp.checkpoint.files import open_regular
+from streamcomp.checkpoint.digests import Digester, combined
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.errors import CorruptShardError, NonFiniteError, SourceError
 
@@ -32,14 +31,15 @@ COPY_BYTES = 8 * 2**20
 
 
 class TensorReader:
-    """Opens shards when they are first needed and closes them all together.
+    """Opens one shard at a time, so that the others may be dropped meanwhile.
 
     A context manager; one per block. ``digests`` keeps the BLAKE2b digest of every tensor read,
     or part of one, by its key, so that a later pass can prove that it read the same bytes.
     """
 
     def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._shard: Path | None = None
+        self._opened = -1  # its descriptor
         self.digests: dict[str, str] = {}
 
     def __enter__(self) -> TensorReader:
@@ -51,9 +51,7 @@ class TensorReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._close()
 
     def read(self, info: TensorInfo) -> Tensor:
         """The whole tensor, on the CPU. Holds its bytes, and a piece that is decoded."""
@@ -137,12 +135,19 @@ class TensorReader:
         return result
 
     def _descriptor(self, info: TensorInfo) -> int:
-        if info.shard not in self._descriptors:
+        if info.shard != self._shard:
+            self._close()
             try:
-                self._descriptors[info.shard] = open_regular(info.shard)
+                self._opened = info.open()
             except OSError as error:
                 raise SourceError(f"{info.shard} cannot be opened: {error.strerror}") from None
-        return self._descriptors[info.shard]
+            self._shard = info.shard
+        return self._opened
+
+    def _close(self) -> None:
+        if self._shard is not None:
+            self._shard = None
+            os.close(self._opened)
 
     def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
         descriptor, done = self._descriptor(info), 0
@@ -178,7 +183,12 @@ def read_ahead(infos: Iterable[TensorInfo]) -> None:
     """Have the kernel read tensors into its page cache while the process continues.
 
     Takes no memory of the process. A file that cannot be read is reported by the later read.
+    Shards that are fetched from the hub are fetched meanwhile, and are not read yet.
     """
+    infos = list(infos)
+    if infos and infos[0].store:
+        infos[0].store.fetch_ahead(info.shard for info in infos)
+        return
     with TensorReader() as reader, suppress(SourceError, OSError):
         for info in infos:
             reader.ask_for(info)

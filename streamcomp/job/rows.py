@@ -183,6 +183,7 @@ class StepRow(StepResult):
 
     step: str  # its name
     files: dict[str, FileDigest] = field(default_factory=dict)  # that it left, by name
+    fetched: dict[str, int] = field(default_factory=dict)  # shards of the source, with their bytes
     # digests of the source's tensors outside of blocks, in the first step that read them
     sources: dict[str, str] = field(default_factory=dict)
     seconds: float

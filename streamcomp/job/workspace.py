@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.calibration.routing import Routing
 from streamcomp.checkpoint.atomic import sync_folder
+from streamcomp.checkpoint.fetched import FETCHED_FOLDER
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.checkpoint.writer import Entry
@@ -309,6 +311,7 @@ def remove_work(folder: Path) -> None:
 
     The journal goes last: until then it tells an interrupted call whose files these are.
     """
+    shutil.rmtree(folder / FETCHED_FOLDER, ignore_errors=True)
     for path in sorted(work_files(folder), key=lambda path: path.name == JOURNAL):
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()) and not folder.is_symlink():
