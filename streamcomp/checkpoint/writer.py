@@ -131,16 +131,23 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
         yield from reader.chunks(entry.source)
     elif isinstance(entry.source, Computed):
         made, rows = entry.source.make(), 0
-        for tensor in (made,) if isinstance(made, Tensor) else made:
+        if isinstance(made, Tensor):
+            _check_made(entry, made, entry.shape)
+            yield from chunks_of(made)
+            return
+        for tensor in made:
             rows += len(tensor)
-            same = tensor.dtype == entry.source.dtype and tensor.shape[1:] == entry.shape[1:]
-            if not same or (isinstance(made, Tensor) and rows != entry.shape[0]):
-                raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
+            _check_made(entry, tensor, (len(tensor), *entry.shape[1:]))
             yield from chunks_of(tensor)
         if rows != entry.shape[0]:
             raise ValueError(f"{entry.name}: made {rows} rows, not {entry.shape[0]}")
     else:
         yield from chunks_of(entry.source)
+
+
+def _check_made(entry: Entry, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if DTYPES[entry.dtype] != tensor.dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
 
 
 class _Write:
