@@ -64,6 +64,8 @@ def print_plan(model: str, made: streamcomp.Plan) -> None:
             "at a time": _at_a_time(made),
             "linears": f"{len(made.outline.eligible)} eligible, ratio {made.ratio:.4f}, "
             f"{len(made.outline.left)} other modules left as they are",
+            "in reach": f"{made.reach:.1%} of the model's parameters: the ratio takes "
+            f"{made.reach * made.ratio:.1%} off them",
         },
     )
 
@@ -176,8 +178,10 @@ def print_inspection(model: str, inspection: Inspection) -> None:
         console.print(f"left as it is: {name} ({why}), {count}x", highlight=False)
     size, decoded = format_bytes(inspection.nbytes), inspection.decoded_bytes
     more = "" if decoded == inspection.nbytes else f" (decoded: {format_bytes(decoded)})"
+    reach = f"; {inspection.in_reach / inspection.parameters:.1%} of them can be factored"
     console.print(
-        f"{inspection.parameters:,} parameters, {size} in {inspection.shards} shards{more}",
+        f"{inspection.parameters:,} parameters, {size} in {inspection.shards} shards{more}"
+        f"{'' if inspection.compressed else reach}",
         highlight=False,
     )
 

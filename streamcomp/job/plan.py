@@ -69,6 +69,12 @@ class Plan:
         return self.outputs[0].reached
 
     @property
+    def reach(self) -> float:
+        """Share of the model's parameters that is eligible."""
+        eligible = sum(site.numel for site in self.outline.eligible)
+        return eligible / self.outline.skeleton.index.numel
+
+    @property
     def ranks(self) -> Ranks:
         """Ranks of the first output."""
         return self.outputs[0].ranks
@@ -114,6 +120,7 @@ class Plan:
             "shard_bytes": self.shard_bytes,
             "fetched_bytes": self.fetched_bytes,
             "ratio": self.ratio,
+            "reach": self.reach,
             "steps": [
                 {
                     "name": step.name,

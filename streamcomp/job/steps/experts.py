@@ -7,6 +7,7 @@ factors go to nameless files until the block's shard is written.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -98,7 +99,7 @@ def decomposing_experts(
 ) -> Iterator[Phase]:
     """Moments and decomposition of each expert's matrices."""
     gradients = outline.method.needs_gradients
-    for site, seconds, moments in _expert_sites(outline, block):
+    for site, count, seconds, moments in _expert_sites(outline, block):
         phase = _experts("decomposing", outline, block, run_dtype, gradients=gradients)
         working = outline.method.working_bytes(
             site, "inputs", site.tokens(outline.tokens), block.stream.dtype, outline.recipe
@@ -106,7 +107,7 @@ def decomposing_experts(
         yield replace(
             phase,
             parts={**phase.parts, "moments": moments, "decomposition": working},
-            seconds=seconds + phase.seconds / max(1, len(block.experts)),
+            seconds=seconds + phase.seconds * count / len(block.experts),
             site=site.leaf,
         )
 
@@ -116,7 +117,7 @@ def factorizing_experts(
 ) -> Iterator[Phase]:
     """Factors of each expert's matrices, from kept decompositions or from moments taken now."""
     stream, form = block.stream, outline.form
-    for site, seconds, moments in _expert_sites(outline, block):
+    for site, count, seconds, moments in _expert_sites(outline, block):
         bank = site.bank
         most = form.largest_rank(site.rows, site.columns)
         bases = moment_dtype(stream.dtype) if from_analysis else solve_dtype(stream.dtype)
@@ -129,6 +130,7 @@ def factorizing_experts(
             "decomposition": form.encoding_bytes(site.rows, site.columns, most, stream.dtype),
         }
         flops = outline.rates.seconds(form.encoding_flops(site.rows, site.columns, most // 2))
+        flops *= count
         if from_analysis:
             yield Phase("factorizing", parts, flops, site.leaf)
             continue
@@ -174,17 +176,23 @@ def _experts(
     return Phase(name, parts, seconds)
 
 
-def _expert_sites(outline: Outline, block: BlockPlan) -> Iterator[tuple[ExpertSite, float, int]]:
-    """Sites of all experts, seconds of their decompositions, and bytes of an expert's moments."""
-    for groups in block.groups_of_expert.values():
-        moments = block.moment_bytes(groups) if outline.recipe.statistics != "none" else 0
-        for group in groups:
-            site = group.sites[0]
-            seconds = 0.0
-            if outline.method.has_spectra:
-                seconds = outline.rates.eigh_seconds(min(site.rows, site.columns))
-                seconds += outline.rates.seconds(outline.method.flops(site, group.side))
-            yield site, seconds, moments
+def _expert_sites(
+    outline: Outline, block: BlockPlan
+) -> Iterator[tuple[ExpertSite, int, float, int]]:
+    """A site for each matrix, of how many experts, seconds of all these decompositions, and bytes
+    of the moments of one expert."""
+    counts = Counter((group.sites[0].leaf, group.side) for group in block.experts)
+    first = {(group.sites[0].leaf, group.side): group for group in reversed(block.experts)}
+    moments = 0
+    if outline.recipe.statistics != "none":
+        moments = max(map(block.moment_bytes, block.groups_of_expert.values()), default=0)
+    for kind, count in counts.items():
+        group, seconds = first[kind], 0.0
+        site = group.sites[0]
+        if outline.method.has_spectra:
+            seconds = outline.rates.eigh_seconds(min(site.rows, site.columns))
+            seconds += outline.rates.seconds(outline.method.flops(site, group.side))
+        yield site, count, count * seconds, moments
 
 
 # -- running them ----------------------------------------------------------------------------
