@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 __all__ = [
     "AXES",
@@ -53,6 +54,7 @@ class FactoredLinear(nn.Linear):
     leaves: frozenset[str] = frozenset()  # names of its tensors, without weight and bias
     keys: frozenset[str] = frozenset()  # in the config's entry, in addition to those of every form
     weight: nn.Parameter  # (r, n)
+    transposed = False  # the dense weight that it replaces is stored (n, m)
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = False, **place: Any
@@ -275,7 +277,7 @@ def modules_of(quantization: object) -> dict[str, dict[str, Any]]:
     return modules
 
 
-def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
+def factored(dense: nn.Linear | Conv1D, spec: Mapping[str, Any]) -> FactoredLinear:
     """An empty factored linear instead of ``dense``, as ``spec`` of the config says.
 
     ``spec`` holds ``form``, ``rank`` and ``dtype``, and the keys of its form. Raises ValueError.
@@ -289,12 +291,15 @@ def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
         raise ValueError(
             f"streamcomp: dtype {_shown(spec['dtype'])} is impossible: {', '.join(FLOATS)}"
         )
-    rows, columns = dense.out_features, dense.in_features
+    transposed = isinstance(dense, Conv1D)  # GPT-2's linears
+    rows, columns = dense.weight.shape[::-1] if transposed else dense.weight.shape  # (m, n)
     if type(rank) is not int or not 0 < rank < min(rows, columns):
         raise ValueError(f"streamcomp: rank {_shown(rank)} is impossible for {rows} x {columns}")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     bias = dense.bias is not None
-    return kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
+    module = kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
+    module.transposed = transposed
+    return module
 
 
 def _refuse_unknown(keys: set[str], where: str = "") -> None:
@@ -338,7 +343,7 @@ def install_factored(model: PreTrainedModel, modules: Mapping[str, Mapping[str, 
         parent, _, leaf = parameter.removesuffix(".weight").rpartition(".")
         owner = model.get_submodule(parent)
         dense = getattr(owner, leaf)
-        if not isinstance(dense, nn.Linear):
+        if not isinstance(dense, nn.Linear | Conv1D):
             raise ValueError(f"streamcomp: {shown} is a {type(dense).__name__}, no linear")
         if dense is head or isinstance(dense, FactoredLinear):
             why = "the head, which stays dense" if dense is head else "listed by two names"
@@ -403,7 +408,7 @@ def _refuse_factor(model: PreTrainedModel, names: NameMap, key: str) -> None:
     if not any(leaf in kind.leaves for kind in MODULES.values()):
         return
     weight = names.parameter(f"{owner}.weight")
-    if weight and isinstance(model.get_submodule(weight.rpartition(".")[0]), nn.Linear):
+    if weight and isinstance(model.get_submodule(weight.rpartition(".")[0]), nn.Linear | Conv1D):
         raise ValueError(
             f"streamcomp: {_shown(key, quoted=False)} is a factor that the config does not list"
         )
