@@ -65,13 +65,11 @@ class _Transposed:
         return whole.transpose(0, -1)[index]
 
 
-def _as_parameters(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    """``state`` with the weights transposed that run so."""
-    modules = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, _TransposedLinear)}
-    if not modules:
-        return dict(state)
-    names = NameMap(model)
-    return {k: _Transposed(v) if names.parameter(k) in modules else v for k, v in state.items()}
+def _transposed(model: PreTrainedModel, state: Mapping[str, Any]) -> set[str]:
+    """Names in ``state`` of the weights that run transposed."""
+    linears = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, _TransposedLinear)}
+    names = NameMap(model) if linears else None
+    return {name for name in state if names and names.parameter(name) in linears}
 
 
 def load_state(
@@ -81,10 +79,11 @@ def load_state(
 
     CorruptShardError where they do not give its parameters the shapes that the config says.
     """
+    transposed = _transposed(model, state)
     with quiet_loading():
         info, _ = convert_and_load_state_dict_in_model(
             model=model,
-            state_dict=_as_parameters(model, state),
+            state_dict={k: _Transposed(v) if k in transposed else v for k, v in state.items()},
             load_config=LoadStateDictConfig(
                 dtype=dtype,
                 dtype_plan=model._get_dtype_plan(dtype),
@@ -95,10 +94,11 @@ def load_state(
             **_OLDER_ARGUMENTS,
         )
     if info.mismatched_keys:
-        name, on_disk, expected = sorted(info.mismatched_keys)[0]
-        raise CorruptShardError(
-            f"{name} is {list(on_disk)} on disk, config.json makes it {list(expected)}"
-        )
+        name, *shapes = sorted(info.mismatched_keys)[0]
+        owner = model.get_submodule(name.rpartition(".")[0])
+        step = -1 if isinstance(owner, _TransposedLinear) and name.endswith(".weight") else 1
+        on_disk, expected = (list(shape)[::step] for shape in shapes)
+        raise CorruptShardError(f"{name} is {on_disk} on disk, config.json makes it {expected}")
     if info.conversion_errors:
         raise CorruptShardError(
             f"{min(info.conversion_errors)} cannot be made of its tensors on disk: "

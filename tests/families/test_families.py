@@ -40,6 +40,7 @@ WORKS = {
     "falcon": "linears of a class of its own",
     "falcon_h1": "buffers that the model fills, not the module that holds them",
     "gemma3": "a tower for images next to the blocks",
+    "gpt2": "linears that are stored transposed",
     "glm_moe_dsa": "blocks that return three things",
     "gpt_oss": "experts that are stored transposed, with biases",
     "jamba": "a linear whose weight its block reads without calling it, and experts",
@@ -75,7 +76,9 @@ def only_known(kinds: dict[str, str]) -> list[Any]:
 
 @pytest.mark.parametrize("kind", only_known(WORKS))
 def test_it_works(kind: str, tmp_path: Path) -> None:
-    recipes = RECIPES if kind in ("mamba", "bart", "falcon") else {"default": RECIPES["default"]}
+    recipes = (
+        RECIPES if kind in ("mamba", "bart", "falcon", "gpt2") else {"default": RECIPES["default"]}
+    )
     family = check_family(kind, tmp_path, recipes=recipes)
 
     assert family.verdict == "works", family.reason
