@@ -8,21 +8,23 @@ autograd graph shows this, because the output of each tap is a leaf of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from streamcomp.errors import StreamcompError, UnsupportedModelError
+from streamcomp.model.packing import Packing, Part, part_of
 from streamcomp.model.sites import is_linear
 from streamcomp.model.taps import (
     InputCapture,
     LayerInputs,
     Returned,
+    SharedStates,
     Stop,
     TapPanel,
     check_same_inputs,
@@ -32,8 +34,12 @@ from streamcomp.model.tracing import BlockUse, use_of_block
 
 __all__ = ["Rehearsal", "code_of", "rehearse"]
 
-# Two batches that differ in their tokens alone. No row is 0, 1, 2, ..., which positions are.
-_TOKENS = ([[1, 0, 1, 1], [0, 0, 1, 0]], [[0, 1, 1, 0], [1, 1, 0, 1]])
+# Two batches that differ in their tokens alone. No row is 0, 1, 2, ..., which positions are, and
+# few models have as many of anything as there are windows, or tokens in them.
+_WINDOWS, _POSITIONS = 11, 13
+_TOKENS = torch.randint(
+    2, (2, _WINDOWS, _POSITIONS), generator=torch.Generator().manual_seed(0), device="cpu"
+)
 # How a block may return its hidden states where it cannot be run without weights.
 _GUESSES = tuple(Returned(length, frozenset(range(1, length))) for length in range(4))
 
@@ -46,7 +52,9 @@ class Rehearsal:
     called: tuple[frozenset[str] | None, ...]  # linears each block calls; None: unknown
     before: frozenset[str]  # outer modules that run before the last block
     behind: frozenset[str]  # outer modules that run only after it, the head among them
-    hidden_size: int
+    tables: frozenset[str]  # embeddings that are given the tokens
+    hidden_size: int  # numbers of a token in the stream
+    packing: Packing | None  # where these are more than one vector
 
 
 @torch.inference_mode(False)
@@ -68,7 +76,7 @@ def rehearse(
     for guess in _GUESSES:
         actors = _Actors(blocks, guess)
         try:
-            before, behind = _perform(forward, panel, actors, outer, head)
+            before, behind, tables = _perform(forward, panel, actors, outer, head)
         except Exception as fault:  # models may raise anything
             error = error or fault
             if actors.certain:
@@ -76,14 +84,17 @@ def rehearse(
             continue  # perhaps because the guess is wrong
         panel.conductor = capture = InputCapture(actors.returns)
         with torch.no_grad(), suppress(Stop):
-            forward(torch.tensor(_TOKENS[1]))
+            forward(_TOKENS[1].clone())
         check_same_inputs(actors.layer_inputs, capture.layer_inputs)
+        packing = actors.packing()
         return Rehearsal(
             tuple(actors.returns),
             tuple(use.called if use else None for use in actors.uses),
             frozenset(before),
             frozenset(behind - before),
-            actors.leaves[-1].shape[-1],
+            frozenset(tables),
+            packing.width if packing else actors.leaves[-1].shape[-1],
+            packing,
         )
     assert error is not None
     if isinstance(error, StreamcompError):
@@ -100,9 +111,14 @@ def _perform(
     actors: _Actors,
     outer: dict[str, nn.Module],
     head: nn.Module,
-) -> tuple[set[str], set[str]]:
-    """Run once with ``actors``; return outer modules that run before the last block, and after."""
-    tokens = torch.tensor(_TOKENS[0])
+) -> tuple[set[str], set[str], set[str]]:
+    """Run once with ``actors``.
+
+    Returns the outer modules that run before the last block, those after it, and the embeddings
+    that are given the tokens.
+    """
+    tokens = _TOKENS[0].clone()
+    tables: set[str] = set()
     arrived: list[Tensor] = []
     used: tuple[set[str], set[str]] = (set(), set())
 
@@ -113,22 +129,27 @@ def _perform(
         arrived.append(args[0])
         raise Stop  # the head is large: do not compute
 
-    def embed(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        of_tokens = args and isinstance(args[0], Tensor) and torch.equal(args[0].cpu(), tokens)
-        return output.detach().requires_grad_().clone() if of_tokens else None
+    def embed(name: str) -> Callable[..., Tensor | None]:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not args or not isinstance(args[0], Tensor) or not torch.equal(args[0], tokens):
+                return None
+            tables.add(name)
+            return output.detach().requires_grad_().clone()
+
+        return after
 
     panel.conductor = actors
     with ExitStack() as hooks:
         for name, module in outer.items():
             hooks.callback(module.register_forward_pre_hook(note(name)).remove)
             if isinstance(module, nn.Embedding):
-                hooks.callback(module.register_forward_hook(embed).remove)
+                hooks.callback(module.register_forward_hook(embed(name)).remove)
         hooks.callback(head.register_forward_pre_hook(stop).remove)
         with suppress(Stop):
             forward(tokens)
     actors.check_run(len(panel.taps))
     actors.check_head(arrived)
-    return used
+    return *used, tables
 
 
 class _Actors:
@@ -143,6 +164,10 @@ class _Actors:
         self.uses: list[BlockUse | None] = []
         self.layer_inputs: list[LayerInputs] = []
         self.leaves: list[Tensor] = []
+        self._hidden: Part | None = None
+        self._inputs: list[dict[int, Part]] = []  # of each block, those that depend on the tokens
+        self._states: dict[Any, Any] = {}  # that a block has left for others, as tensors on meta
+        self._read: set[Any] = set()
         self._output: Tensor | None = None  # of the block before; models may change it in place
         self._version = 0
 
@@ -164,25 +189,15 @@ class _Actors:
         if number < len(self.layer_inputs):
             raise UnsupportedModelError("its blocks run in another order than they are listed in")
         self.check_run(number)
-        windows, positions = len(_TOKENS[0]), len(_TOKENS[0][0])
-        if hidden.dim() != 3 or hidden.shape[:2] != (windows, positions):
-            raise UnsupportedModelError(
-                f"hidden states of {windows} x {positions} tokens are not (batch, tokens, hidden) "
-                f"but {list(hidden.shape)}"
-            )
+        plain = hidden.dim() == 3 and hidden.shape[:2] == (_WINDOWS, _POSITIONS)
+        self._hidden = Part((hidden.shape[2],), (0, 1)) if plain else _part("hidden states", hidden)
         changed = hidden is not self._output or hidden._version != self._version
         if self.leaves and changed:
             raise UnsupportedModelError(
                 f"block {number} is given something else than what block {number - 1} returned: "
                 "not supported yet"
             )
-        for name, value in _named(inputs):
-            if value.requires_grad:
-                raise UnsupportedModelError(
-                    f"block {number} is given a state that depends on the tokens, besides the "
-                    f"hidden states ({name}): not supported yet"
-                )
-        self.layer_inputs.append(inputs)
+        self.layer_inputs.append(self._without_tokens(number, hidden, inputs))
         self.uses.append(self._use(number, hidden, inputs))
         self.leaves.append(hidden.detach().clone().requires_grad_())
         self._output = self.leaves[-1].clone()
@@ -198,7 +213,7 @@ class _Actors:
 
     def check_head(self, arrived: list[Tensor]) -> None:
         """Check that the head depends on the output of the last block, and of no other block."""
-        if not arrived or arrived[0].shape[:-1] != self.leaves[0].shape[:-1]:
+        if not arrived or arrived[0].shape[:-1] != (_WINDOWS, _POSITIONS):
             raise UnsupportedModelError("the code behind its last block cannot be run by itself")
         if not arrived[0].requires_grad:
             raise UnsupportedModelError("its head does not depend on its last block")
@@ -219,8 +234,76 @@ class _Actors:
         block = self._blocks[number]
         key = code_of(block), tuple(map(_code_key, inputs.leaves))
         if key not in self._seen:
+            states = [leaf for leaf in inputs.leaves if isinstance(leaf, SharedStates)]
+            for state in states[:1]:  # of two, keys could be the same
+                state.given = _Blank(self._states)
             self._seen[key] = use_of_block(block, hidden, inputs)
+            for state in states[:1]:
+                self._read |= state.read
+                self._states |= tree_map(lambda t: t.to("meta"), state.written)
         return self._seen[key]
+
+    def _without_tokens(self, number: int, hidden: Tensor, inputs: LayerInputs) -> LayerInputs:
+        """``inputs`` without those that depend on the tokens, which are noted."""
+        leaves, spec = tree_flatten((inputs.args, inputs.kwargs))
+        names = {id(value): name for name, value in _named(inputs)}
+        self._inputs.append({})
+        for place, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+                continue
+            name = f"a state besides the hidden states ({names[id(leaf)]})"
+            if self.leaves and any(
+                gradient is not None
+                for gradient in torch.autograd.grad(
+                    leaf.sum(), self.leaves, allow_unused=True, retain_graph=True
+                )
+            ):
+                raise UnsupportedModelError(
+                    f"block {number} is given {name} that another block has made: not supported yet"
+                )
+            self._inputs[-1][place] = _part(name, leaf, hidden.dtype)
+            leaves[place] = None
+        return LayerInputs(*tree_unflatten(leaves, spec))
+
+    def packing(self) -> Packing | None:
+        """What the stream holds, if that is more than one vector for each token."""
+        assert self._hidden is not None
+        if self._hidden.plain and not any(self._inputs) and not self._read:
+            return None
+        dtype = self.leaves[0].dtype
+        shared = {
+            key: tree_map(lambda t, key=key: _part(f"the state {key!r}", t, dtype), states)
+            for key, states in self._states.items()
+            if key in self._read
+        }
+        return Packing(self._hidden, tuple(self._inputs), shared)
+
+
+class _Blank(Mapping[Any, Any]):
+    """``states`` as tensors of no data, made in the mode in which they are asked for."""
+
+    def __init__(self, states: Mapping[Any, Any]) -> None:
+        self._states = dict(states)
+
+    def __getitem__(self, key: Any) -> Any:
+        return tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype), self._states[key])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+
+def _part(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Part:
+    """The part of a row that ``tensor`` is."""
+    part = part_of(tensor.shape, _WINDOWS, _POSITIONS)
+    if part is None or tensor.dtype != (dtype or tensor.dtype):
+        raise UnsupportedModelError(
+            f"{name} of {_WINDOWS} x {_POSITIONS} tokens are {list(tensor.shape)} of {tensor.dtype}"
+            ", which no stream of one row for each token holds: not supported"
+        )
+    return part
 
 
 def _named(inputs: LayerInputs) -> list[tuple[str, Tensor]]:

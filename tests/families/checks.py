@@ -220,6 +220,8 @@ class _Checks:
     def _differentiate(self) -> None:
         """The loss's gradient at the first block's input is autograd's on the whole model."""
         streamed, whole = streamed_gradient(self.source, self.tokens), self._whole_gradient()
+        if packing := open_skeleton(self.source).packing:
+            streamed = packing.hidden_in(streamed)
         _must_agree("streamed and whole gradients", streamed, whole, _GRADIENTS)
 
     def _whole_gradient(self) -> Tensor:
