@@ -42,7 +42,8 @@ class Part:
 
     def flat(self, tensor: Tensor) -> Tensor:
         """``tensor`` as (batch, tokens, numbers)."""
-        return tensor.movedim(self.axes, (0, 1)).flatten(2)
+        first: Tensor = tensor.movedim(self.axes, (0, 1))
+        return first.flatten(2)
 
     def whole(self, flat: Tensor) -> Tensor:
         """The tensor that became ``flat``."""

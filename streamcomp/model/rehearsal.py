@@ -134,7 +134,8 @@ def _perform(
             if not args or not isinstance(args[0], Tensor) or not torch.equal(args[0], tokens):
                 return None
             tables.add(name)
-            return output.detach().requires_grad_().clone()
+            actors.embedded.append(output.detach().requires_grad_())
+            return actors.embedded[-1].clone()
 
         return after
 
@@ -164,6 +165,7 @@ class _Actors:
         self.uses: list[BlockUse | None] = []
         self.layer_inputs: list[LayerInputs] = []
         self.leaves: list[Tensor] = []
+        self.embedded: list[Tensor] = []  # what embeddings have made of the tokens
         self._hidden: Part | None = None
         self._inputs: list[dict[int, Part]] = []  # of each block, those that depend on the tokens
         self._states: dict[Any, Any] = {}  # that a block has left for others, as tensors on meta
@@ -190,9 +192,13 @@ class _Actors:
             raise UnsupportedModelError("its blocks run in another order than they are listed in")
         self.check_run(number)
         plain = hidden.dim() == 3 and hidden.shape[:2] == (_WINDOWS, _POSITIONS)
-        self._hidden = Part((hidden.shape[2],), (0, 1)) if plain else _part("hidden states", hidden)
-        changed = hidden is not self._output or hidden._version != self._version
-        if self.leaves and changed:
+        otherwise = (
+            f"hidden states of {_WINDOWS} x {_POSITIONS} tokens are not (batch, tokens, hidden) "
+            f"but {list(hidden.shape)}"
+        )
+        whole = Part((hidden.shape[-1],), (0, 1))
+        self._hidden = whole if plain else _part(hidden, hidden.dtype, otherwise)
+        if self._output is not None and not self._is_output(hidden):
             raise UnsupportedModelError(
                 f"block {number} is given something else than what block {number - 1} returned: "
                 "not supported yet"
@@ -203,6 +209,14 @@ class _Actors:
         self._output = self.leaves[-1].clone()
         self._version = self._output._version
         return self.returns[-1].around(self._output)
+
+    def _is_output(self, hidden: Tensor) -> bool:
+        """Whether ``hidden`` is what the block before has returned, or all of it as a view."""
+        before = self._output
+        assert before is not None
+        same = hidden.requires_grad and hidden.data_ptr() == before.data_ptr()
+        same = same and hidden.shape == before.shape and hidden.stride() == before.stride()
+        return same and hidden._version == self._version
 
     def check_run(self, count: int) -> None:
         """Refuse unless the first ``count`` blocks have run."""
@@ -217,16 +231,15 @@ class _Actors:
             raise UnsupportedModelError("the code behind its last block cannot be run by itself")
         if not arrived[0].requires_grad:
             raise UnsupportedModelError("its head does not depend on its last block")
-        *others, last = torch.autograd.grad(
-            arrived[0].float().sum(), self.leaves, allow_unused=True
-        )
-        for number, gradient in enumerate(others):
-            if gradient is not None:
-                raise UnsupportedModelError(
-                    f"its head is given what block {number} returned, besides the last block's "
-                    "hidden states: not supported yet"
-                )
-        if last is None:
+        *others, last = self.leaves
+        number = _dependence(arrived[0], others)
+        if number is not None or _dependence(arrived[0], self.embedded) is not None:
+            what = "the embeddings" if number is None else f"what block {number} returned"
+            raise UnsupportedModelError(
+                f"its head is given {what}, besides the last block's hidden states: not supported "
+                "yet"
+            )
+        if _dependence(arrived[0], [last]) is None:
             raise UnsupportedModelError("its head does not depend on its last block")
 
     def _use(self, number: int, hidden: Tensor, inputs: LayerInputs) -> BlockUse | None:
@@ -251,17 +264,15 @@ class _Actors:
         for place, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or not leaf.requires_grad:
                 continue
-            name = f"a state besides the hidden states ({names[id(leaf)]})"
-            if self.leaves and any(
-                gradient is not None
-                for gradient in torch.autograd.grad(
-                    leaf.sum(), self.leaves, allow_unused=True, retain_graph=True
-                )
-            ):
-                raise UnsupportedModelError(
-                    f"block {number} is given {name} that another block has made: not supported yet"
-                )
-            self._inputs[-1][place] = _part(name, leaf, hidden.dtype)
+            source = _dependence(leaf, self.leaves)
+            otherwise = (
+                f"block {number} is given a state that depends on "
+                f"{'the tokens' if source is None else f'the output of block {source}'}, besides "
+                f"the hidden states ({names[id(leaf)]}): not supported yet"
+            )
+            if source is not None:
+                raise UnsupportedModelError(otherwise)
+            self._inputs[-1][place] = _part(leaf, hidden.dtype, otherwise)
             leaves[place] = None
         return LayerInputs(*tree_unflatten(leaves, spec))
 
@@ -271,8 +282,9 @@ class _Actors:
         if self._hidden.plain and not any(self._inputs) and not self._read:
             return None
         dtype = self.leaves[0].dtype
+        otherwise = "a block reads a state that others have written: not supported yet"
         shared = {
-            key: tree_map(lambda t, key=key: _part(f"the state {key!r}", t, dtype), states)
+            key: tree_map(lambda state: _part(state, dtype, otherwise), states)
             for key, states in self._states.items()
             if key in self._read
         }
@@ -295,14 +307,21 @@ class _Blank(Mapping[Any, Any]):
         return len(self._states)
 
 
-def _part(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Part:
-    """The part of a row that ``tensor`` is."""
+def _dependence(value: Tensor, leaves: Sequence[Tensor]) -> int | None:
+    """The first of ``leaves`` of the graph that ``value`` was computed from."""
+    if not leaves or not value.requires_grad:
+        return None
+    gradients = torch.autograd.grad(
+        value.float().sum(), leaves, allow_unused=True, retain_graph=True
+    )
+    return next((place for place, gradient in enumerate(gradients) if gradient is not None), None)
+
+
+def _part(tensor: Tensor, dtype: torch.dtype, otherwise: str) -> Part:
+    """The part of a row that ``tensor`` is; UnsupportedModelError where it cannot be one."""
     part = part_of(tensor.shape, _WINDOWS, _POSITIONS)
-    if part is None or tensor.dtype != (dtype or tensor.dtype):
-        raise UnsupportedModelError(
-            f"{name} of {_WINDOWS} x {_POSITIONS} tokens are {list(tensor.shape)} of {tensor.dtype}"
-            ", which no stream of one row for each token holds: not supported"
-        )
+    if part is None or tensor.dtype != dtype:
+        raise UnsupportedModelError(otherwise)
     return part
 
 

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
-from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.errors import (
+    CorruptShardError,
+    MissingShardError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.model.feed_forward import in_chunks, whole
 from streamcomp.model.loading import load_state
@@ -262,7 +267,11 @@ class BlockStreamer:
         places = places.to(self.device)
         empty, padding = embedding.weight, embedding.padding_idx
 
+        strict = not any_tokens and name != self.skeleton.embedding_name
+
         def renumber(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if strict and not torch.equal(args[0].flatten().cpu(), tokens.flatten().cpu()):
+                raise UnsupportedModelError(f"{name} is given something else than the tokens")
             return (torch.zeros_like(args[0]) if any_tokens else places.view(args[0].shape),)
 
         hook = embedding.register_forward_pre_hook(renumber)
