@@ -47,7 +47,8 @@ class Part:
 
     def whole(self, flat: Tensor) -> Tensor:
         """The tensor that became ``flat``."""
-        return flat.unflatten(2, self.shape).movedim((0, 1), self.axes)
+        tensor: Tensor = flat.unflatten(2, self.shape).movedim((0, 1), self.axes)
+        return tensor
 
 
 def part_of(shape: Sequence[int], batch: int, tokens: int) -> Part | None:

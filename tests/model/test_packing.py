@@ -116,6 +116,14 @@ def test_of_tables_by_token_only_the_rows_in_use_are_read(
     assert all(skeleton.model.get_parameter(f"{name}.weight").is_meta for name in tables)
 
 
+def test_a_table_of_positions_is_read_whole_although_it_is_given_the_tokens(
+    tiny: Callable[[str], Path],
+) -> None:
+    skeleton = open_skeleton(tiny("bart"))
+
+    assert skeleton.rehearsal.tables == {"model.decoder.embed_tokens"}
+
+
 def test_a_plain_model_has_rows_of_hidden_states_alone_and_no_hooks(
     pico: Callable[..., Path],
 ) -> None:
