@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from streamcomp.model.packing import Packing, Part, part_of
 from streamcomp.model.streamer import BlockStreamer
 from streamcomp.model.taps import LayerInputs
 from tests.families.tiny import causal_types, save_tiny
+from tests.jobs import compress
 from tests.model.folders import CPU, open_skeleton, streamed_logits
 from tests.pico import pico_tokens, whole_logits
 
@@ -114,6 +116,20 @@ def test_of_tables_by_token_only_the_rows_in_use_are_read(
     assert skeleton.rehearsal.tables == tables
     assert {shape[0] for shape in seen.values()} == {3} and seen.keys() == tables
     assert all(skeleton.model.get_parameter(f"{name}.weight").is_meta for name in tables)
+
+
+@each_kind
+def test_update_and_refinement_run_on_rows(
+    kind: str, tiny: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    settings = {"method": "svd-llm", "update": True, "refine": 1, "ratio": 0.3}
+    result = compress(tiny(kind), tmp_path / "out", text, **settings)
+
+    assert all(math.isfinite(row["relative_loss"]) for row in result.report["linears"])
+    made = streamed_logits(tmp_path / "out", pico_tokens())
+    torch.testing.assert_close(
+        made, whole_logits(tmp_path / "out", pico_tokens()), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_table_of_positions_is_read_whole_although_it_is_given_the_tokens(
