@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_of_tables_by_token_only_the_rows_in_use_are_read(
 def test_update_and_refinement_run_on_rows(
     kind: str, tiny: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
-    settings = {"method": "svd-llm", "update": True, "refine": 1, "ratio": 0.3}
+    settings: dict[str, Any] = {"method": "svd-llm", "update": True, "refine": 1, "ratio": 0.3}
     result = compress(tiny(kind), tmp_path / "out", text, **settings)
 
     assert all(math.isfinite(row["relative_loss"]) for row in result.report["linears"])
