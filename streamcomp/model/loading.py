@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
 from streamcomp.errors import CorruptShardError, StreamcompError
-from streamcomp.forms.runtime import NameMap
+from streamcomp.forms.install import NameMap
 
 __all__ = ["check_shapes", "load_state", "quiet_loading", "run_as_linears", "stored_shape"]
 

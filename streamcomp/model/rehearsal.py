@@ -51,6 +51,8 @@ class Rehearsal:
 
     returns: tuple[Returned, ...]  # of each block
     called: tuple[frozenset[str] | None, ...]  # linears each block calls; None: unknown
+    # modules of experts in each block -> experts that each token is sent to, as far as it is known
+    chosen: tuple[Mapping[str, int], ...]
     before: frozenset[str]  # outer modules that run before the last block
     behind: frozenset[str]  # outer modules that run only after it, the head among them
     tables: frozenset[str]  # embeddings that are given the tokens
@@ -91,6 +93,7 @@ def rehearse(
         return Rehearsal(
             tuple(actors.returns),
             tuple(use.called if use else None for use in actors.uses),
+            tuple(use.chosen if use else {} for use in actors.uses),
             frozenset(before),
             frozenset(behind - before),
             frozenset(tables),

@@ -212,8 +212,8 @@ def test_a_model_without_a_linear_that_can_be_factored_is_refused(
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "fp8", "weight_block_size": [128, 128]},
-        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         {"quant_method": "gptq", "bits": 4, "group_size": 128},
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
     ],
