@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import streamcomp
 from streamcomp import CompressResult, Recipe, Resources, cli
@@ -256,16 +258,23 @@ def load_dense(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Pre
     modules = dict(model.named_modules())
     for name, weight in (weights or {}).items():
         linear = modules[in_memory(model, name)]
-        assert isinstance(linear, nn.Linear) and linear.weight.shape == weight.shape
+        assert isinstance(linear, nn.Linear | Conv1D)
+        weight = as_stored(linear, weight)
+        assert linear.weight.shape == weight.shape
         linear.weight.data = weight.to(linear.weight.dtype)
     return model
+
+
+def as_stored(linear: nn.Module, weight: Tensor) -> Tensor:
+    """``weight`` (m, n) as ``linear`` holds it: the other way round in a ``Conv1D``."""
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def in_memory(model: nn.Module, disk_name: str) -> str:
     """The name that the module ``disk_name`` has in ``model``."""
     names = [name for name, _ in model.named_modules() if name]
-    tail = disk_name.partition("layers.")[2]
-    found: list[str] = [name for name in names if name.endswith(f"layers.{tail}")]
+    tail = re.split(r"(?:^|\.)(?:layers|h)\.", disk_name, maxsplit=1)[1]
+    found: list[str] = [n for n in names if re.search(rf"\b(layers|h)\.{re.escape(tail)}$", n)]
     assert len(found) == 1, (disk_name, found)
     return found[0]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 __all__ = [
     "AXES",
@@ -47,6 +48,7 @@ class FactoredLinear(nn.Linear):
     converted: frozenset[str] = frozenset()  # names of tensors that transformers may split on disk
     keys: frozenset[str] = frozenset()  # in the config's entry, in addition to those of every form
     weight: nn.Parameter  # (r, n)
+    transposed = False  # the dense weight that it replaces is stored (n, m)
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = False, **place: Any
@@ -245,7 +247,7 @@ MODULES: dict[str, type[FactoredLinear]] = {
 _KEYS = {"form", "rank", "dtype"}
 
 
-def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
+def factored(dense: nn.Linear | Conv1D, spec: Mapping[str, Any]) -> FactoredLinear:
     """An empty factored linear instead of ``dense``, as ``spec`` of the config says.
 
     ``spec`` holds ``form``, ``rank`` and ``dtype``, and the keys of its form. Raises ValueError.
@@ -256,12 +258,15 @@ def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     if kind is None:
         raise ValueError(f"streamcomp: unknown form {shown(form)}: written by a newer version?")
     check_dtype(spec)
-    rows, columns = dense.out_features, dense.in_features
+    transposed = isinstance(dense, Conv1D)  # GPT-2's linears
+    rows, columns = dense.weight.shape[::-1] if transposed else dense.weight.shape  # (m, n)
     if type(rank) is not int or not 0 < rank < min(rows, columns):
         raise ValueError(f"streamcomp: rank {shown(rank)} is impossible for {rows} x {columns}")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     bias = dense.bias is not None
-    return kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
+    module = kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
+    module.transposed = transposed
+    return module
 
 
 # -- checks ------------------------------------------------------------------------------------

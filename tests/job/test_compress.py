@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+from transformers.pytorch_utils import Conv1D
 
 import streamcomp
 from streamcomp import JobMismatchError, OutputError, RecipeError
@@ -66,7 +68,7 @@ def block_linears(folder: Path) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in load_dense(folder).named_modules()
-        if type(module) is nn.Linear and "layers." in name
+        if type(module) in (nn.Linear, Conv1D) and re.search(r"\b(layers|h)\.", name)
     }
 
 
@@ -603,6 +605,25 @@ def test_a_job_interrupted_after_any_step_goes_on_to_the_same_bytes(
         assert (notes.done, notes.steps) == (after + 1, names[after + 1 :])
         assert stored_files(out) == expected
         assert [step["step"] for step in result.report["steps"]] == names
+
+
+@pytest.mark.parametrize("method", ["rom", "swsc", "svd-llm", "two-sided"])
+def test_transposed_linears_are_factored_by_every_method_and_in_any_number_of_parts(
+    method: str, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, tied = pico("gpt2", tie=True), method != "swsc"
+    settings: dict[str, Any] = {"method": method}
+    settings |= {"update": True, "refine": 1} if tied else {"clusters": 4}
+    compress(dense, tmp_path / "whole", text, **settings)
+
+    with pytest.raises(Interrupted):
+        compress(dense, tmp_path / "out", text, progress=Interrupt(2), **settings)
+    compress(dense, tmp_path / "out", text, **settings)
+
+    assert stored_files(tmp_path / "out") == stored_files(tmp_path / "whole")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected = logits_of(load_dense(dense, products(tmp_path / "out")), pico_tokens())
+    torch.testing.assert_close(logits_of(loaded, pico_tokens()), expected, rtol=1e-4, atol=1e-4)
 
 
 def stored_files(folder: Path) -> dict[str, bytes]:
