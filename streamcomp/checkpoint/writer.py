@@ -130,17 +130,26 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
     if isinstance(entry.source, TensorInfo):
         yield from reader.chunks(entry.source)
     elif isinstance(entry.source, Computed):
-        made, rows = entry.source.make(), 0
-        for tensor in (made,) if isinstance(made, Tensor) else made:
-            rows += len(tensor)
-            same = tensor.dtype == entry.source.dtype and tensor.shape[1:] == entry.shape[1:]
-            if not same or (isinstance(made, Tensor) and rows != entry.shape[0]):
-                raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
-            yield from _tensor_chunks(tensor)
-        if rows != entry.shape[0]:
-            raise ValueError(f"{entry.name}: made {rows} rows, not {entry.shape[0]}")
+        yield from _computed_chunks(entry.name, entry.source)
     else:
         yield from _tensor_chunks(entry.source)
+
+
+def _computed_chunks(name: str, source: Computed) -> Iterator[memoryview]:
+    made = source.make()
+    if isinstance(made, Tensor):
+        if made.dtype != source.dtype or tuple(made.shape) != source.shape:
+            raise ValueError(f"{name}: made {made.dtype} {list(made.shape)}")
+        yield from _tensor_chunks(made)
+        return
+    rows = 0
+    for part in made:
+        rows += len(part)
+        if part.dtype != source.dtype or tuple(part.shape[1:]) != source.shape[1:]:
+            raise ValueError(f"{name}: made a part {part.dtype} {list(part.shape)}")
+        yield from _tensor_chunks(part)
+    if rows != source.shape[0]:
+        raise ValueError(f"{name}: made {rows} rows instead of {source.shape[0]}")
 
 
 class _Write:
