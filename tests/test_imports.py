@@ -108,7 +108,7 @@ def test_each_dependency_is_imported_or_needed_by_one_that_is() -> None:
     packages = {name.split(".")[0] for path in MODULES for name in imported(path)}
 
     assert {"safetensors", "torch", "transformers"} < declared
-    assert declared - packages == {"accelerate", "numpy"}
+    assert declared - packages == {"accelerate"}
 
 
 # -- what the package itself imports ----------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from streamcomp.checkpoint.atomic import atomic_file
 from streamcomp.checkpoint.digests import Digester, FileDigest
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
-from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader
+from streamcomp.checkpoint.reader import TensorReader, chunks_of
 
 __all__ = ["DIRTY_BYTES", "Computed", "Entry", "write_shard", "write_tensors"]
 
@@ -130,26 +130,24 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
     if isinstance(entry.source, TensorInfo):
         yield from reader.chunks(entry.source)
     elif isinstance(entry.source, Computed):
-        yield from _computed_chunks(entry.name, entry.source)
+        made, rows = entry.source.make(), 0
+        if isinstance(made, Tensor):
+            _check_made(entry, made, entry.shape)
+            yield from chunks_of(made)
+            return
+        for tensor in made:
+            rows += len(tensor)
+            _check_made(entry, tensor, (len(tensor), *entry.shape[1:]))
+            yield from chunks_of(tensor)
+        if rows != entry.shape[0]:
+            raise ValueError(f"{entry.name}: made {rows} rows, not {entry.shape[0]}")
     else:
-        yield from _tensor_chunks(entry.source)
+        yield from chunks_of(entry.source)
 
 
-def _computed_chunks(name: str, source: Computed) -> Iterator[memoryview]:
-    made = source.make()
-    if isinstance(made, Tensor):
-        if made.dtype != source.dtype or tuple(made.shape) != source.shape:
-            raise ValueError(f"{name}: made {made.dtype} {list(made.shape)}")
-        yield from _tensor_chunks(made)
-        return
-    rows = 0
-    for part in made:
-        rows += len(part)
-        if part.dtype != source.dtype or tuple(part.shape[1:]) != source.shape[1:]:
-            raise ValueError(f"{name}: made a part {part.dtype} {list(part.shape)}")
-        yield from _tensor_chunks(part)
-    if rows != source.shape[0]:
-        raise ValueError(f"{name}: made {rows} rows instead of {source.shape[0]}")
+def _check_made(entry: Entry, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if DTYPES[entry.dtype] != tensor.dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
 
 
 class _Write:
@@ -169,14 +167,3 @@ class _Write:
             os.fdatasync(self._file.fileno())
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._dirty = 0
-
-
-def _tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    flat = tensor.detach().contiguous().cpu().view(-1)
-    if flat.stride() != (1,):  # one number sliced from a row counts as contiguous
-        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
-    if not flat.numel():
-        return
-    data = flat.view(torch.uint8).numpy().data
-    for start in range(0, len(data), COPY_BYTES):
-        yield data[start : start + COPY_BYTES]

@@ -42,6 +42,7 @@ class Skeleton:
         self.config = self.model.config
         self.text_config = self.config.get_text_config(decoder=True)
         self.layers_name, self._layers = built.layers_name, built.layers
+        self.names = NameMap(self.model)
         self.sources, self.unclaimed = self._map_tensors()
         self.ties = self._find_ties()
         self._check_shapes()
@@ -262,11 +263,10 @@ class Skeleton:
 
     def _map_tensors(self) -> tuple[dict[str, list[TensorInfo]], list[TensorInfo]]:
         """Parameter name -> tensors on disk, and the tensors that belong to no parameter."""
-        names = NameMap(self.model)
         sources: dict[str, list[TensorInfo]] = {}
         unclaimed = []
         for key in sorted(self.index.tensors, key=dot_natural_key):
-            name = names.parameter(key)
+            name = self.names.parameter(key)
             if name is None:
                 unclaimed.append(self.index.tensors[key])
             else:

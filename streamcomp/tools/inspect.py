@@ -34,7 +34,7 @@ class Family:
     ranks: tuple[int, int] | None  # least and largest, None where dense
     clusters: tuple[int, int] | None  # likewise, None but in the form shared
     axes: tuple[str, ...]  # form shared: which channels share weights, rows or columns or both
-    nbytes: int  # all of them on disk
+    nbytes: int  # all of them, as they are read
     shares_with: tuple[str, ...]  # linears of the same block fed the same tensor
 
 
@@ -47,6 +47,7 @@ class Inspection:
     blocks: int
     parameters: int
     nbytes: int
+    decoded_bytes: int  # of the same tensors as bf16, where the source is quantised; else nbytes
     shards: int
     compressed: bool
     families: tuple[Family, ...]
@@ -79,6 +80,7 @@ def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
         len(skeleton),
         index.numel,
         index.nbytes,
+        index.decoded_bytes,
         len(index.shards),
         skeleton.compressed,
         tuple(_family(members, shared) for members in groups.values()),

@@ -124,7 +124,7 @@ def family(name: str, *others: str, form: str = "pivot", clusters: bool = False)
 
 def printed(columns: int, *families: Family, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Rows of cells, the parts of a cell put together, and None for a rule between rows."""
-    found = Inspection("llama", "bfloat16", 123, 1, 2, 3, True, families, {})
+    found = Inspection("llama", "bfloat16", 123, 1, 2, 2, 3, True, families, {})
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(streamcomp, "inspect", lambda model, revision: found)
     shown = run_cli("inspect", "model")
@@ -179,7 +179,7 @@ def test_rules_stand_between_linears_of_other_inputs(
 def test_a_wide_terminal_has_a_line_for_each_family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     made = family("self_attn.q_proj", form="shared", clusters=True)
-    found = Inspection("llama", "bfloat16", 123, 1, 2, 3, True, (made,), {})
+    found = Inspection("llama", "bfloat16", 123, 1, 2, 2, 3, True, (made,), {})
     monkeypatch.setattr(streamcomp, "inspect", lambda model, revision: found)
 
     lines = run_cli("inspect", "model").out.splitlines()
