@@ -176,9 +176,9 @@ def test_gradients_are_those_of_the_products(form: str) -> None:
     with torch.no_grad():
         sums = []
         for sign in (1, -1):
-            parameter += sign * step
+            parameter.add_(sign * step)
             sums.append(float((module(hidden, index, weights) ** 2).sum()))
-            parameter -= sign * step
+            parameter.sub_(sign * step)
     assert parameter.grad is not None
     assert float(parameter.grad[0, 0]) == pytest.approx((sums[0] - sums[1]) / 2e-6, rel=1e-4)
 
@@ -247,7 +247,7 @@ def test_experts_that_run_on_several_processes_are_refused() -> None:
 
 
 def test_values_that_no_checkpoint_may_hold_are_refused() -> None:
-    module = factored(dense_experts(), "pivot")
+    module: Any = factored(dense_experts(), "pivot")
     module.check_values("experts")
     module.down_proj_pivots[1, 0] = module.down_proj_pivots[1, 1]
     with pytest.raises(
@@ -297,19 +297,21 @@ mixtral = MixtralExperts.forward.__wrapped__
 
 
 @use_experts_implementation
-class Scaled(MixtralExperts):
+class Scaled(MixtralExperts):  # type: ignore[misc]
     """Experts that do something more."""
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return 1.5 * mixtral(self, hidden, index, weights)
+        output: Tensor = 1.5 * mixtral(self, hidden, index, weights)
+        return output
 
 
 @use_experts_implementation
-class Limited(MixtralExperts):
+class Limited(MixtralExperts):  # type: ignore[misc]
     """Experts with a limit that is met by large inputs alone."""
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return mixtral(self, hidden.clamp(-20, 20), index, weights)
+        output: Tensor = mixtral(self, hidden.clamp(-20, 20), index, weights)
+        return output
 
 
 class Bare(nn.Module):
