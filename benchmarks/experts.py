@@ -2,8 +2,8 @@
 
     python benchmarks/experts.py --forms uv,pivot
 
-128 experts, 8 for each token, n 2048, m 768. Each ratio is tried with equal ranks, with ranks from
-half to one and a half times as large in multiples of 8, and with such ranks not rounded. Dense and
+128 experts, 8 for each token, n 2048, m 768. Each ratio is tried with equal ranks, with ranks up to
+half smaller or larger in multiples of 8, and with such ranks not rounded. Dense and
 factored layers take turns in one process; a row gives the median seconds of the dense layer, by the
 faster of ``eager`` and ``grouped_mm``, and how many times faster each factored one is.
 """
@@ -28,10 +28,10 @@ from streamcomp.forms.experts import matrices_of
 
 RATIOS = (0.2, 0.4, 0.6)
 TOKENS = (256, 1)
-SPREADS: dict[str, Callable[[int, int], list[int]]] = {
-    "equal": lambda rank, count: [_rounded(rank)] * count,
-    "ragged, by 8": lambda rank, count: [_rounded(r) for r in _spread(rank, count)],
-    "ragged, by 1": lambda rank, count: _spread(rank, count),
+SPREADS: dict[str, Callable[[int, int, int], list[int]]] = {
+    "equal": lambda rank, width, count: [_rounded(rank)] * count,
+    "ragged, by 8": lambda rank, width, count: [_rounded(r) for r in _spread(rank, width, count)],
+    "ragged, by 1": lambda rank, width, count: _spread(rank, width, count),
 }
 
 
@@ -77,7 +77,8 @@ def _factored(dense: nn.Module, form: str, ratio: float, spread: str) -> Factore
     ranks = {}
     for name, (rows, columns) in matrices_of(dense).items():
         rank = find_form(form)().largest_rank(rows, columns, (1 - ratio) * rows * columns)
-        ranks[name] = SPREADS[spread](rank, len(dense.get_parameter(name)))
+        width = min(rank // 2, min(rows, columns) - rank)
+        ranks[name] = SPREADS[spread](rank, width, len(dense.get_parameter(name)))
     factored = FactoredExperts(dense, form, ranks).requires_grad_(False)
     _fill(factored)
     for matrices in factored.matrices.values():
@@ -87,14 +88,14 @@ def _factored(dense: nn.Module, form: str, ratio: float, spread: str) -> Factore
     return factored
 
 
-def _spread(rank: int, count: int) -> list[int]:
-    """Ranks from ``rank`` / 2 to 3/2 of it, in an order that is not theirs; their mean is it."""
-    ranks = torch.linspace(rank / 2, 3 * rank / 2, count).int()
+def _spread(rank: int, width: int, count: int) -> list[int]:
+    """Ranks at most ``width`` from ``rank``, their mean, in an order that is not theirs."""
+    ranks = torch.linspace(rank - width, rank + width, count).int()
     return ranks[torch.randperm(count, generator=torch.Generator().manual_seed(1))].tolist()
 
 
 def _rounded(rank: int) -> int:
-    return max(8, 8 * round(rank / 8))
+    return max(8, 8 * (rank // 8))
 
 
 @torch.no_grad()
