@@ -41,7 +41,7 @@ _CONFIG_KEYS = {"quant_method", "version", "modules"}
 
 
 def modules_of(quantization: object) -> dict[str, dict[str, Any]]:
-    """``modules`` of a config's ``quantization_config``: entries by the names of linears on disk.
+    """``modules`` of a config's ``quantization_config``: entries by the names of modules on disk.
 
     A key that is not known is refused, here and in each entry, for a reader that skips what it
     does not know returns a wrong model. Raises ValueError.

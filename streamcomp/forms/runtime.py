@@ -27,6 +27,7 @@ __all__ = [
     "check_finite",
     "check_permutations",
     "factored",
+    "gather",
     "refuse_unknown",
     "shown",
 ]
@@ -143,7 +144,7 @@ class PivotLinear(FactoredLinear):
             return nn.functional.linear(pivot, self._left(self.coef), self.bias)
         rest = nn.functional.linear(pivot, self.coef)  # (..., m - r)
         output = torch.cat((pivot, rest), dim=-1)  # (..., m)
-        output = _gather(output, self.pivots.long().expand(output.shape))
+        output = gather(output, self.pivots.long().expand(output.shape))
         return output if self.bias is None else output + self.bias
 
     def check_indices(self, name: str) -> None:
@@ -315,7 +316,7 @@ def shown(value: object, *, quoted: bool = True) -> str:
     return f"{value!r:.80}"
 
 
-def _gather(output: Tensor, places: Tensor) -> Tensor:
+def gather(output: Tensor, places: Tensor) -> Tensor:
     """``output`` (..., m) in the order of ``places`` (..., m).
 
     A CPU gathers half-precision numbers one by one, and integers of their size twice as fast.
