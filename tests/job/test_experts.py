@@ -167,6 +167,19 @@ def test_large_experts_run_apart_where_a_model_is_only_evaluated(
     assert apart.nll == pytest.approx(whole.nll, rel=1e-5)
 
 
+def test_an_output_may_leave_all_experts_dense_that_the_next_one_factors(
+    pico: Callable[..., Path], job_text: Path, tmp_path: Path
+) -> None:
+    """The first one does not read them as weights; the check of the source knows that."""
+    dense, out = pico("mixtral"), tmp_path / "out"
+
+    compress(dense, out, job_text, ratio=(0.0005, 0.3))
+
+    first, second = factored_modules(out / "ratio-0.0005"), factored_modules(out / "ratio-0.3")
+    assert not any("experts" in name for name in first)
+    assert any("experts" in name for name in second)
+
+
 def test_only_included_experts_are_factored(
     pico: Callable[..., Path], job_text: Path, tmp_path: Path
 ) -> None:
