@@ -36,6 +36,7 @@ from streamcomp.calibration.formats import (
     TextFile,
 )
 from streamcomp.errors import CalibrationError
+from streamcomp.units import format_bytes
 
 __all__ = [
     "HELD_OUT",
@@ -277,7 +278,7 @@ class _Template:
 
 @contextmanager
 def _little_memory() -> Iterator[None]:
-    """MemoryError where the code within the ``with`` takes more than ``_TEMPLATE_BYTES``."""
+    """ValueError where the code within the ``with`` takes more than ``_TEMPLATE_BYTES``."""
     import resource  # not on every system; status, which renders nothing, is
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -285,10 +286,15 @@ def _little_memory() -> Iterator[None]:
     limit = now + _TEMPLATE_BYTES
     if soft == resource.RLIM_INFINITY or limit < soft:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    took_more = False
     try:
         yield
+    except MemoryError:
+        took_more = True
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    if took_more:  # raised here, it follows from no MemoryError: the system has memory
+        raise ValueError(f"it takes more than {format_bytes(_TEMPLATE_BYTES)}")
 
 
 def _opening(tokenizer: Any, template: _Template | None) -> list[int]:

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.forms.runtime import FactoredLinear, factored
+from streamcomp.memory_errors import lacks_memory
 from streamcomp.model.meta import FLOATS
 
 if TYPE_CHECKING:  # both run blocks, and blocks are traced through their sites
@@ -334,7 +335,9 @@ def _computes_a_linear(module: nn.Linear) -> bool:
         with torch.no_grad():
             output = type(module).forward(small, inputs)
         return torch.allclose(output, nn.functional.linear(inputs, weight, small.bias), atol=1e-5)
-    except Exception:  # model code may raise anything
+    except Exception as error:  # model code may raise anything
+        if lacks_memory(error):
+            raise
         return False
 
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from streamcomp.errors import UnsupportedModelError
+from streamcomp.memory_errors import lacks_memory
 from streamcomp.model.feed_forward import in_chunks
 from streamcomp.model.sites import Site, linear_modules
 from streamcomp.model.taps import LayerInputs, Returned, hidden_of, input_bytes, is_state
@@ -100,6 +101,8 @@ def use_of_block(block: nn.Module, hidden: Tensor, inputs: LayerInputs) -> Block
             except UnsupportedModelError:
                 raise
             except Exception as fault:  # model code may raise anything on fake tensors
+                if lacks_memory(fault):
+                    raise
                 error = fault
     if any(map(is_state, inputs.leaves)):
         raise UnsupportedModelError(
@@ -162,7 +165,9 @@ def trace_block(
     try:
         with _quiet(), in_chunks(block, tokens):
             return _trace(block, sites, hidden, inputs)
-    except Exception:  # model code may raise anything on fake tensors
+    except Exception as error:  # model code may raise anything on fake tensors
+        if lacks_memory(error):
+            raise
         return _estimate(block, sites, hidden)
 
 
