@@ -9,10 +9,12 @@ turn:
 - alone: a cgroup of the budget, without swap, and ``--max-ram`` of that size;
 - beside: a cgroup of the budget and as much again as another program takes there meanwhile;
 - free: the other program has its memory first, and the job is given no ``--max-ram``;
-- ulimit: no cgroup but ``ulimit -v``, the budget on top of what an idle process has mapped.
+- ulimit: no cgroup but ``ulimit -v``, the budget on top of what an idle process has mapped. A job
+  maps more than what becomes resident, so it has to be refused where the budget alone would do.
 
 A job must finish within its budget and its plan, or exit with 5 before it has made anything, naming
-a least budget; the least and the largest of those named are then tried alone and must finish.
+a least budget, a least ``ulimit -v`` or both; the least and the largest that were named are then
+tried (budgets alone) and must finish.
 Whatever the kernel kills is a fault, and so is a traceback. Prints a table; exits with 1 if there
 is a fault. Where no cgroup can be made it says so, and tries ``ulimit`` alone.
 
@@ -30,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cgroup import CgroupRun, CgroupUnavailable, run_limited
@@ -51,7 +53,7 @@ _OTHER_BYTES = 200 * 2**20  # that the other program takes
 _AMPLE_SHARE = 1.25  # of the peak that a job with any budget has
 _DEFAULT_SHARE = 0.8  # of free memory, without --max-ram
 _BUDGET_EXIT = 5
-_NAMED = re.compile(r"--max-ram (\d+)M fits")
+_NAMED = re.compile(r"(?:--max-ram (\d+)M)?(?: with )?(?:ulimit -v (\d+))? fits$", re.M)
 
 # Takes memory in 20 steps, then holds it; the first argument is bytes, the second seconds.
 _OTHER = """
@@ -89,6 +91,7 @@ class Row:
     predicted: int = 0
     measured: int = 0
     least: int = 0  # budget that was named
+    limit: int = 0  # KiB for ulimit -v that were named
     fault: str = ""
 
 
@@ -141,12 +144,18 @@ def _of_model(options: argparse.Namespace, model: str, work: Path) -> Iterator[R
             ways = ["ulimit"]
     try:
         named: list[int] = []
+        limits: list[tuple[int, int]] = []
         for number, budget in enumerate(jobs.budgets()):
             row = jobs.run(ways[number % len(ways)], budget)
-            named += [row.least] if row.least else []
+            if row.limit:
+                limits.append((row.limit, row.least or budget))
+            elif row.least:
+                named.append(row.least)
             yield row
         for least in sorted({min(named), max(named)}) if named else ():
             yield jobs.run(ways[0], least, must_fit=True)
+        for limit, budget in sorted({min(limits), max(limits)}) if limits else ():
+            yield jobs.run("ulimit", budget, limit)
     finally:
         if model in SHAPES:
             shutil.rmtree(folder)
@@ -169,14 +178,15 @@ class Jobs:
         step = (largest - smallest) / max(1, count - 1)
         return [int(smallest + number * step) // 2**20 * 2**20 for number in range(count)]
 
-    def run(self, way: str, budget: int, *, must_fit: bool = False) -> Row:
-        """One job, judged."""
+    def run(self, way: str, budget: int, limit: int = 0, *, must_fit: bool = False) -> Row:
+        """One job, judged; with a ``limit``, in KiB, it must fit that."""
         shutil.rmtree(self.out, ignore_errors=True)
+        kib = 0
         command = self._command("compress", str(self.out))
         if way != "free":
             command += ["--max-ram", str(budget)]
         if way == "ulimit":
-            kib = (self.mapped + budget) // 1024
+            kib = limit or (self.mapped + budget) // 1024
             run = _run([*("sh", "-c", f'ulimit -v {kib} && exec "$@"', "sh"), *command])
         elif way == "alone":
             run = run_limited(command, budget)
@@ -191,13 +201,16 @@ class Jobs:
             return self._finished(way, budget, run)
         row = Row(self.name, way, budget, run)
         named = _NAMED.search(run.stderr)
+        must_fit = must_fit or limit > 0
         if must_fit or run.returncode != _BUDGET_EXIT or named is None or run.oom_kills:
             return _with(row, fault=_last(run))
-        least = int(named[1]) * 2**20
+        least, limit = int(named[1] or 0) * 2**20, int(named[2] or 0)
         fault = "made OUT before it refused" if self.out.exists() else ""
-        if least <= (_DEFAULT_SHARE if way == "free" else 1) * budget:
+        if 0 < least <= (_DEFAULT_SHARE if way == "free" else 1) * budget:
             fault = f"names {format_bytes(least)}, which is not more than it has"
-        return _with(row, least=least, fault=fault)
+        if 0 < limit <= (kib if way == "ulimit" else limit):
+            fault = f"names ulimit -v {limit}, which is not more than it has"
+        return _with(row, least=least, limit=limit, fault=fault)
 
     def _finished(self, way: str, budget: int, run: CgroupRun) -> Row:
         memory = json.loads(run.stdout)["memory"]
@@ -216,8 +229,8 @@ class Jobs:
         ]
 
 
-def _with(row: Row, *, least: int = 0, fault: str = "") -> Row:
-    return Row(row.model, row.way, row.budget, row.run, least=least, fault=fault)
+def _with(row: Row, *, least: int = 0, limit: int = 0, fault: str = "") -> Row:
+    return replace(row, least=least, limit=limit, fault=fault)
 
 
 def _run(command: list[str]) -> CgroupRun:
@@ -245,7 +258,9 @@ def _last(run: CgroupRun) -> str:
 def _ending(row: Row) -> str:
     if row.fault:
         return "FAULT"
-    return f"refused, {format_bytes(row.least)} fits" if row.least else "finished"
+    named = [format_bytes(row.least)] if row.least else []
+    named += [f"ulimit -v {row.limit}"] if row.limit else []
+    return f"refused, {' with '.join(named)} fits" if named else "finished"
 
 
 def _tell(row: Row) -> None:

@@ -261,24 +261,28 @@ class _Template:
         return text.removeprefix(self.tokenizer.bos_token) if self.bos_places == [0] else text
 
     def _render(self, messages: Messages) -> str:
-        given = sum(len(str(message)) for message in messages)
+        given, fault = sum(len(str(message)) for message in messages), ""
         try:
             with _little_memory():
                 text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
             if len(text) > 4 * given + _MOST_TEMPLATE_CHARS:
                 raise ValueError(f"it makes {len(text):,} characters of {given:,}")
+        except MemoryError:
+            fault = f"it takes more than {format_bytes(_TEMPLATE_BYTES)}"
         except Exception as error:  # every template raises exceptions of another kind
+            fault = str(error)[:200] or type(error).__name__
+        if fault:  # raised here, the error follows from no MemoryError: the system has memory
             roles = ", ".join(str(message["role"]) for message in messages) or "nobody"
             raise CalibrationError(
                 f"the chat template of {self.folder} does not render a conversation of {roles}: "
-                f"{str(error)[:200] or type(error).__name__}"
-            ) from None
+                f"{fault}"
+            )
         return text
 
 
 @contextmanager
 def _little_memory() -> Iterator[None]:
-    """ValueError where the code within the ``with`` takes more than ``_TEMPLATE_BYTES``."""
+    """MemoryError where the code within the ``with`` takes more than ``_TEMPLATE_BYTES``."""
     import resource  # not on every system; status, which renders nothing, is
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -286,15 +290,10 @@ def _little_memory() -> Iterator[None]:
     limit = now + _TEMPLATE_BYTES
     if soft == resource.RLIM_INFINITY or limit < soft:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    took_more = False
     try:
         yield
-    except MemoryError:
-        took_more = True
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    if took_more:  # raised here, it follows from no MemoryError: the system has memory
-        raise ValueError(f"it takes more than {format_bytes(_TEMPLATE_BYTES)}")
 
 
 def _opening(tokenizer: Any, template: _Template | None) -> list[int]:

@@ -267,6 +267,11 @@ class Job:
             return make_plan(self.skeleton, self.recipe, self.conditions)
         ranked, levers = begun.find(ShareRanks.label), begun.header.levers.planned
         ranks = ranked.ranks if ranked else None
+        if ranks and len(ranks) != len(self.folders.outputs):
+            raise OutputError(
+                f"{begun.path} was altered, it lists ranks of {len(ranks)} outputs instead of "
+                f"{len(self.folders.outputs)}: remove {self.work_folder} and start again"
+            )
         try:
             return make_plan(
                 self.skeleton, self.recipe, self.conditions, levers=levers, ranks=ranks

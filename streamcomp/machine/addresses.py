@@ -21,8 +21,9 @@ __all__ = ["AddressLimit", "address_limit", "refusal", "within_memory"]
 
 # Mapped by a job after it began and never resident: the code of libraries that are loaded later,
 # arenas, and free pages of the heap.
-_LATE_BYTES = 192 * 2**20
+_LATE_BYTES = 128 * 2**20
 _STACKS = 3  # per thread of a job: two pools of OpenMP, and the one that digests
+_PLANNING_BYTES, _PLANNING_STACKS = 32 * 2**20, 2  # mapped by a plan, at least
 _MOST_STACK_BYTES = 8 * 2**20  # an unlimited stack is taken for one of this size
 _STATM = Path("/proc/self/statm")
 
@@ -45,12 +46,25 @@ class AddressLimit:
 
 
 def address_limit(threads: int) -> AddressLimit | None:
-    """What holds for a job of so many threads that begins now; None without a limit."""
+    """What holds for a job of so many threads that begins now; None without a limit.
+
+    BudgetError where not even its threads can start: OpenMP would end the process.
+    """
     limit = _limit_bytes()
     if limit is None:
         return None
-    mapped, resident = _mapped_bytes()
-    return AddressLimit(limit, mapped - resident + _LATE_BYTES + _STACKS * threads * _stack_bytes())
+    (mapped, resident), stacks = _mapped_bytes(), threads * _stack_bytes()
+    addresses = AddressLimit(limit, mapped - resident + _LATE_BYTES + _STACKS * stacks)
+    least = mapped + _PLANNING_BYTES + _PLANNING_STACKS * stacks
+    if limit < least:
+        raise BudgetError(
+            f"{format_bytes(mapped)} of addresses are mapped, {threads} threads and a plan need "
+            f"{format_bytes(least - mapped)} more, ulimit -v allows {format_bytes(limit)}: for a "
+            f"plan ulimit -v {-(-least // 2**20) * 2**10} fits",
+            budget_bytes=addresses.budget,
+            minimum_bytes=resident + _PLANNING_BYTES,
+        )
+    return addresses
 
 
 def refusal(what: str) -> str:

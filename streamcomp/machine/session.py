@@ -120,18 +120,20 @@ def machine(resources: Resources, *, elsewhere: bool = False) -> Iterator[Machin
 
     The budget may be that of a larger machine where the job is to run ``elsewhere``. On leaving,
     also after an error, threads, allocator, environment and the GPU's limit are restored. Raises
-    UnsupportedSystemError, or RecipeError where this machine lacks the resources asked for.
+    UnsupportedSystemError, or RecipeError where this machine lacks the resources asked for, or
+    BudgetError where it allows too few addresses for the threads.
     """
     check_system()
     device = choose_device(resources.device)
     with ExitStack() as leaving:
+        threads = resources.threads or torch.get_num_threads()
+        addresses = None if elsewhere else probe().address_limit(threads)
         leaving.callback(torch.set_num_threads, torch.get_num_threads())
         if resources.threads:
             torch.set_num_threads(resources.threads)
         leaving.enter_context(settled())
         budget = probe().budget_bytes(resources.max_ram, elsewhere=elsewhere)
         device_budget = device_budget_bytes(device, resources.max_vram)
-        addresses = None if elsewhere else probe().address_limit(torch.get_num_threads())
         yield Machine(device, budget, device_budget, addresses, leaving)
 
 
