@@ -14,7 +14,8 @@ turn:
 
 A job must finish within its budget and its plan, or exit with 5 before it has made anything, naming
 a least budget, a least ``ulimit -v`` or both; the least and the largest that were named are then
-tried (budgets alone) and must finish.
+tried (budgets alone) and must finish. Where not even a plan can be made, the limit that it needs is
+named; with that the job itself may be refused, and the limit named then must do.
 Whatever the kernel kills is a fault, and so is a traceback. Prints a table; exits with 1 if there
 is a fault. Where no cgroup can be made it says so, and tries ``ulimit`` alone.
 
@@ -92,6 +93,7 @@ class Row:
     measured: int = 0
     least: int = 0  # budget that was named
     limit: int = 0  # KiB for ulimit -v that were named
+    only_plan: bool = False  # they are for a plan alone
     fault: str = ""
 
 
@@ -144,18 +146,19 @@ def _of_model(options: argparse.Namespace, model: str, work: Path) -> Iterator[R
             ways = ["ulimit"]
     try:
         named: list[int] = []
-        limits: list[tuple[int, int]] = []
+        limits: list[Row] = []
         for number, budget in enumerate(jobs.budgets()):
             row = jobs.run(ways[number % len(ways)], budget)
-            if row.limit:
-                limits.append((row.limit, row.least or budget))
-            elif row.least:
-                named.append(row.least)
+            limits += [row] if row.limit else []
+            named += [row.least] if row.least and not row.limit else []
             yield row
         for least in sorted({min(named), max(named)}) if named else ():
             yield jobs.run(ways[0], least, must_fit=True)
-        for limit, budget in sorted({min(limits), max(limits)}) if limits else ():
-            yield jobs.run("ulimit", budget, limit)
+        limits.sort(key=lambda row: row.limit)
+        for row in (limits[0], limits[-1]) if limits else ():
+            yield (again := jobs.run_named(row))
+            if again.limit:
+                yield jobs.run_named(again)
     finally:
         if model in SHAPES:
             shutil.rmtree(folder)
@@ -178,8 +181,13 @@ class Jobs:
         step = (largest - smallest) / max(1, count - 1)
         return [int(smallest + number * step) // 2**20 * 2**20 for number in range(count)]
 
+    def run_named(self, row: Row) -> Row:
+        """A job with the limit of addresses that one before was refused with."""
+        budget = max(row.least, row.budget)
+        return self.run("ulimit", budget, row.limit, must_fit=not row.only_plan)
+
     def run(self, way: str, budget: int, limit: int = 0, *, must_fit: bool = False) -> Row:
-        """One job, judged; with a ``limit``, in KiB, it must fit that."""
+        """One job, judged; ``limit`` is for ulimit, in KiB, instead of what the budget makes it."""
         shutil.rmtree(self.out, ignore_errors=True)
         kib = 0
         command = self._command("compress", str(self.out))
@@ -201,16 +209,16 @@ class Jobs:
             return self._finished(way, budget, run)
         row = Row(self.name, way, budget, run)
         named = _NAMED.search(run.stderr)
-        must_fit = must_fit or limit > 0
         if must_fit or run.returncode != _BUDGET_EXIT or named is None or run.oom_kills:
-            return _with(row, fault=_last(run))
+            return replace(row, fault=_last(run))
         least, limit = int(named[1] or 0) * 2**20, int(named[2] or 0)
         fault = "made OUT before it refused" if self.out.exists() else ""
         if 0 < least <= (_DEFAULT_SHARE if way == "free" else 1) * budget:
             fault = f"names {format_bytes(least)}, which is not more than it has"
         if 0 < limit <= (kib if way == "ulimit" else limit):
             fault = f"names ulimit -v {limit}, which is not more than it has"
-        return _with(row, least=least, limit=limit, fault=fault)
+        only_plan = "for a plan" in run.stderr
+        return replace(row, least=least, limit=limit, only_plan=only_plan, fault=fault)
 
     def _finished(self, way: str, budget: int, run: CgroupRun) -> Row:
         memory = json.loads(run.stdout)["memory"]
@@ -227,10 +235,6 @@ class Jobs:
             *("--method", settings.method, "--samples", settings.samples),
             *("--seq-len", settings.seq_len, "--quiet"),
         ]
-
-
-def _with(row: Row, *, least: int = 0, limit: int = 0, fault: str = "") -> Row:
-    return replace(row, least=least, limit=limit, fault=fault)
 
 
 def _run(command: list[str]) -> CgroupRun:

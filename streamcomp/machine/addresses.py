@@ -23,7 +23,7 @@ __all__ = ["AddressLimit", "address_limit", "refusal", "within_memory"]
 # arenas, and free pages of the heap.
 _LATE_BYTES = 128 * 2**20
 _STACKS = 3  # per thread of a job: two pools of OpenMP, and the one that digests
-_PLANNING_BYTES, _PLANNING_STACKS = 32 * 2**20, 2  # mapped by a plan, at least
+_PLANNING_BYTES, _PLANNING_STACKS = 96 * 2**20, 2  # mapped by a plan alone
 _MOST_STACK_BYTES = 8 * 2**20  # an unlimited stack is taken for one of this size
 _STATM = Path("/proc/self/statm")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from streamcomp import StreamcompError
+from streamcomp import OutputError, StreamcompError
 from streamcomp.api import status
 from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.publish import REPORT, read_report
@@ -134,6 +134,25 @@ def test_a_line_that_is_not_of_its_step_is_done_again(
     assert (tmp_path / "y").read_text() == "not the job's"
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert (out / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [[{}], [{}, {}, {}]], ids=["fewer", "more"])
+def test_ranks_of_another_number_of_outputs_are_refused(
+    ranks: list[Any], pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out, ratio = pico("llama"), tmp_path / "out", (0.2, 0.5)
+    with pytest.raises(Interrupted):
+        compress(dense, out, text, include="k_proj", ratio=ratio, progress=Interrupt(8))
+    journal = out / ".streamcomp" / JOURNAL
+    lines = journal.read_text().splitlines(keepends=True)
+    number = next(number for number, line in enumerate(lines) if '"step": "ranks"' in line)
+    row = json.loads(lines[number]) | {"ranks": ranks}
+    del row["checksum"]
+    lines[number] = sealed(json.dumps(row))
+    journal.write_text("".join(lines))
+
+    with pytest.raises(OutputError, match=f"ranks of {len(ranks)} outputs instead of 2: remove"):
+        compress(dense, out, text, include="k_proj", ratio=ratio)
 
 
 def test_a_journal_with_any_byte_changed_leads_to_the_same_result(
