@@ -28,6 +28,7 @@ from pathlib import Path
 
 # Nothing is killed before it: the planning at the start is part of each run.
 _FLOOR_SECONDS = 4.0
+_TRIES = 4  # that take a job to its end, at least
 
 
 def main() -> None:
@@ -59,14 +60,14 @@ def main() -> None:
 def _kill_until_enough(
     options: argparse.Namespace, out: Path, seconds: float, expected: dict[str, str]
 ) -> list[str]:
-    """Start jobs again and again, each time for a random share of their length; the faults."""
+    """Start jobs again and again, each time for up to a quarter of their length; the faults."""
     draw = random.Random(options.seed)
     kills, jobs, faults = 0, 0, list[str]()
     after: Counter[str] = Counter()
     while kills < options.kills:
         process = subprocess.Popen(_arguments(options, out), stderr=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL)  # fmt: skip
-        moment = draw.uniform(_FLOOR_SECONDS, _FLOOR_SECONDS + 2 + seconds / options.kills)
+        moment = draw.uniform(_FLOOR_SECONDS, _FLOOR_SECONDS + 2 + seconds / _TRIES)
         try:
             code = process.wait(timeout=moment)
         except subprocess.TimeoutExpired:

@@ -34,6 +34,23 @@ UNUSUAL = ("gpt_neo", "codegen")
 # Their blocks return tuples.
 TUPLES = (*UNUSUAL, "bloom", "mpt")
 
+# Their experts go through transformers' interface.
+MIXTURES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "olmoe",
+    "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "granitemoe",
+    "minimax_m2",
+    "ernie4_5_moe",
+)
+
 VOCABULARY = 264  # 256 bytes, BOS, EOS and six that the tokenizer never makes
 BOS, EOS = 256, 257
 HIDDEN = 32
@@ -51,6 +68,44 @@ _COMMON: dict[str, Any] = {
 }
 _GROUPED: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2, "head_dim": 8}
 _WITHOUT_FEED_FORWARD = {k: v for k, v in _COMMON.items() if k != "intermediate_size"}
+
+
+# By the names that mixtures have for them: experts, experts of a token, and their inner channels.
+_MIXTURE: dict[str, Any] = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+    "moe_intermediate_size": 24,
+}
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 4,
+    "first_k_dense_replace": 1,
+}
+_LINEAR_ATTENTION: dict[str, Any] = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "shared_expert_intermediate_size": 24,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": {},
+    "qwen3_next": _LINEAR_ATTENTION,
+    "qwen3_5_moe_text": _LINEAR_ATTENTION,
+    "olmoe": {},
+    "glm4_moe": {"first_k_dense_replace": 1},
+    "deepseek_v2": {**_LATENT, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
+    "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4},
+    "gpt_oss": {"sliding_window": 8},
+    "granitemoe": {},
+    "minimax_m2": {"rotary_dim": 4},
+    "ernie4_5_moe": {"moe_layer_start_index": 1},
+}
 
 
 def pico_config(architecture: str, *, blocks: int = 2, tie: bool = False) -> Any:
@@ -125,6 +180,9 @@ def pico_config(architecture: str, *, blocks: int = 2, tie: bool = False) -> Any
                 max_seq_len=LONGEST,
                 tie_word_embeddings=tie,
             )
+    if architecture in MIXTURES:
+        settings = {**_GROUPED, **depth, **_MIXTURE, **_OWN[architecture]}
+        return transformers.CONFIG_MAPPING[architecture](**settings)
     raise ValueError(f"no pico model of architecture {architecture!r}")
 
 

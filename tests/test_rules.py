@@ -136,7 +136,7 @@ def classes_asked_for(tree: ast.Module) -> Iterator[tuple[int, list[ast.expr]]]:
 
 def asks_for_nn_linear(path: str, tree: ast.Module, text: str) -> Iterator[int]:
     """Sites know where weights are, and the modules of stored forms are linears themselves."""
-    if path in ("model/sites.py", "model/sites.py", "forms/runtime.py"):
+    if path in ("model/sites.py", "forms/install.py", "forms/runtime.py"):
         return
     imported = {
         alias.asname or alias.name

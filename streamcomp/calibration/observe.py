@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from streamcomp.errors import NonFiniteError
 from streamcomp.linalg.dtypes import moment_dtype
 from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment, moment_flops
 from streamcomp.methods.base import GradientMoment, Moment, Side
-from streamcomp.model.sites import Site
+from streamcomp.model.sites import LinearSite, Site
 from streamcomp.model.streamer import LoadedBlock
 
 # Rows whose squares are summed at a time.
@@ -24,11 +25,22 @@ _FEW = 128
 # Time of an operation in fp64, relative to one of a moment.
 _WIDE = 4
 
-__all__ = ["MomentGroup", "Observer", "group_moments", "observing_bytes", "observing_flops"]
+__all__ = [
+    "GradientSum",
+    "MomentGroup",
+    "Observer",
+    "check_moment",
+    "group_moments",
+    "observing_bytes",
+    "observing_flops",
+]
+
+
+S = TypeVar("S", bound=Site)
 
 
 @dataclass(frozen=True)
-class MomentGroup:
+class MomentGroup(Generic[S]):
     """One moment to compute, and the sites that use it.
 
     With ``gradients`` each site also has a moment of the gradient of its output, or of its input
@@ -37,7 +49,7 @@ class MomentGroup:
 
     side: Side
     size: int  # the moment is size x size
-    sites: tuple[Site, ...]
+    sites: tuple[S, ...]
     gradients: bool = False
 
     def nbytes(self, dtype: torch.dtype) -> int:
@@ -52,13 +64,13 @@ class MomentGroup:
 
 
 def group_moments(
-    sites: Sequence[Site],
+    sites: Sequence[S],
     shared: Sequence[Sequence[str]],
     *,
     gradients: bool = False,
     inputs_only: bool = False,
     tokens: int = 0,
-) -> tuple[MomentGroup, ...]:
+) -> tuple[MomentGroup[S], ...]:
     """The moments that all ``sites`` need, in the fewest bytes.
 
     ``shared`` lists names of linears with one input tensor. They can share one moment of their
@@ -72,7 +84,7 @@ def group_moments(
     """
     by_name = {site.name: site for site in sites}
     grouped = [[by_name.pop(name) for name in names if name in by_name] for names in shared]
-    groups = []
+    groups: list[MomentGroup[S]] = []
     for members in [*grouped, *([site] for site in by_name.values())]:
         if not members:
             continue
@@ -88,14 +100,14 @@ def group_moments(
     return tuple(sorted(groups, key=lambda group: group.side == "inputs"))
 
 
-def observing_bytes(groups: Sequence[MomentGroup], stream: StreamShape, batch: int) -> int:
+def observing_bytes(groups: Sequence[MomentGroup[S]], stream: StreamShape, batch: int) -> int:
     """Bytes of the rows that a moment casts and multiplies at a time, for ``batch`` windows."""
     widest = max((group.size for group in groups), default=0)
     rows = min(ROWS_PER_UPDATE, batch * stream.seq_len)
     return 2 * rows * widest * moment_dtype(stream.dtype).itemsize
 
 
-def observing_flops(groups: Sequence[MomentGroup], tokens: int) -> tuple[float, float]:
+def observing_flops(groups: Sequence[MomentGroup[S]], tokens: int) -> tuple[float, float]:
     """Operations of the moments of ``groups``, and of products W^T g, for a stream's ``tokens``."""
     moments, products = 0.0, 0.0
     for group in groups:
@@ -119,12 +131,12 @@ class Observer:
     def __init__(
         self,
         block: LoadedBlock,
-        groups: Sequence[MomentGroup],
+        groups: Sequence[MomentGroup[LinearSite]],
         device: torch.device,
     ) -> None:
         self._block, self._groups, self._device = block, groups, device
-        self._watched: dict[MomentGroup, _Watched] = {}
-        self._gradients: dict[Site, _GradientSum] = {}
+        self._watched: dict[MomentGroup[LinearSite], _Watched] = {}
+        self._gradients: dict[LinearSite, GradientSum] = {}
         self._handles = ExitStack()
 
     def __enter__(self) -> Observer:
@@ -135,7 +147,7 @@ class Observer:
             watch = first.watch_inputs if group.side == "inputs" else first.watch_outputs
             self._handles.callback(watch(self._block, watched.update).remove)
             for site in group.sites if group.gradients else ():
-                summed = _GradientSum(self._moment(site, min(site.rows, site.columns)))
+                summed = GradientSum(self._moment(site, min(site.rows, site.columns)))
                 self._gradients[site] = summed
                 see = partial(summed.update, weight=site.weight(self._block))
                 self._handles.callback(site.watch_gradients(self._block, see).remove)
@@ -149,28 +161,30 @@ class Observer:
     ) -> None:
         self._handles.close()
 
-    def take(self, group: MomentGroup) -> Moment:
+    def take(self, group: MomentGroup[LinearSite]) -> Moment:
         """Return and forget the moment of ``group``; NonFiniteError if it overflowed."""
         watched = self._watched.pop(group)
-        self._check(group.sites[0], group.side, watched.moment.value)
+        check_moment(f"{self._block.name}.{group.sites[0].name}", group.side, watched.moment.value)
         return Moment(group.side, watched.moment.value, watched.rows)
 
-    def take_gradient(self, site: Site) -> GradientMoment:
+    def take_gradient(self, site: LinearSite) -> GradientMoment:
         """Return and forget the gradients' moment of ``site``; NonFiniteError if it overflowed."""
         summed = self._gradients.pop(site)
-        self._check(site, "gradients", summed.moment.value)
+        check_moment(f"{self._block.name}.{site.name}", "gradients", summed.moment.value)
         return GradientMoment(summed.moment.value, summed.energy)
 
-    def _moment(self, site: Site, size: int) -> SecondMoment:
+    def _moment(self, site: LinearSite, size: int) -> SecondMoment:
         dtype = moment_dtype(site.weight(self._block).dtype)
         return SecondMoment(size, dtype=dtype, device=self._device)
 
-    def _check(self, site: Site, what: str, value: Tensor) -> None:
-        if not bool(value.diagonal().sum().isfinite()):
-            raise NonFiniteError(
-                f"{self._block.name}.{site.name}: its {what} are NaN or infinite on the "
-                "calibration text; is the dtype of the model too narrow?"
-            )
+
+def check_moment(name: str, what: str, value: Tensor) -> None:
+    """NonFiniteError where the moment of ``what`` of the site ``name`` overflowed."""
+    if not bool(value.diagonal().sum().isfinite()):
+        raise NonFiniteError(
+            f"{name}: its {what} are NaN or infinite on the calibration text; is the dtype of the "
+            "model too narrow?"
+        )
 
 
 @dataclass
@@ -189,7 +203,7 @@ class _Watched:
 
 
 @dataclass
-class _GradientSum:
+class GradientSum:
     """The moment of g, or of W^T g, and the sum of ||g||^2."""
 
     moment: SecondMoment

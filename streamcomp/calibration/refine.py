@@ -29,7 +29,7 @@ from streamcomp.forms import Form
 from streamcomp.forms.runtime import FactoredLinear, LowRankLinear
 from streamcomp.linalg.dtypes import solve_dtype
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
-from streamcomp.model.sites import Site
+from streamcomp.model.sites import LinearSite
 from streamcomp.model.streamer import LoadedBlock
 from streamcomp.model.taps import LayerInputs
 
@@ -69,7 +69,7 @@ class TrainingData:
 class Refined:
     """The best factors in stored form, by site and name, and the held-out loss."""
 
-    tensors: dict[Site, dict[str, Tensor]]
+    tensors: dict[LinearSite, dict[str, Tensor]]
     before: float
     after: float
     steps: int  # training steps after which they were best; 0 is the closed form
@@ -77,7 +77,7 @@ class Refined:
 
 def refine_block(
     loaded: LoadedBlock,
-    sites: Sequence[Site],
+    sites: Sequence[LinearSite],
     data: TrainingData,
     steps: int,
     *,
@@ -135,7 +135,7 @@ def refine_block(
     return Refined(refined, before, after, kept)
 
 
-def factor_bytes(ranks: Mapping[Site, int], dtype: torch.dtype) -> tuple[int, int]:
+def factor_bytes(ranks: Mapping[LinearSite, int], dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of both factors of the sites in ``ranks``, while training and while converting.
 
     In fp32 or wider. Training holds them with gradient, momentum, the best so far and the rounded
@@ -152,7 +152,7 @@ def balancing_bytes(rows: int, columns: int, rank: int) -> int:
     return torch.float64.itemsize * (3 * rank * (rows + columns) + 5 * rank * rank)
 
 
-def optimizer_flops(ranks: Mapping[Site, int]) -> float:
+def optimizer_flops(ranks: Mapping[LinearSite, int]) -> float:
     """Operations of one step of Muon: five Newton-Schulz iterations for each factor, in bf16."""
     return sum(
         5 * (4.0 * (m.rows + m.columns) * rank**2 + 4.0 * rank**3) for m, rank in ranks.items()
@@ -212,7 +212,9 @@ def _balanced(module: FactoredLinear) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _as_two_factors(loaded: LoadedBlock, factored: Mapping[Site, FactoredLinear]) -> Iterator[None]:
+def _as_two_factors(
+    loaded: LoadedBlock, factored: Mapping[LinearSite, FactoredLinear]
+) -> Iterator[None]:
     """Replace the modules ``factored`` by ones of form ``uv`` without weights, while open."""
     for site, module in factored.items():
         with torch.device("meta"):

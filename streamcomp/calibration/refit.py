@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from streamcomp.linalg.dtypes import moment_dtype
 from streamcomp.linalg.fitting import refit_left
-from streamcomp.model.sites import Site
+from streamcomp.model.sites import LinearSite
 from streamcomp.model.streamer import LoadedBlock
 
 __all__ = ["Refit", "refit_bytes"]
@@ -31,10 +31,10 @@ class Refit:
     micro-batch.
     """
 
-    def __init__(self, block: LoadedBlock, sites: Sequence[Site], anchor: float) -> None:
+    def __init__(self, block: LoadedBlock, sites: Sequence[LinearSite], anchor: float) -> None:
         self._block, self._sites, self._anchor = block, sites, anchor
-        self._dense: dict[Site, Tensor] = {}
-        self._sums: dict[Site, tuple[Tensor, Tensor]] = {}
+        self._dense: dict[LinearSite, Tensor] = {}
+        self._sums: dict[LinearSite, tuple[Tensor, Tensor]] = {}
         for site in sites:
             right = site.factored(block).weight  # (r, n)
             rank, dtype, device = len(right), moment_dtype(right.dtype), right.device
@@ -60,7 +60,7 @@ class Refit:
                 handles.callback(site.watch_inputs(self._block, self._add(site)).remove)
             yield
 
-    def factors(self, site: Site) -> tuple[Tensor, Tensor]:
+    def factors(self, site: LinearSite) -> tuple[Tensor, Tensor]:
         """The refitted left factor (m, r), and the unchanged right one (r, n), fp64."""
         outputs, inner = self._sums.pop(site)
         module = site.factored(self._block)
@@ -69,10 +69,10 @@ class Refit:
             torch.float64, copy=True
         )
 
-    def _keep(self, site: Site, output: Tensor, bias: Tensor | None) -> None:
+    def _keep(self, site: LinearSite, output: Tensor, bias: Tensor | None) -> None:
         self._dense[site] = output if bias is None else output - bias
 
-    def _add(self, site: Site) -> Callable[[Tensor], None]:
+    def _add(self, site: LinearSite) -> Callable[[Tensor], None]:
         weight, right = site.weight(self._block), site.factored(self._block).weight.detach()
         outputs, inner = self._sums[site]
 
@@ -88,7 +88,9 @@ class Refit:
         return see
 
 
-def refit_bytes(ranks: Mapping[Site, int], dtype: torch.dtype, tokens: int) -> tuple[int, int]:
+def refit_bytes(
+    ranks: Mapping[LinearSite, int], dtype: torch.dtype, tokens: int
+) -> tuple[int, int]:
     """Bytes of the sums, and of the dense outputs for ``tokens`` with the largest of the fits.
 
     ``ranks`` are those of the sites that are fitted together. A fit is solved in fp64 and holds

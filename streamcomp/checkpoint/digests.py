@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Digester", "FileDigest", "digest_of", "digest_of_file"]
+__all__ = ["Digester", "FileDigest", "combined", "digest_of", "digest_of_file"]
 
 _DIGEST_BYTES = 16
 _PIECE_BYTES = 8 * 2**20
@@ -42,6 +43,12 @@ def digest_of(data: bytes | memoryview) -> FileDigest:
     digester = Digester()
     digester.update(data)
     return digester.total
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """One digest of named parts, in any order."""
+    named = (f"{name}\0{digests[name]}\n" for name in sorted(digests))
+    return digest_of("".join(named).encode()).digest
 
 
 def digest_of_file(path: Path) -> FileDigest:

@@ -17,7 +17,7 @@ from torch import Tensor
 from streamcomp.checkpoint.atomic import atomic_file
 from streamcomp.checkpoint.digests import Digester, FileDigest
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
-from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader
+from streamcomp.checkpoint.reader import TensorReader, chunks_of
 
 __all__ = ["DIRTY_BYTES", "Computed", "Entry", "write_shard", "write_tensors"]
 
@@ -30,11 +30,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor of given dtype and shape that is computed when it is written."""
+    """A tensor of given dtype and shape that is computed when it is written.
+
+    ``make`` returns it, or its parts along the first axis, one after the other.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    make: Callable[[], Tensor | Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,24 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
     if isinstance(entry.source, TensorInfo):
         yield from reader.chunks(entry.source)
     elif isinstance(entry.source, Computed):
-        tensor = entry.source.make()
-        if tensor.dtype != entry.source.dtype or tuple(tensor.shape) != entry.source.shape:
-            raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
-        yield from _tensor_chunks(tensor)
+        made, rows = entry.source.make(), 0
+        if isinstance(made, Tensor):
+            _check_made(entry, made, entry.shape)
+            yield from chunks_of(made)
+            return
+        for tensor in made:
+            rows += len(tensor)
+            _check_made(entry, tensor, (len(tensor), *entry.shape[1:]))
+            yield from chunks_of(tensor)
+        if rows != entry.shape[0]:
+            raise ValueError(f"{entry.name}: made {rows} rows, not {entry.shape[0]}")
     else:
-        yield from _tensor_chunks(entry.source)
+        yield from chunks_of(entry.source)
+
+
+def _check_made(entry: Entry, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if DTYPES[entry.dtype] != tensor.dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
 
 
 class _Write:
@@ -152,14 +167,3 @@ class _Write:
             os.fdatasync(self._file.fileno())
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._dirty = 0
-
-
-def _tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    flat = tensor.detach().contiguous().cpu().view(-1)
-    if flat.stride() != (1,):  # one number sliced from a row counts as contiguous
-        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
-    if not flat.numel():
-        return
-    data = flat.view(torch.uint8).numpy().data
-    for start in range(0, len(data), COPY_BYTES):
-        yield data[start : start + COPY_BYTES]

@@ -49,6 +49,7 @@ _MODEL = click.Argument(["model"], type=click.Path(readable=False))  # or a name
 _OUT = click.Argument(["out"], type=click.Path(path_type=Path))
 
 _MEANS = ("max_ram", "device", "max_vram", "threads")
+_FETCHING = ("stream_download", "max_shards")
 _REVISION = make_option(
     "revision", str, None,
     Setting(section="common", unit="REV", default_help="main", example="v1.0",
@@ -243,7 +244,8 @@ _STREAM_DIR = options_of(
 @cli.command(
     "eval",
     params=[
-        _MODEL, *_TEXT, *options_of(Resources, *_MEANS), *_STREAM_DIR, _REVISION, *_PRINTING
+        _MODEL, *_TEXT, *options_of(Resources, *_MEANS, *_FETCHING), *_STREAM_DIR, _REVISION,
+        *_PRINTING
     ],
 )  # fmt: skip
 def evaluate(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:

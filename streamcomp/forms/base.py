@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol
@@ -33,6 +33,10 @@ class Matrix(Protocol):
 
     @property
     def columns(self) -> int: ...
+
+    @property
+    def rank_step(self) -> int:
+        """Ranks that are chosen by loss are multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,13 @@ class Form(ABC):
         """Numbers stored at ``rank``; for a tensor of ranks, a tensor of equal length."""
         return sum(m * n for m, n in self.shapes(rows, columns, rank).values())
 
-    def costs(self, rows: int, columns: int) -> Tensor:
-        """Numbers stored at ranks 1, 2, ... as long as they are fewer than W's, then those of W.
+    def costs(self, rows: int, columns: int, step: int = 1) -> Tensor:
+        """Numbers stored at ranks that are fewer than W's, then those of W.
 
-        (candidates,) fp64, ascending: the costs of a :class:`~streamcomp.linalg.allocation.Curve`.
+        Ranks are 1, 2, ..., or multiples of ``step``. (candidates,) fp64, ascending: the costs of a
+        :class:`~streamcomp.linalg.allocation.Curve`.
         """
-        return _costs(self, rows, columns)
+        return _costs(self, rows, columns, step)
 
     def largest_rank(self, rows: int, columns: int, numbers: float = math.inf) -> int:
         """The largest rank that stores at most ``numbers``, and fewer than the dense W; or 0."""
@@ -99,29 +104,42 @@ class Form(ABC):
 
     def share_evenly(self, weights: Sequence[Matrix], ratio: float) -> list[Allowance | None]:
         """Remove an equal share of each weight, ``ratio`` of all numbers; None: stays dense."""
-        costs = [self.costs(weight.rows, weight.columns) for weight in weights]
-        return [_chosen(*pair) for pair in zip(costs, even_choices(costs, ratio), strict=True)]
+        costs = [self._costs_of(weight) for weight in weights]
+        return self._chosen(weights, costs, even_choices(costs, ratio))
 
     def share_by_loss(
-        self, weights: Sequence[Matrix], spectra: Sequence[Tensor], ratio: float
+        self, weights: Sequence[Matrix], spectra: Iterable[Tensor], ratio: float
     ) -> list[Allowance | None]:
         """Remove ``ratio`` of all numbers at the smallest loss; None: stays dense.
 
-        ``spectra`` are tensors (k,) fp64 of energies, descending, in one unit. Ranks without
-        energy are never kept, so that more than ``ratio`` may be removed.
+        ``spectra`` are tensors (k,) fp64 of energies, descending, in one unit, of which one is held
+        at a time. Ranks without energy are never kept, so that more than ``ratio`` may be removed.
         """
-        for weight, energies in zip(weights, spectra, strict=True):
-            if not bool(energies.sum().isfinite()):
-                raise NonFiniteError(
-                    f"the energies of {weight.disk_name} ({weight.rows} x {weight.columns}) are "
-                    "NaN or infinite; is the dtype of the model too narrow?"
-                )
-        curves = [
-            Curve.of_spectrum(self.costs(weight.rows, weight.columns), energies)
-            for weight, energies in zip(weights, spectra, strict=True)
-        ]
+        curves = [self._curve(*pair) for pair in zip(weights, spectra, strict=True)]
         places = min_loss_choices(curves, ratio)
-        return [_chosen(curve.costs, place) for curve, place in zip(curves, places, strict=True)]
+        return self._chosen(weights, [curve.costs for curve in curves], places)
+
+    def _costs_of(self, weight: Matrix) -> Tensor:
+        return self.costs(weight.rows, weight.columns, weight.rank_step)
+
+    def _curve(self, weight: Matrix, energies: Tensor) -> Curve:
+        if not bool(energies.sum().isfinite()):
+            raise NonFiniteError(
+                f"the energies of {weight.disk_name} ({weight.rows} x {weight.columns}) are "
+                "NaN or infinite; is the dtype of the model too narrow?"
+            )
+        return Curve.of_spectrum(self._costs_of(weight), energies, weight.rank_step)
+
+    def _chosen(
+        self, weights: Sequence[Matrix], costs: Sequence[Tensor], places: Sequence[int]
+    ) -> list[Allowance | None]:
+        """The ranks at ``places`` in ``costs``; None for the last place of each, which is dense."""
+        return [
+            None
+            if place == len(each) - 1
+            else Allowance((place + 1) * weight.rank_step, int(each[place]))
+            for weight, each, place in zip(weights, costs, places, strict=True)
+        ]
 
     # -- encoding --------------------------------------------------------------------------
 
@@ -164,14 +182,7 @@ class Form(ABC):
 
 
 @cache
-def _costs(form: Form, rows: int, columns: int) -> Tensor:
-    ranks = torch.arange(1, min(rows, columns) + 1, dtype=torch.float64)  # exact below 2**53
+def _costs(form: Form, rows: int, columns: int, step: int) -> Tensor:
+    ranks = torch.arange(step, min(rows, columns) + 1, step, dtype=torch.float64)  # exact
     numbers, dense = form.numbers(rows, columns, ranks), float(rows * columns)
     return torch.cat((numbers[numbers < dense], numbers.new_tensor([dense])))
-
-
-def _chosen(costs: Tensor, place: int) -> Allowance | None:
-    """The rank at ``place`` in :meth:`Form.costs`; None for the last place, which is dense."""
-    if place == len(costs) - 1:
-        return None
-    return Allowance(place + 1, int(costs[place]))

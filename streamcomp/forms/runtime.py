@@ -7,14 +7,11 @@ format meets a weight of the wrong shape and stops, instead of making up random 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 __all__ = [
     "AXES",
@@ -23,24 +20,20 @@ __all__ = [
     "MODULES",
     "FactoredLinear",
     "LowRankLinear",
-    "NameMap",
     "PivotLinear",
     "SharedLinear",
-    "check_stored",
+    "check_dtype",
+    "check_finite",
+    "check_permutations",
     "factored",
-    "install_factored",
-    "modules_of",
+    "refuse_unknown",
+    "shown",
 ]
 
 FORMAT_VERSION = 1
 
 # Dtypes of factors, as safetensors names them.
 FLOATS = ("F64", "F32", "F16", "BF16")
-
-_INDICES = {torch.int32: "I32", torch.int16: "I16"}
-
-# A tensor's dtype and shape, as the header of a safetensors file has them.
-Stored = tuple[str, Sequence[int]]
 
 # Which channels of a linear share weights: outputs (rows) or inputs (columns).
 AXES = ("rows", "columns")
@@ -51,6 +44,7 @@ class FactoredLinear(nn.Linear):
 
     form = ""
     leaves: frozenset[str] = frozenset()  # names of its tensors, without weight and bias
+    converted: frozenset[str] = frozenset()  # names of tensors that transformers may split on disk
     keys: frozenset[str] = frozenset()  # in the config's entry, in addition to those of every form
     weight: nn.Parameter  # (r, n)
 
@@ -79,14 +73,17 @@ class FactoredLinear(nn.Linear):
         """Tensors that a checkpoint must hold for this linear, by their names there."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Names of its tensors without the bias; all floats among them are of one dtype."""
+        return ("weight", *self.leaves)
+
     def check_values(self, name: str) -> None:
         """ValueError where tensors of the linear ``name`` hold what no checkpoint may.
 
         Tensors on ``meta`` pass.
         """
-        for leaf, tensor in self.tensors().items():
-            if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
-                raise ValueError(f"streamcomp: {name}.{leaf} holds NaN or infinity")
+        check_finite(name, self.tensors())
         self.check_indices(name)
 
     def check_indices(self, name: str) -> None:
@@ -150,9 +147,7 @@ class PivotLinear(FactoredLinear):
     def check_indices(self, name: str) -> None:
         if self.pivots.is_meta:
             return
-        rows = torch.arange(len(self.pivots), dtype=torch.int32, device=self.pivots.device)
-        if not torch.equal(self.pivots.sort().values, rows):
-            raise ValueError(f"streamcomp: {name}.pivots is no permutation of 0 to {len(rows) - 1}")
+        check_permutations(f"{name}.pivots", self.pivots)
 
     def left_factor(self) -> Tensor:
         return self._left(_wide(self.coef))
@@ -204,11 +199,11 @@ class SharedLinear(FactoredLinear):
     def options(cls, spec: Mapping[str, Any], rows: int, columns: int) -> dict[str, Any]:
         clusters, axis = spec.get("clusters"), spec.get("axis")
         if axis not in AXES:
-            raise ValueError(f"streamcomp: axis {_shown(axis)} is impossible: {' or '.join(AXES)}")
+            raise ValueError(f"streamcomp: axis {shown(axis)} is impossible: {' or '.join(AXES)}")
         channels = rows if axis == "rows" else columns
         if type(clusters) is not int or not 0 < clusters <= channels:
             raise ValueError(
-                f"streamcomp: clusters {_shown(clusters)} are impossible for {channels} {axis}"
+                f"streamcomp: clusters {shown(clusters)} are impossible for {channels} {axis}"
             )
         return {"clusters": clusters, "axis": axis}
 
@@ -247,32 +242,7 @@ MODULES: dict[str, type[FactoredLinear]] = {
     module.form: module for module in (LowRankLinear, PivotLinear, SharedLinear)
 }
 
-_CONFIG_KEYS = {"quant_method", "version", "modules"}
 _KEYS = {"form", "rank", "dtype"}
-
-
-def modules_of(quantization: object) -> dict[str, dict[str, Any]]:
-    """``modules`` of a config's ``quantization_config``: entries by the names of linears on disk.
-
-    A key that is not known is refused, here and in each entry, for a reader that skips what it
-    does not know returns a wrong model. Raises ValueError.
-    """
-    if not isinstance(quantization, dict):
-        raise ValueError(f"streamcomp: quantization_config is {_shown(quantization)}, no object")
-    version, modules = quantization.get("version"), quantization.get("modules")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(
-            f"streamcomp: format version {_shown(version)}, this reader knows {FORMAT_VERSION}"
-        )
-    if quantization.get("quant_method") != "streamcomp":
-        raise ValueError("streamcomp: quantization_config is another method's")
-    _refuse_unknown(set(quantization) - _CONFIG_KEYS, "in quantization_config")
-    if not isinstance(modules, dict):
-        raise ValueError(f"streamcomp: modules of quantization_config is {_shown(modules)}")
-    for name, spec in modules.items():
-        if not isinstance(spec, dict):
-            raise ValueError(f"streamcomp: the entry of {_shown(name)} is {_shown(spec)}")
-    return modules
 
 
 def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
@@ -282,131 +252,50 @@ def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     """
     form, rank = spec.get("form"), spec.get("rank")
     kind = MODULES.get(form) if isinstance(form, str) else None
-    _refuse_unknown(set(spec) - _KEYS - (kind.keys if kind else set()))
+    refuse_unknown(set(spec) - _KEYS - (kind.keys if kind else set()))
     if kind is None:
-        raise ValueError(f"streamcomp: unknown form {_shown(form)}: written by a newer version?")
-    if "dtype" in spec and spec["dtype"] not in FLOATS:
-        raise ValueError(
-            f"streamcomp: dtype {_shown(spec['dtype'])} is impossible: {', '.join(FLOATS)}"
-        )
+        raise ValueError(f"streamcomp: unknown form {shown(form)}: written by a newer version?")
+    check_dtype(spec)
     rows, columns = dense.out_features, dense.in_features
     if type(rank) is not int or not 0 < rank < min(rows, columns):
-        raise ValueError(f"streamcomp: rank {_shown(rank)} is impossible for {rows} x {columns}")
+        raise ValueError(f"streamcomp: rank {shown(rank)} is impossible for {rows} x {columns}")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     bias = dense.bias is not None
     return kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
 
 
-def _refuse_unknown(keys: set[str], where: str = "") -> None:
+# -- checks ------------------------------------------------------------------------------------
+
+
+def refuse_unknown(keys: set[str], where: str = "") -> None:
+    """ValueError where there are ``keys`` that this reader does not know."""
     if keys:
         place = f" {where}" if where else ""
         raise ValueError(
-            f"streamcomp: unknown key {_shown(min(keys))}{place}: written by a newer version?"
+            f"streamcomp: unknown key {shown(min(keys))}{place}: written by a newer version?"
         )
 
 
-class NameMap:
-    """Maps names on disk to the parameters of ``model`` that transformers loads them into."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        mapping = get_model_conversion_mapping(model)
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self._known = model.state_dict()
-
-    def parameter(self, key: str) -> str | None:
-        """The parameter that ``key`` is loaded into, None if there is none."""
-        name, _ = rename_source_key(
-            key, self._renamings, self._converters, self._prefix, self._known
-        )
-        if name not in self._known:
-            name = key
-        return name if name in self._known else None
-
-
-def install_factored(model: PreTrainedModel, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put empty factored linears into ``model`` for each of ``modules`` (names on disk).
-
-    Raises ValueError naming the module that is not there, no linear, or of unknown form.
-    """
-    names, head = NameMap(model), model.get_output_embeddings()
-    for disk_name, spec in modules.items():
-        parameter, shown = names.parameter(f"{disk_name}.weight"), _shown(disk_name, quoted=False)
-        if parameter is None:
-            raise ValueError(f"streamcomp: {type(model).__name__} has no module {shown}")
-        parent, _, leaf = parameter.removesuffix(".weight").rpartition(".")
-        owner = model.get_submodule(parent)
-        dense = getattr(owner, leaf)
-        if not isinstance(dense, nn.Linear):
-            raise ValueError(f"streamcomp: {shown} is a {type(dense).__name__}, no linear")
-        if dense is head or isinstance(dense, FactoredLinear):
-            why = "the head, which stays dense" if dense is head else "listed by two names"
-            raise ValueError(f"streamcomp: {shown} is {why}")
-        try:
-            setattr(owner, leaf, factored(dense, spec))
-        except ValueError as error:
-            raise ValueError(f"{error} (linear {shown})") from None
-
-
-def check_stored(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> None:
-    """Compare the factored linears of ``model`` with the headers of its shards.
-
-    ``tensors`` are dtype and shape of each tensor by its name on disk, as safetensors says them.
-    Raises ValueError naming the first tensor that is missing, of another dtype or shape, or a
-    factor of a linear that the config does not list.
-    """
-    names = NameMap(model)
-    stored: dict[str, list[Stored]] = {}
-    for key, entry in tensors.items():
-        parameter = names.parameter(key)
-        if parameter is not None:
-            stored.setdefault(parameter, []).append(entry)
-        else:
-            _refuse_factor(model, names, key)
-    for name, module in model.named_modules():
-        if isinstance(module, FactoredLinear):
-            for leaf, tensor in module.tensors().items():
-                entries = stored.get(f"{name}.{leaf}", [])
-                if len(entries) != 1:
-                    why = (
-                        "is in the checkpoint twice"
-                        if entries
-                        else "is missing from the checkpoint"
-                    )
-                    raise ValueError(f"streamcomp: {name}.{leaf} {why}")
-                _check_tensor(f"{name}.{leaf}", tensor, entries[0])
-            dtypes = {stored[f"{name}.{leaf}"][0][0] for leaf in ("weight", *module.leaves)}
-            if len(dtypes & set(FLOATS)) > 1:
-                raise ValueError(
-                    f"streamcomp: the factors of {name} are {' and '.join(sorted(dtypes))}"
-                )
-
-
-def _check_tensor(name: str, tensor: Tensor, entry: Stored) -> None:
-    dtype, shape = entry
-    if tuple(shape) != tuple(tensor.shape):
+def check_dtype(spec: Mapping[str, Any]) -> None:
+    """ValueError where the dtype in an entry of the config is none of a factor."""
+    if "dtype" in spec and spec["dtype"] not in FLOATS:
         raise ValueError(
-            f"streamcomp: {name} is {list(shape)[:8]} in the checkpoint, the config makes it "
-            f"{list(tensor.shape)}"
-        )
-    allowed = FLOATS if tensor.is_floating_point() else (_INDICES[tensor.dtype],)
-    if dtype not in allowed:
-        raise ValueError(
-            f"streamcomp: {name} is {dtype} in the checkpoint, it has to be {', '.join(allowed)}"
+            f"streamcomp: dtype {shown(spec['dtype'])} is impossible: {', '.join(FLOATS)}"
         )
 
 
-def _refuse_factor(model: PreTrainedModel, names: NameMap, key: str) -> None:
-    """ValueError where ``key``, which no parameter takes, is a factor of some linear."""
-    owner, _, leaf = key.rpartition(".")
-    if not any(leaf in kind.leaves for kind in MODULES.values()):
-        return
-    weight = names.parameter(f"{owner}.weight")
-    if weight and isinstance(model.get_submodule(weight.rpartition(".")[0]), nn.Linear):
-        raise ValueError(
-            f"streamcomp: {_shown(key, quoted=False)} is a factor that the config does not list"
-        )
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError where one of ``tensors`` of the module ``name`` holds NaN or infinity."""
+    for leaf, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
+            raise ValueError(f"streamcomp: {name}.{leaf} holds NaN or infinity")
+
+
+def check_permutations(name: str, pivots: Tensor) -> None:
+    """ValueError where a row of ``pivots`` (..., m), which has ``name``, is no permutation."""
+    order = torch.arange(pivots.shape[-1], dtype=pivots.dtype, device=pivots.device)
+    if not bool((pivots.sort().values == order).all()):
+        raise ValueError(f"streamcomp: {name} is no permutation of 0 to {len(order) - 1}")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -414,7 +303,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def _shown(value: object, *, quoted: bool = True) -> str:
+def shown(value: object, *, quoted: bool = True) -> str:
     """``value`` of a config as one short line; a plain name may go without quotes."""
     if isinstance(value, str) and value.isprintable() and not quoted:
         return value[:200]

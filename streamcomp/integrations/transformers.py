@@ -2,7 +2,7 @@
 
 Importing this registers the quantisation method ``streamcomp``, and
 ``AutoModelForCausalLM.from_pretrained`` does the rest. Every output folder also carries this
-module and :mod:`streamcomp.forms.runtime` joined into one file, ``PLUGIN``, which
+module and those of :mod:`streamcomp.forms` that it needs joined into one file, ``PLUGIN``, which
 ``trust_remote_code=True`` imports where streamcomp is not installed.
 
 It is imported while transformers itself is (:mod:`streamcomp.integrations.on_import`): what needs
@@ -12,6 +12,7 @@ more than the table of quantisation methods is imported by the functions that us
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -49,7 +50,8 @@ class StreamCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of a compressed model: form and rank of each factored linear."""
 
     def __init__(self, /, **settings: Any) -> None:
-        from streamcomp.forms.runtime import FORMAT_VERSION, modules_of
+        from streamcomp.forms.install import modules_of
+        from streamcomp.forms.runtime import FORMAT_VERSION
 
         self.modules = modules_of(settings)
         self.quant_method = "streamcomp"
@@ -64,8 +66,10 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        from streamcomp.forms.runtime import check_stored, install_factored
+        from streamcomp.forms.install import check_stored, install_factored
 
+        if self._has_experts and getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError("streamcomp: factored experts run on one process's devices alone")
         install_factored(model, self.quantization_config.modules)
         if checkpoint_files and all(name.endswith(".safetensors") for name in checkpoint_files):
             check_stored(model, _headers(checkpoint_files))
@@ -75,12 +79,12 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """transformers only warns of missing tensors; a missing factor is an error."""
-        from streamcomp.forms.runtime import FactoredLinear
+        from streamcomp.forms.install import FACTORED
 
         # what save_pretrained makes of this model has no plugin next to it for auto_map to name
         vars(model.config).pop("auto_map", None)
         for name, module in model.named_modules():
-            if not isinstance(module, FactoredLinear):
+            if not isinstance(module, FACTORED):
                 continue
             for leaf, tensor in module.tensors().items():
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
@@ -101,7 +105,11 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return not self._has_experts  # how many tokens an expert gets decides what runs
+
+    @property
+    def _has_experts(self) -> bool:
+        return any("ranks" in spec for spec in self.quantization_config.modules.values())
 
 
 def _headers(files: list[str]) -> dict[str, tuple[str, list[int]]]:
@@ -156,15 +164,18 @@ if "streamcomp" not in AUTO_QUANTIZER_MAPPING:
 
 
 def plugin_source() -> str:
-    """The plugin file: both modules joined, with no import of streamcomp."""
-    from streamcomp.forms import runtime
+    """The plugin file: the modules that a model needs, joined, with no import of streamcomp."""
+    from streamcomp.forms import expert_module, experts, install, runtime
 
     this = inspect.getsource(inspect.getmodule(plugin_source))  # type: ignore[arg-type]
-    lines = [
-        line
-        for line in this.partition('"""\n\nfrom __future__')[2].splitlines()[1:]
-        if not line.lstrip().startswith(("from streamcomp", "import streamcomp"))
-    ]
-    imports, _, rest = "\n".join(lines).partition("__all__")
+    imports, _, rest = _without_streamcomp(this).partition("__all__")
     body = imports + rest.partition("# -- plugin begins")[2].partition("# -- plugin ends")[0]
-    return inspect.getsource(runtime) + "\n\n# -- loading with transformers\n" + body
+    others = (experts, expert_module, install)
+    parts = [_without_streamcomp(inspect.getsource(module)) for module in others]
+    return "\n\n".join((inspect.getsource(runtime), *parts, "# -- loading\n" + body))
+
+
+def _without_streamcomp(source: str) -> str:
+    """``source`` after its docstring and future import, without its imports of streamcomp."""
+    code = source.partition("from __future__ import annotations\n")[2]
+    return re.sub(r"^ *from streamcomp\S* import (\([^)]*\)|.*)\n", "", code, flags=re.MULTILINE)

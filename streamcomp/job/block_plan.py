@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any
+from functools import cache, cached_property, partial
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, group_moments
@@ -16,17 +17,25 @@ from streamcomp.forms import form_of
 from streamcomp.job.levers import Levers
 from streamcomp.linalg.dtypes import gradient_dtype, moment_dtype, solve_dtype
 from streamcomp.methods import find_method
-from streamcomp.model.sites import BlockSites, Site, find_sites
+from streamcomp.model.experts import ExpertBank
+from streamcomp.model.sites import BlockSites, ExpertSite, LinearSite, Site, find_sites
 from streamcomp.model.skeleton import Skeleton
 from streamcomp.model.tracing import BlockTrace, CaptureTrace, trace_block, trace_capture
 from streamcomp.recipe import Recipe, chosen_blocks
 
 __all__ = ["BlockPlan", "Pass", "plan_blocks"]
 
+S = TypeVar("S", bound=Site)
+
+# Experts that take more are loaded apart from their block, also where it only runs.
+_LARGE_BYTES = 256 * 2**20
+
 # Copies of its scores that attention holds where it keeps them: forward, and forward and back.
 _SCORES = 3, 6
 
-Pass = tuple[MomentGroup, ...]  # the groups that a step works on each time that it reads a block
+Pass = tuple[
+    MomentGroup[LinearSite], ...
+]  # the groups that a step works on each time that it reads a block
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,12 @@ class BlockPlan:
     number: int
     name: str
     sites: BlockSites
-    groups: tuple[MomentGroup, ...]
+    groups: tuple[MomentGroup[LinearSite], ...]
+    experts: tuple[MomentGroup[ExpertSite], ...]  # one of each matrix to be factored
+    bank: ExpertBank | None  # experts that are loaded apart from the block, a few at a time
     stream: StreamShape
-    weight_bytes: int  # all its parameters, in the dtype in which it runs
-    merge_bytes: int  # the most that tensors on disk take which become one parameter (experts)
+    weight_bytes: int  # its parameters, without those of the bank, in the dtype in which it runs
+    merge_bytes: int  # the most that tensors on disk take which become one parameter of these
     read_bytes: int  # all its tensors on disk
     inputs: CaptureTrace  # masks and positions of all blocks for one window
     trace: BlockTrace  # one window through the block
@@ -47,7 +58,7 @@ class BlockPlan:
 
     def chunked(self, levers: Levers) -> BlockPlan:
         """This block with its feed-forward run on as many tokens at a time as ``levers`` say."""
-        if levers.feed_forward_tokens >= self.stream.seq_len:
+        if levers.feed_forward_tokens >= self.stream.seq_len or self.bank is not None:
             return self
         trace = self.retrace(levers.feed_forward_tokens)
         return replace(self, trace=trace) if trace.exact else self  # an estimate knows no chunks
@@ -55,7 +66,16 @@ class BlockPlan:
     @property
     def targets(self) -> list[Site]:
         """The sites to factor, in the order in which they are decomposed."""
-        return [site for group in self.groups for site in group.sites]
+        linears: list[Site] = [site for group in self.groups for site in group.sites]
+        return linears + [site for group in self.experts for site in group.sites]
+
+    @cached_property
+    def groups_of_expert(self) -> dict[int, list[MomentGroup[ExpertSite]]]:
+        """The groups of each expert that is to be factored."""
+        groups: dict[int, list[MomentGroup[ExpertSite]]] = {}
+        for group in self.experts:
+            groups.setdefault(group.sites[0].expert, []).append(group)
+        return groups
 
     def passes(self, levers: Levers, *, observed: bool = True) -> list[Pass]:
         """Groups that a step works on each time that it reads the block, which is once at least.
@@ -70,10 +90,10 @@ class BlockPlan:
             size = levers.linears
         return [groups[start : start + size] for start in range(0, max(1, len(groups)), size)]
 
-    def others(self, groups: Sequence[MomentGroup]) -> list[Site]:
-        """The sites that are in none of ``groups``, whose weights are not needed with them."""
+    def others(self, groups: Pass) -> list[LinearSite]:
+        """Linears that are in none of ``groups``, whose weights are not needed with them."""
         needed = {site.name for group in groups for site in group.sites}
-        return [site for site in self.sites.eligible if site.name not in needed]
+        return [site for site in self.sites.linears if site.name not in needed]
 
     # -- bytes ---------------------------------------------------------------------------
 
@@ -81,7 +101,7 @@ class BlockPlan:
         """Most bytes alive in a forward of ``batch`` windows, their output among them."""
         return batch * (self.trace.activation_bytes + self.stream.window_bytes)
 
-    def moment_bytes(self, groups: Sequence[MomentGroup]) -> int:
+    def moment_bytes(self, groups: Sequence[MomentGroup[S]]) -> int:
         return sum(group.nbytes(self.stream.dtype) for group in groups)
 
     def site_bytes(self, sites: Sequence[Site]) -> int:
@@ -125,16 +145,25 @@ def plan_blocks(
     inputs = trace_capture(lambda: skeleton.dry_capture(1, stream.seq_len)[1])
     hidden = torch.empty(1, stream.seq_len, stream.hidden, dtype=stream.dtype, device="meta")
     traces: dict[tuple[Any, ...], Callable[[int], BlockTrace]] = {}
+    left = _experts_left(recipe)
     chosen = range(0) if runs_only else chosen_blocks(recipe.blocks, len(skeleton))
     scores = _score_bytes(skeleton, stream) if on_device else (0, 0)
     blocks = []
     for number in range(len(skeleton)):
         module = skeleton.block(number)
-        sites = find_sites(skeleton, number, recipe.include, recipe.exclude)
-        kind = (*skeleton.block_kind(number), tuple(site.name for site in sites.eligible))
+        sites = find_sites(skeleton, number, recipe.include, recipe.exclude, left)
+        factors = number in chosen
+        bank = _apart(recipe, sites, factors=factors)
+        linears = tuple(site.name for site in sites.linears)
+        kind = (*skeleton.block_kind(number), linears, bank is None)
         if kind not in traces:
             trace_it = partial(
-                trace_block, module, sites.eligible, hidden, inputs.layer_inputs[number]
+                trace_block,
+                module,
+                sites.linears,
+                hidden,
+                inputs.layer_inputs[number],
+                without=bank,
             )
             traces[kind] = cache(partial(_with_scores, trace_it, scores))
         trace = traces[kind](0)
@@ -143,10 +172,12 @@ def plan_blocks(
                 number,
                 skeleton.block_name(number),
                 sites,
-                _groups(recipe, sites, trace, stream) if number in chosen else (),
+                _groups(recipe, sites.linears, trace.groups, stream) if factors else (),
+                _groups(recipe, sites.experts, (), stream) if factors else (),
+                bank,
                 stream,
-                sum(value.nbytes for value in module.state_dict().values()),
-                _merge_bytes(skeleton, number),
+                _weight_bytes(module, bank),
+                _merge_bytes(skeleton, number, bank),
                 sum(info.nbytes for info in skeleton.block_tensors(number)),
                 inputs,
                 trace,
@@ -181,21 +212,50 @@ def _with_scores(
     )
 
 
+def _experts_left(recipe: Recipe) -> str:
+    """Why a job with these settings leaves experts dense; empty where it can factor them."""
+    method = find_method(recipe.method)
+    if not method.factors_experts:
+        return f"experts, which method {method.name} leaves dense"
+    if recipe.compressed_stream:
+        return "experts, which stay dense with --update, --refine and --statistics compressed"
+    return ""
+
+
+def _apart(recipe: Recipe, sites: BlockSites, *, factors: bool) -> ExpertBank | None:
+    """The block's experts, where they are not loaded with it.
+
+    Those that are factored, and others that are large; but where factors follow the compressed
+    stream, the whole block runs with them.
+    """
+    bank = sites.bank
+    if bank is None or recipe.compressed_stream:
+        return None
+    return bank if (factors and sites.experts) or bank.nbytes > _LARGE_BYTES else None
+
+
 def _groups(
-    recipe: Recipe, sites: BlockSites, trace: BlockTrace, stream: StreamShape
-) -> tuple[MomentGroup, ...]:
+    recipe: Recipe, sites: Sequence[S], shared: Sequence[Sequence[str]], stream: StreamShape
+) -> tuple[MomentGroup[S], ...]:
     narrow = solve_dtype(stream.dtype) != torch.float64
     method, form = find_method(recipe.method), form_of(recipe)
     return group_moments(
-        [site for site in sites.eligible if form.can_hold(site.rows, site.columns)],
-        trace.groups,
+        [site for site in sites if form.can_hold(site.rows, site.columns)],
+        shared,
         gradients=method.needs_gradients,
         inputs_only=method.needs_inputs or recipe.statistics == "none",
         tokens=stream.tokens if narrow else 0,
     )
 
 
-def _merge_bytes(skeleton: Skeleton, number: int) -> int:
+def _weight_bytes(block: nn.Module, bank: ExpertBank | None) -> int:
+    apart = {f"{bank.name}.{leaf}" for leaf in bank.sources} if bank is not None else set()
+    return sum(value.nbytes for name, value in block.state_dict().items() if name not in apart)
+
+
+def _merge_bytes(skeleton: Skeleton, number: int, bank: ExpertBank | None) -> int:
     """Bytes of the tensors that are held next to the one parameter that they become."""
-    sources = skeleton.block_parameters(number).values()
-    return max((sum(i.nbytes for i in infos) for infos in sources if len(infos) > 1), default=0)
+    apart = bank.parameters if bank is not None else frozenset()
+    sources = skeleton.block_parameters(number)
+    merged = (infos for name, infos in sources.items() if len(infos) > 1 and name not in apart)
+    return max((sum(info.nbytes for info in infos) for infos in merged), default=0)

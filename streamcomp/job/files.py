@@ -146,9 +146,7 @@ class Analysis(StepFile):
         block, dtype = outline.blocks[self.block], moment_dtype(outline.stream.dtype)
         gradient = block.output_gradient_bytes if outline.method.needs_gradients else 0
         return gradient + sum(
-            outline.method.analysis_bytes(site, dtype) + _HEADER_BYTES
-            for group in block.groups
-            for site in group.sites
+            outline.method.analysis_bytes(site, dtype) + _HEADER_BYTES for site in block.targets
         )
 
 

@@ -15,7 +15,7 @@ from streamcomp.job.ledger import Ledger
 from streamcomp.job.rows import AnalysisRow
 from streamcomp.linalg.low_rank import Decomposition
 from streamcomp.methods import GradientMoment, Moment
-from streamcomp.model.sites import Site
+from streamcomp.model.sites import LinearSite, Site
 
 __all__ = [
     "figures",
@@ -91,9 +91,9 @@ def read_output_gradient(ledger: Ledger, block: int, device: torch.device) -> Te
 def write_moment(
     ledger: Ledger,
     block: int,
-    group: MomentGroup,
+    group: MomentGroup[LinearSite],
     moment: Moment,
-    gradients: Mapping[Site, GradientMoment],
+    gradients: Mapping[LinearSite, GradientMoment],
 ) -> None:
     """Keep the moments of a group, for a later decomposition with other settings."""
     entries = [Entry("value", moment.value.cpu())]
@@ -106,7 +106,11 @@ def write_moment(
 
 
 def read_moment(
-    ledger: Ledger, block: int, group: MomentGroup, site: Site, device: torch.device
+    ledger: Ledger,
+    block: int,
+    group: MomentGroup[LinearSite],
+    site: LinearSite,
+    device: torch.device,
 ) -> Moment:
     """The moment of ``site``, one of ``group``; DamagedFileError where it was not kept."""
     names = {"value", "rows", f"gradient.{site.name}", f"energy.{site.name}"}

@@ -90,7 +90,7 @@ def _with_meaning(digest: FileDigest, dtype: str, shape: Iterable[int]) -> FileD
 
 def _read_digest(info: TensorInfo, reader: TensorReader) -> FileDigest:
     """The digest of a tensor that ``reader`` has read."""
-    digest = FileDigest(info.nbytes, reader.digests[info.name])
+    digest = FileDigest(info.nbytes, reader.digests[info.key])
     return _with_meaning(digest, info.dtype, info.shape)
 
 

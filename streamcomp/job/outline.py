@@ -11,7 +11,7 @@ from streamcomp.job.block_plan import BlockPlan
 from streamcomp.job.outputs import OutputPlan
 from streamcomp.machine.rates import MachineRates
 from streamcomp.methods import Method, find_method
-from streamcomp.model.sites import Site
+from streamcomp.model.sites import LinearSite, Site
 from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Recipe
 
@@ -71,14 +71,15 @@ class Outline:
         """Reading a block from disk."""
         return self.blocks[block].read_bytes / self.rates.disk_bytes
 
-    def ranks(self, block: int, output: int, *, most: bool = False) -> dict[Site, int]:
-        """Ranks of the sites of a block that one output factors.
+    def ranks(self, block: int, output: int, *, most: bool = False) -> dict[LinearSite, int]:
+        """Ranks of the linears of a block that one output factors.
 
         Equal shares until all spectra are known; with ``most`` the largest ranks that may follow.
         """
         plan, form = self.outputs[output], self.form
         ranks = {
             site: plan.most_rank(site, form) if most else plan.ranks[site.full_name]
-            for site in self.blocks[block].targets
+            for group in self.blocks[block].groups
+            for site in group.sites
         }
         return {site: rank for site, rank in ranks.items() if rank is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -76,7 +76,7 @@ def _asked_ratios(skeleton: Skeleton, recipe: Recipe, sites: Sequence[Site]) -> 
     wanted = parse_bytes(recipe.size)
     infos = [i for k in range(len(skeleton)) for i in skeleton.block_tensors(k)]
     whole = sum(info.nbytes for info in (*infos, *skeleton.other_tensors()))
-    dense = sum(site.source.nbytes for site in sites)
+    dense = sum(site.disk_bytes for site in sites)
     form = form_of(recipe)
     extra = sum(form.extra_bytes(site.rows, site.columns) for site in sites)
     headers = _HEADER_BYTES * (len(infos) + len(form.tensors) * len(sites))
@@ -148,7 +148,7 @@ def allocate(
     asked: float,
     eligible: Sequence[Site],
     chosen: Sequence[Site],
-    spectra: Sequence[Tensor],
+    spectra: Iterable[Tensor],
 ) -> dict[str, int | None]:
     """Ranks of the ``chosen`` linears that lose least, given the spectrum of each."""
     inner = _inner_ratio(recipe, asked, eligible, chosen)
@@ -174,4 +174,4 @@ def block_saving(form: Form, site: Site, allowances: Allowances) -> int:
     kept = allowances[site.full_name]
     if kept is None:
         return 0
-    return form.nbytes(site.rows, site.columns, kept, site.dtype) - site.source.nbytes
+    return form.nbytes(site.rows, site.columns, kept, site.dtype) - site.disk_bytes

@@ -91,11 +91,12 @@ def write_index(out: Path, shards: list[Path]) -> None:
 def quantization_config(
     specs: Mapping[str, Mapping[str, Any]], dtypes: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The config's entry for factored linears: ``specs`` by linear, ``dtypes`` by tensor name.
+    """The config's entry for factored modules: ``specs`` by name, ``dtypes`` by tensor name.
 
-    OutputError where a linear's tensors were not written.
+    OutputError where a module's tensors were not written.
     """
-    if missing := [name for name in specs if f"{name}.weight" not in dtypes]:
+    first = {name: f"{name}.{_first_tensor(spec)}" for name, spec in specs.items()}
+    if missing := [name for name, tensor in first.items() if tensor not in dtypes]:
         raise OutputError(
             f"no shard holds {missing[0]}, which the journal lists: the journal is damaged, remove "
             "the work folder and start again"
@@ -103,10 +104,14 @@ def quantization_config(
     return {
         "quant_method": "streamcomp",
         "version": FORMAT_VERSION,
-        "modules": {
-            name: {**spec, "dtype": dtypes[f"{name}.weight"]} for name, spec in specs.items()
-        },
+        "modules": {name: {**spec, "dtype": dtypes[first[name]]} for name, spec in specs.items()},
     }
+
+
+def _first_tensor(spec: Mapping[str, Any]) -> str:
+    """Name of a tensor of floats that every module with that entry has."""
+    ranks = spec.get("ranks")
+    return f"{next(iter(ranks))}_V" if isinstance(ranks, dict) and ranks else "weight"
 
 
 def to_json(value: Any) -> str:

@@ -21,6 +21,7 @@ from streamcomp.recipe import Recipe
 __all__ = [
     "AnalysisRow",
     "DenseRow",
+    "ExpertsRow",
     "Header",
     "JobLevers",
     "LinearRow",
@@ -74,6 +75,7 @@ class AnalysisRow(Row):
     damping: float  # added to a moment, as a share of the mean of its diagonal
     condition: float | None  # largest over smallest eigenvalue of the moment; None: not finite
     fallback: str  # what was done because the data did not allow the method itself; or ""
+    tokens: int | None = None  # that reached it; None: all, as every linear but an expert's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,15 @@ class LinearRow(AnalysisRow):
     loss: float | None = None  # in the unit of the method
     numbers: int | None = None  # stored numbers, where channels share weights
     bits_per_weight: float | None = None  # likewise
+    spec: dict[str, Any]  # its entry in config.json, without the dtype
+    within: str = ""  # name of the module whose entry is instead, which stores several together
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsRow(Row):
+    """The factored experts of one block of an output."""
+
+    name: str  # of their module, on disk
     spec: dict[str, Any]  # its entry in config.json, without the dtype
 
 
@@ -160,6 +171,7 @@ class StepResult(Row):
     nll: float | None = None  # mean over the calibration's tokens, dense model
     analysis: tuple[AnalysisRow, ...] = ()
     linears: tuple[LinearRow, ...] = ()
+    experts: ExpertsRow | None = None
     unreached: tuple[str, ...] = ()  # linears that no calibration token reached
     ranks: tuple[dict[str, int | None], ...] = ()  # by output and linear; None: stays dense
     refined: Refined | None = None
@@ -171,6 +183,7 @@ class StepRow(StepResult):
 
     step: str  # its name
     files: dict[str, FileDigest] = field(default_factory=dict)  # that it left, by name
+    fetched: dict[str, int] = field(default_factory=dict)  # shards of the source, with their bytes
     # digests of the source's tensors outside of blocks, in the first step that read them
     sources: dict[str, str] = field(default_factory=dict)
     seconds: float
@@ -238,6 +251,7 @@ class Report(Row):
     refined: tuple[RefinedBlock, ...]
     left: dict[str, str]  # modules left as they are, and why
     steps: tuple[StepRow, ...]
+    experts: tuple[ExpertsRow, ...] = ()
     asked: float | None = None  # the ratio asked for
     files: dict[str, FileDigest] = field(default_factory=dict)  # of OUT, except the report
 
@@ -250,6 +264,12 @@ class Report(Row):
         """The recipe, without settings that this version does not have."""
         names = {setting.name for setting in fields(Recipe)}
         return Recipe.from_mapping({k: v for k, v in self.recipe.items() if k in names}, "report")
+
+    @property
+    def specs(self) -> dict[str, dict[str, Any]]:
+        """Entries in config.json, without dtypes, by the names of modules on disk."""
+        linears = {row.name: row.spec for row in self.linears if not row.within}
+        return linears | {row.name: row.spec for row in self.experts}
 
     @property
     def nll(self) -> float | None:

@@ -20,6 +20,7 @@ from streamcomp.checkpoint.digests import FileDigest, digest_of_file
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import BudgetError, DamagedFileError, JobLockedError, OutputError
 from streamcomp.job.damage import finds_inputs, steps_in_order, steps_that_stand
+from streamcomp.job.fetching import allow_shards
 from streamcomp.job.files import is_step_file
 from streamcomp.job.folders import JobFolders
 from streamcomp.job.journal import (
@@ -84,6 +85,9 @@ class Job:
         self._kernel_bytes = self.here.kernel_bytes(
             self.skeleton.dtype, gradients=gradients, training=self.recipe.refine > 0
         )
+        self._shard_bytes = allow_shards(self.skeleton, self.resources)
+        if self.index.store is not None:
+            self.index.store.tell = self.progress.note
         self.folders = JobFolders(
             self.index.folder, self.out, self.resources.work_dir, self.recipe, len(self.skeleton)
         )
@@ -211,7 +215,8 @@ class Job:
         """The journal of what was done; a job with no finished step may begin anew.
 
         A finished job that kept its work hands its decompositions on to one that differs in its
-        output alone, and its moments to one that decomposes them with another damping.
+        output alone, and its moments to one that decomposes them with another damping; of
+        experts it keeps none.
         """
         begun = Journal.read(self.work_folder) if self.work_folder.is_dir() else None
         if begun is None or not (begun.steps or begun.lost):
@@ -225,7 +230,8 @@ class Job:
             return begun
         if same_analysis(held, self.fingerprint):
             return begun.inherit(self.fingerprint, (ShareRanks.label,))
-        if levers.analysis and same_moments(held, self.fingerprint):
+        routed = any(r.tokens is not None for step in begun.steps for r in step.analysis)
+        if levers.analysis and not routed and same_moments(held, self.fingerprint):
             before = (Decompose.label, ShareRanks.label)
             return begun.inherit(self.fingerprint, before, from_moments=True)
         return begun
@@ -254,6 +260,7 @@ class Job:
             rates=self.here.rates(self.skeleton.dtype, self.work_folder),
             device_budget=self.here.device_budget,
             kernel_bytes=self._kernel_bytes,
+            shard_bytes=self._shard_bytes,
             work_in_memory=probe().is_memory_backed(self.work_folder),
             outputs_in_memory=probe().is_memory_backed(self.out),
             keeps_work=keep,

@@ -87,6 +87,7 @@ def _run_step(
         **vars(result),
         files=dict(work.ledger.written),
         sources=work.new_sources(),
+        fetched=work.skeleton.index.store.take_fetched() if work.skeleton.index.store else {},
         step=planned.name,
         seconds=round(stage.total(), 3),
         stages={phase: round(seconds, 3) for phase, seconds in stage.seconds.items()},
@@ -99,14 +100,18 @@ def _run_step(
 
 
 def _next_block(plan: Plan, number: int) -> list[TensorInfo]:
-    """Tensors of the next step's block, where the budget has room for them in the page cache."""
+    """Tensors of the next step's block, where the budget has room for them in the page cache.
+
+    Shards that are fetched only go to disk.
+    """
     here, after = plan.steps[number], plan.steps[number + 1 : number + 2]
     block = after[0].step.block if after else -1
     if block in (-1, here.step.block):
         return []
     nbytes = plan.outline.blocks[block].read_bytes
-    fits = here.peak_bytes + nbytes <= plan.budget_bytes
-    return plan.outline.skeleton.block_tensors(block) if fits else []
+    skeleton = plan.outline.skeleton
+    fits = skeleton.index.store is not None or here.peak_bytes + nbytes <= plan.budget_bytes
+    return skeleton.block_tensors(block) if fits else []
 
 
 def _drop(plan: Plan, done: int, work: Workspace) -> None:

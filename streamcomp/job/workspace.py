@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
+from streamcomp.calibration.routing import Routing
 from streamcomp.checkpoint.atomic import sync_folder
+from streamcomp.checkpoint.fetched import FETCHED_FOLDER
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.checkpoint.writer import Entry
@@ -156,19 +159,28 @@ class Workspace:
     def block(self, stage: Stage, number: int) -> Iterator[LoadedBlock]:
         """The block with its weights; JobMismatchError where an earlier sweep read other bytes.
 
-        Tensors to be read ahead are asked for then.
+        Where its experts are loaded apart, that is known when they have been read. Tensors to be
+        read ahead are asked for then.
         """
         stage("loading")
-        with self.streamer.block(number) as loaded:
-            for row in self.journal.steps:
-                if row.block == number and row.digest != loaded.digest:
-                    raise JobMismatchError(
-                        f"{loaded.name} has other bytes now than in step {row.step!r}: the "
-                        "model's files have changed; give another OUT",
-                        field="source",
-                    )
+        bank = self.block_plan(number).bank
+        with self.streamer.block(number, bank) as loaded:
+            if bank is None:
+                self.check_source(loaded)
+            else:
+                self.saw({f"{loaded.name} without its experts": loaded.digest})
             read_ahead(self.read_ahead)
             yield loaded
+
+    def check_source(self, loaded: LoadedBlock) -> None:
+        """JobMismatchError where an earlier sweep read other bytes for a block, now read whole."""
+        for row in self.journal.steps:
+            if row.block == loaded.number and row.digest != loaded.digest:
+                raise JobMismatchError(
+                    f"{loaded.name} has other bytes now than in step {row.step!r}: the "
+                    "model's files have changed; give another OUT",
+                    field="source",
+                )
 
     def inputs(self, number: int, batch: int, dtype: torch.dtype | None = None) -> LayerInputs:
         """Inputs of a block for ``batch`` windows, besides the hidden states.
@@ -248,12 +260,18 @@ class Workspace:
         loaded: LoadedBlock,
         source: States,
         target: States | None,
+        routing: Routing | None = None,
     ) -> None:
-        """Run all windows through the block and keep its outputs in ``target``."""
+        """Run all windows through the block and keep its outputs in ``target``.
+
+        With ``routing`` on what it says that the experts give.
+        """
         with self.reading(source) as states, self.writing(target) as write:
             for start, stop in self.batches(stage, phase, self.levers.batch):
                 hidden = states.read(start, stop).to(self.device)
-                hidden = loaded.run(hidden, self.inputs(loaded.number, stop - start))
+                inputs = self.inputs(loaded.number, stop - start)
+                with routing.replayed(loaded, start, len(hidden)) if routing else nullcontext():
+                    hidden = loaded.run(hidden, inputs)
                 check_finite(hidden, loaded.name)
                 write(start, hidden)
 
@@ -293,6 +311,7 @@ def remove_work(folder: Path) -> None:
 
     The journal goes last: until then it tells an interrupted call whose files these are.
     """
+    shutil.rmtree(folder / FETCHED_FOLDER, ignore_errors=True)
     for path in sorted(work_files(folder), key=lambda path: path.name == JOURNAL):
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()) and not folder.is_symlink():

@@ -37,14 +37,14 @@ class Curve:
     losses: Tensor
 
     @classmethod
-    def of_spectrum(cls, costs: Tensor, energies: Tensor) -> Curve:
-        """Candidates are the ranks from 1 on, and last the dense linear, which loses nothing.
+    def of_spectrum(cls, costs: Tensor, energies: Tensor, step: int = 1) -> Curve:
+        """Candidates are multiples of ``step`` as ranks, and last the dense linear: no loss.
 
         The loss at rank r is the sum of the ``energies`` (k,) after the r-th; 0 past their end.
         """
         tails = energies.double().flip(0).cumsum(0).flip(0)  # smallest first: less rounding
         losses = torch.zeros(len(costs), dtype=torch.float64)
-        lost = tails[1 : len(costs)]
+        lost = tails[step::step][: len(costs) - 1]
         losses[: len(lost)] = lost
         return cls(costs, losses)
 

@@ -165,6 +165,8 @@ class Method(ABC):
     # Whether it computes spectra, and whether their energies compare across linears.
     has_spectra: ClassVar[bool] = True
     losses_compare: ClassVar[bool] = False
+    # Whether it factors the experts of mixtures, too.
+    factors_experts: ClassVar[bool] = True
     # Whether its factors may be changed afterwards, by update and refine.
     can_follow: ClassVar[bool] = True
 

@@ -32,6 +32,7 @@ class Swsc(Method):
     needs_inputs = True
     has_spectra = False
     can_follow = False
+    factors_experts = False
 
     def check(self, weight: Site, settings: Settings) -> None:
         channels = {"rows": weight.rows, "columns": weight.columns}

@@ -8,7 +8,7 @@ autograd graph shows this, because the output of each tap is a leaf of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,8 @@ class Rehearsal:
 
     returns: tuple[Returned, ...]  # of each block
     called: tuple[frozenset[str] | None, ...]  # linears each block calls; None: unknown
+    # modules of experts in each block -> experts that each token is sent to, as far as it is known
+    chosen: tuple[Mapping[str, int], ...]
     before: frozenset[str]  # outer modules that run before the last block
     behind: frozenset[str]  # outer modules that run only after it, the head among them
     hidden_size: int
@@ -81,6 +83,7 @@ def rehearse(
         return Rehearsal(
             tuple(actors.returns),
             tuple(use.called if use else None for use in actors.uses),
+            tuple(use.chosen if use else {} for use in actors.uses),
             frozenset(before),
             frozenset(behind - before),
             actors.leaves[-1].shape[-1],

@@ -1,10 +1,9 @@
 """Sites: where a block's weights are, what can be done there, why other matrices are left.
 
-A :class:`Site` is all that observing, updating, refining and writing know of a weight, so that they
-work alike wherever it is. Today it is in an ``nn.Linear``. One expert of a mixture, whose weight is
-a slice of a tensor of all of them, can be another kind of site: it watches the module of all
-experts, picks the rows that the router sends to its expert, and computes from them what
-its watchers see; its replacement is one part of a module that runs all experts.
+A :class:`Site` is what plans, methods and reports know of a weight, wherever it is: in an
+``nn.Linear``, or one expert's part of a parameter that holds all experts of a block. The first kind
+can also be watched while its block runs, and replaced. Experts are run one by one instead
+(:mod:`streamcomp.calibration.routing`).
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.forms.runtime import FactoredLinear, factored
 from streamcomp.memory_errors import lacks_memory
+from streamcomp.model.experts import ExpertBank, find_bank
 from streamcomp.model.meta import FLOATS
 
 if TYPE_CHECKING:  # both run blocks, and blocks are traced through their sites
@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # both run blocks, and blocks are traced through their sites
 
 __all__ = [
     "BlockSites",
+    "ExpertSite",
     "LinearSite",
     "Site",
     "empty_factored",
@@ -44,6 +45,8 @@ __all__ = [
     "linear_modules",
 ]
 
+# Ranks of experts are multiples of 8, where the smaller side is at least so long.
+_STEP, _FINE = 8, 256
 # Settings for the number of experts in configs of mixture models.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # A line of code that multiplies.
@@ -52,17 +55,10 @@ _PRODUCT = re.compile(r"@|\b(linear|matmul|mm|einsum)\(")
 
 @dataclass(frozen=True)
 class Site(ABC):
-    """One weight matrix W (rows m x columns n) of a block, and what can be done where it is.
-
-    Watchers are called in every forward, or backward, until the handle that they came with is
-    removed. They are given rows (..., n) or (..., m), one for each token that reaches the site,
-    perhaps none: who needs their number counts them. What watches the dense block and then the
-    block with factors, on one batch, sees the rows of the same tokens, in the same order.
-    """
+    """One weight matrix W (rows m x columns n) of a block."""
 
     name: str  # within the block: "self_attn.q_proj"
     full_name: str  # within the model
-    source: TensorInfo  # its weight on disk
     rows: int  # outputs m
     columns: int  # inputs n
 
@@ -72,64 +68,98 @@ class Site(ABC):
         return self.name.rpartition(".")[2]
 
     @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def rank_step(self) -> int:
+        """Ranks that are chosen by loss are multiples of it."""
+        return 1
+
+    def tokens(self, stream: int) -> int:
+        """How many of a stream's tokens are expected to reach it."""
+        return stream
+
+    @property
+    @abstractmethod
     def disk_name(self) -> str:
         """Its name in the checkpoint, without ``.weight``."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight on disk."""
+
+    @property
+    @abstractmethod
+    def disk_bytes(self) -> int:
+        """Bytes of the weight on disk."""
+
+
+@dataclass(frozen=True)
+class LinearSite(Site):
+    """The weight of an ``nn.Linear``.
+
+    Watchers are called in every forward, or backward, until the handle that they came with is
+    removed. They are given rows (..., n) or (..., m), one for each token that reaches the site,
+    perhaps none: who needs their number counts them. What watches the dense block and then the
+    block with factors, on one batch, sees the rows of the same tokens, in the same order.
+    """
+
+    source: TensorInfo  # its weight on disk
+
+    @property
+    def disk_name(self) -> str:
         return self.source.name.removesuffix(".weight")
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weight on disk."""
         return self.source.torch_dtype
 
     @property
-    def numel(self) -> int:
-        return self.rows * self.columns
+    def disk_bytes(self) -> int:
+        return self.source.nbytes
 
-    def tokens(self, stream: int) -> int:
-        """How many of a stream's tokens are expected to reach it: all, unless they are routed."""
-        return stream
+    def traced(self, block: nn.Module) -> nn.Module:
+        """The module of ``block`` that gets its inputs."""
+        return block.get_submodule(self.name)
 
-    @abstractmethod
-    def traced(self, block: nn.Module) -> nn.Module | None:
-        """The module of ``block`` that gets its inputs; None where no other site can share them."""
-
-    @abstractmethod
     def weight(self, block: LoadedBlock) -> Tensor:
         """A view of the dense W (m, n), also while factors run instead of it."""
+        return self._dense(block).weight.detach()
 
-    @abstractmethod
     def bias(self, block: LoadedBlock) -> Tensor | None:
         """The bias (m,) that is added to the outputs."""
+        bias = self._dense(block).bias
+        return None if bias is None else bias.detach()
 
-    @abstractmethod
     def watch_inputs(self, block: LoadedBlock, see: Callable[[Tensor], None]) -> RemovableHandle:
         """Have ``see`` called with the inputs (..., n) of each forward."""
 
-    @abstractmethod
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(args[0])
+
+        return block.running(self.name).register_forward_pre_hook(before)
+
     def watch_outputs(
         self, block: LoadedBlock, see: Callable[[Tensor, Tensor | None], None]
     ) -> RemovableHandle:
         """Have ``see`` called with the outputs (..., m) of each forward, and the bias in them."""
 
-    @abstractmethod
+        def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+            bias = module.bias
+            see(output, bias if isinstance(bias, Tensor) else None)
+
+        return block.running(self.name).register_forward_hook(after)
+
     def watch_gradients(self, block: LoadedBlock, see: Callable[[Tensor], None]) -> RemovableHandle:
         """Have ``see`` called with the gradient (..., m) of its outputs in each backward."""
 
-    @abstractmethod
-    def put(self, block: LoadedBlock, module: FactoredLinear) -> None:
-        """Run ``module`` instead of W, until the block is dropped."""
+        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(see)
 
-    @abstractmethod
-    def factored(self, block: LoadedBlock) -> FactoredLinear:
-        """The module that runs instead of W."""
-
-    @abstractmethod
-    def parameter(self, leaf: str) -> str:
-        """The name within the block of tensor ``leaf`` of the module that runs instead of W."""
-
-    @abstractmethod
-    def free(self, block: LoadedBlock) -> None:
-        """Free the dense W; the block cannot run any more."""
+        return block.running(self.name).register_forward_hook(after)
 
     def install(
         self, block: LoadedBlock, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]
@@ -146,55 +176,22 @@ class Site(ABC):
         module.load_state_dict(state, assign=True)
         self.put(block, module.requires_grad_(False))
 
-
-@dataclass(frozen=True)
-class LinearSite(Site):
-    """The weight of an ``nn.Linear``."""
-
-    def traced(self, block: nn.Module) -> nn.Module:
-        return block.get_submodule(self.name)
-
-    def weight(self, block: LoadedBlock) -> Tensor:
-        return self._dense(block).weight.detach()
-
-    def bias(self, block: LoadedBlock) -> Tensor | None:
-        bias = self._dense(block).bias
-        return None if bias is None else bias.detach()
-
-    def watch_inputs(self, block: LoadedBlock, see: Callable[[Tensor], None]) -> RemovableHandle:
-        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            see(args[0])
-
-        return block.running(self.name).register_forward_pre_hook(before)
-
-    def watch_outputs(
-        self, block: LoadedBlock, see: Callable[[Tensor, Tensor | None], None]
-    ) -> RemovableHandle:
-        def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-            bias = module.bias
-            see(output, bias if isinstance(bias, Tensor) else None)
-
-        return block.running(self.name).register_forward_hook(after)
-
-    def watch_gradients(self, block: LoadedBlock, see: Callable[[Tensor], None]) -> RemovableHandle:
-        def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(see)
-
-        return block.running(self.name).register_forward_hook(after)
-
     def put(self, block: LoadedBlock, module: FactoredLinear) -> None:
+        """Run ``module`` instead of W, until the block is dropped."""
         block.replace(self.name, module)
 
     def factored(self, block: LoadedBlock) -> FactoredLinear:
+        """The module that runs instead of W."""
         module = block.running(self.name)
         assert isinstance(module, FactoredLinear)
         return module
 
     def parameter(self, leaf: str) -> str:
+        """The name within the block of tensor ``leaf`` of the module that runs instead of W."""
         return f"{self.name}.{leaf}"
 
     def free(self, block: LoadedBlock) -> None:
+        """Free the dense W; the block cannot run any more."""
         linear = self._dense(block)
         linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
 
@@ -205,35 +202,96 @@ class LinearSite(Site):
 
 
 @dataclass(frozen=True)
+class ExpertSite(Site):
+    """One matrix of one expert: "mlp.experts.7.gate_up_proj"."""
+
+    bank: ExpertBank
+    expert: int
+
+    @property
+    def rank_step(self) -> int:
+        """Experts of equal rank run together, where rows begin at multiples of 16 bytes.
+
+        In small matrices multiples of 8 are too coarse.
+        """
+        return _STEP if min(self.rows, self.columns) >= _FINE else 1
+
+    def tokens(self, stream: int) -> int:
+        return self.bank.tokens(stream)
+
+    @property
+    def disk_name(self) -> str:
+        return f"{self.bank.disk_name}.{self.expert}.{self.leaf}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.bank.sources[self.leaf][0].torch_dtype
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class BlockSites:
     """The sites of one block: those to factor, and what else holds a matrix, with the reason."""
 
-    eligible: tuple[Site, ...]
+    linears: tuple[LinearSite, ...]
     left: dict[str, str]  # full name -> why it is left as it is
+    experts: tuple[ExpertSite, ...] = ()
+    bank: ExpertBank | None = None  # the block's experts, if they can be taken one by one
+
+    @property
+    def eligible(self) -> tuple[Site, ...]:
+        return (*self.linears, *self.experts)
 
 
-def find_sites(skeleton: Skeleton, number: int, include: str = "", exclude: str = "") -> BlockSites:
+def find_sites(
+    skeleton: Skeleton, number: int, include: str = "", exclude: str = "", experts_left: str = ""
+) -> BlockSites:
     """Look at every module of a block that holds a matrix.
 
-    ``include`` and ``exclude`` are regular expressions searched in the full name.
+    ``include`` and ``exclude`` are regular expressions searched in the full name. Experts are left
+    for the reason ``experts_left``, where there is one.
     """
     eligible, left = [], {}
     prefix = skeleton.block_name(number)
+    bank, reasons = find_bank(skeleton, number)
+    experts: list[ExpertSite] = []
+    if bank is not None and not experts_left:
+        experts = _expert_sites(bank, include, exclude)
+        if not experts:
+            reasons = {bank.name: "not included" if include else "excluded"}
+    elif bank is not None:
+        reasons = {bank.name: experts_left}
     for name, module in skeleton.block(number).named_modules():
         parameters = {k: v for k, v in module._parameters.items() if v is not None and v.dim() > 1}
         if not parameters or isinstance(module, FactoredLinear):
             continue
         full_name = f"{prefix}.{name}"
-        reason = _reason(skeleton, full_name, module, include, exclude)
+        if experts and bank is not None and name == bank.name:
+            continue
+        reason = reasons.get(name) or _reason(skeleton, full_name, module, include, exclude)
         if reason:
             left[full_name] = reason
             continue
         assert is_linear(module)
         eligible.append(_site(skeleton, number, name, module))
-    return BlockSites(tuple(eligible), left)
+    return BlockSites(tuple(eligible), left, tuple(experts), bank)
 
 
-def every_linear(skeleton: Skeleton, number: int) -> list[Site]:
+def _expert_sites(bank: ExpertBank, include: str, exclude: str) -> list[ExpertSite]:
+    """Every matrix of every expert that is included by name."""
+    sites = []
+    for expert in range(bank.count):
+        for leaf, rows, columns in bank.matrices:
+            name, full_name = f"{bank.name}.{expert}.{leaf}", f"{bank.full_name}.{expert}.{leaf}"
+            if not _unwanted(full_name, include, exclude):
+                sites.append(ExpertSite(name, full_name, rows, columns, bank, expert))
+    return sites
+
+
+def every_linear(skeleton: Skeleton, number: int) -> list[LinearSite]:
     """Every linear of a block that is on disk: dense, factored, or one that cannot be."""
     prefix = skeleton.block_name(number)
     return [
@@ -246,7 +304,7 @@ def every_linear(skeleton: Skeleton, number: int) -> list[Site]:
 def _site(skeleton: Skeleton, number: int, name: str, module: nn.Linear) -> LinearSite:
     full_name = f"{skeleton.block_name(number)}.{name}"
     source = skeleton.sources[f"{full_name}.weight"][0]
-    return LinearSite(name, full_name, source, module.out_features, module.in_features)
+    return LinearSite(name, full_name, module.out_features, module.in_features, source)
 
 
 def linear_modules(block: nn.Module) -> dict[str, nn.Linear]:
@@ -289,6 +347,11 @@ def _reason(
     called = skeleton.rehearsal.called[block]
     if called is not None and name not in called:
         return "not called by its block"
+    return _unwanted(full_name, include, exclude)
+
+
+def _unwanted(full_name: str, include: str, exclude: str = "") -> str:
+    """Why a matrix shall not be factored; empty where it shall."""
     if include and not re.search(include, full_name):
         return "not included"
     if exclude and re.search(exclude, full_name):

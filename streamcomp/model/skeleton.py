@@ -18,7 +18,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from streamcomp.checkpoint.index import CheckpointIndex, TensorInfo
 from streamcomp.errors import CorruptShardError, MissingShardError, UnsupportedModelError
-from streamcomp.forms.runtime import NameMap
+from streamcomp.forms.install import NameMap
 from streamcomp.model.loading import check_shapes
 from streamcomp.model.meta import FLOATS, build_model
 from streamcomp.model.rehearsal import Rehearsal, code_of, rehearse
@@ -42,6 +42,7 @@ class Skeleton:
         self.config = self.model.config
         self.text_config = self.config.get_text_config(decoder=True)
         self.layers_name, self._layers = built.layers_name, built.layers
+        self.names = NameMap(self.model)
         self.sources, self.unclaimed = self._map_tensors()
         self.ties = self._find_ties()
         self._check_shapes()
@@ -262,11 +263,10 @@ class Skeleton:
 
     def _map_tensors(self) -> tuple[dict[str, list[TensorInfo]], list[TensorInfo]]:
         """Parameter name -> tensors on disk, and the tensors that belong to no parameter."""
-        names = NameMap(self.model)
         sources: dict[str, list[TensorInfo]] = {}
         unclaimed = []
         for key in sorted(self.index.tensors, key=dot_natural_key):
-            name = names.parameter(key)
+            name = self.names.parameter(key)
             if name is None:
                 unclaimed.append(self.index.tensors[key])
             else:

@@ -7,31 +7,40 @@ only within a ``with``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from streamcomp.checkpoint.digests import combined
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.forms.experts import expert_parts
 from streamcomp.forms.runtime import FactoredLinear
+from streamcomp.model.experts import ExpertBank
 from streamcomp.model.feed_forward import in_chunks, whole
 from streamcomp.model.loading import load_state
 from streamcomp.model.skeleton import Skeleton
 from streamcomp.model.taps import LayerInputs, check_same_inputs, hidden_of, views_of_one
 
-__all__ = ["BlockStreamer", "LoadedBlock"]
+__all__ = ["BlockStreamer", "LoadedBlock", "LoadedExperts"]
 
 
 class LoadedBlock:
-    """Block ``number`` with its weights: ``module`` to run, ``digest`` of the bytes read."""
+    """Block ``number`` with its weights: ``module`` to run, ``digests`` of the tensors read."""
 
     def __init__(self, module: nn.Module, name: str, number: int = 0) -> None:
-        self.module, self.name, self.number, self.digest = module, name, number, ""
+        self.module, self.name, self.number = module, name, number
+        self.digests: dict[str, str] = {}  # experts that are loaded apart add theirs
         self._replaced: dict[str, nn.Module] = {}
+
+    @property
+    def digest(self) -> str:
+        """One digest of all tensors that were read."""
+        return combined(self.digests)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
@@ -124,6 +133,23 @@ class LoadedBlock:
         return held
 
 
+class LoadedExperts:
+    """Experts ``first`` to ``last`` (exclusive) of a block; ``digests`` of the tensors read."""
+
+    def __init__(self, module: nn.Module, first: int, last: int, digests: dict[str, str]) -> None:
+        self.first, self.last, self.digests = first, last, digests
+        self.parts = expert_parts(module)
+
+    def weight(self, expert: int, matrix: str) -> Tensor:
+        """A view of W (m, n) of one expert."""
+        return self.parts.matrix(matrix, expert - self.first).detach()
+
+    def bias(self, expert: int, matrix: str) -> Tensor | None:
+        """The bias (m,) of one expert."""
+        bias = self.parts.bias(matrix, expert - self.first)
+        return None if bias is None else bias.detach()
+
+
 class BlockStreamer:
     """Loads parts of ``skeleton``'s model onto ``device`` and runs them.
 
@@ -176,20 +202,46 @@ class BlockStreamer:
         return self._inputs[tokens.shape]
 
     @contextmanager
-    def block(self, number: int) -> Iterator[LoadedBlock]:
-        """A block with its weights; they are dropped at the end of the ``with``."""
+    def block(self, number: int, without: ExpertBank | None = None) -> Iterator[LoadedBlock]:
+        """A block with its weights; they are dropped at the end of the ``with``.
+
+        The experts ``without`` are not loaded, and the feed-forward runs on all positions at once.
+        """
         name = self.skeleton.block_name(number)
         module = self.skeleton.block(number)
         loaded = LoadedBlock(module, name, number)
+        absent: Set[str] = without.parameters if without is not None else frozenset()
+        tokens = self._feed_forward_tokens if without is None else 0
         try:
-            loaded.digest = self._load(lambda parameter: parameter.startswith(name + "."))
-            _check_loaded(name, module)
+            loaded.digests = self._load(
+                lambda parameter: parameter.startswith(name + ".") and parameter not in absent
+            )
+            _check_loaded(name, module, absent)
             module.requires_grad_(False)
-            with in_chunks(module, self._feed_forward_tokens):
+            with in_chunks(module, tokens):
                 yield loaded
         finally:
             loaded.restore()
             _free(module)
+
+    @contextmanager
+    def experts(self, bank: ExpertBank, first: int, last: int) -> Iterator[LoadedExperts]:
+        """The weights of the experts from ``first`` to ``last`` (exclusive), and nothing else.
+
+        Holds their tensors on disk and, where those are merged, their parameters.
+        """
+        module = self.skeleton.model.get_submodule(bank.full_name)
+        before = {leaf: module.get_parameter(leaf) for leaf in bank.sources}
+        for leaf, all_experts in before.items():
+            shape = (last - first, *all_experts.shape[1:])
+            empty = torch.empty(shape, dtype=all_experts.dtype, device="meta")
+            module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        try:
+            digests = self._load_tensors(bank.parts(first, last))
+            _check_loaded(bank.full_name, module)
+            yield LoadedExperts(module.requires_grad_(False), first, last, digests)
+        finally:
+            module._parameters.update(before)
 
     @contextmanager
     def head(self, dtype: torch.dtype | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -260,18 +312,18 @@ class BlockStreamer:
             hook.remove()
             embedding.weight, embedding.padding_idx = empty, padding
 
-    def _load(self, wanted: Callable[[str], bool]) -> str:
-        """Load the parameters whose names ``wanted`` accepts; returns the digest of their bytes."""
+    def _load(self, wanted: Callable[[str], bool]) -> dict[str, str]:
+        """Load the parameters whose names ``wanted`` accepts; returns digests of their tensors."""
+        parameters = ((k, infos) for k, infos in self.skeleton.sources.items() if wanted(k))
+        digests = self._load_tensors([info for _, infos in parameters for info in infos])
+        self._saw(digests)
+        return digests
+
+    def _load_tensors(self, infos: Sequence[TensorInfo]) -> dict[str, str]:
         with TensorReader() as reader:
-            state = {
-                info.name: _LazyTensor(reader, info)
-                for name, infos in self.skeleton.sources.items()
-                if wanted(name)
-                for info in infos
-            }
+            state = {info.name: _LazyTensor(reader, info) for info in infos}
             load_state(self.skeleton.model, state, self.skeleton.dtype, self.device)
-            self._saw(reader.digests)
-            return reader.digest()
+            return reader.digests
 
 
 class _LazyTensor:
@@ -303,9 +355,11 @@ def _free(block: nn.Module) -> None:
                 module._buffers[name] = buffer.to("meta")
 
 
-def _check_loaded(name: str, module: nn.Module) -> None:
-    """Refuse missing weights, and NaN and infinite ones, which would spread."""
+def _check_loaded(name: str, module: nn.Module, absent: Set[str] = frozenset()) -> None:
+    """Refuse missing weights, except ``absent`` ones, and NaN and infinite ones, which spread."""
     for leaf, value in module.state_dict().items():
+        if f"{name}.{leaf}" in absent:
+            continue
         if value.is_meta:
             raise MissingShardError(f"{name}.{leaf} is in no shard: the checkpoint is incomplete")
         if value.is_floating_point() and not bool(value.sum().isfinite()):

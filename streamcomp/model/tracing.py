@@ -8,7 +8,7 @@ how many bytes are alive at the peak, and how many floating-point operations it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from streamcomp.errors import UnsupportedModelError
 from streamcomp.memory_errors import lacks_memory
+from streamcomp.model.experts import ExpertBank, answering, expert_modules
 from streamcomp.model.feed_forward import in_chunks
-from streamcomp.model.sites import Site, linear_modules
+from streamcomp.model.sites import LinearSite, linear_modules
 from streamcomp.model.taps import LayerInputs, Returned, hidden_of, input_bytes, is_state
 
 __all__ = ["BlockTrace", "BlockUse", "CaptureTrace", "trace_block", "trace_capture", "use_of_block"]
@@ -55,6 +56,7 @@ class BlockUse:
 
     called: frozenset[str]  # linears that the forward calls; of others it may read the weight
     returned: Returned
+    chosen: Mapping[str, int]  # modules of experts by name -> experts that each token is sent to
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,33 @@ def use_of_block(block: nn.Module, hidden: Tensor, inputs: LayerInputs) -> Block
     UnsupportedModelError where the block uses a state that is not streamed.
     """
     called: set[str] = set()
+    chosen: dict[str, int] = {}
     linears = linear_modules(block)
     error: Exception | None = None
+
+    def route(name: str, module: nn.Module) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows, index = (*args, *kwargs.values())[:2]
+            if rows.shape[:-1] == (hidden.shape[0] * hidden.shape[1],):
+                chosen[name] = index.shape[-1]
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
     for choice in (None, "batched_mm"):  # the kernel of grouped experts takes no fake fp32 tensors
         called.clear()
         with ExitStack() as stack:
             for name, linear in linears.items():
                 hook = linear.register_forward_pre_hook(lambda *_, name=name: called.add(name))
                 stack.callback(hook.remove)
+            for name, module in expert_modules(block).items():
+                stack.callback(route(name, module).remove)
             stack.enter_context(_experts_run_by(block, choice))
             stack.enter_context(_quiet())
             try:
                 with torch.no_grad(), FakeTensorMode():
                     state, start, args, kwargs = _faked(block, hidden, inputs)
                     output = torch.func.functional_call(block, state, (start, *args), kwargs)
-                return BlockUse(frozenset(called), Returned.of(output))
+                return BlockUse(frozenset(called), Returned.of(output), chosen)
             except UnsupportedModelError:
                 raise
             except Exception as fault:  # model code may raise anything on fake tensors
@@ -153,17 +167,29 @@ def _faked(
 
 
 def trace_block(
-    block: nn.Module, sites: Sequence[Site], hidden: Tensor, inputs: LayerInputs, tokens: int = 0
+    block: nn.Module,
+    sites: Sequence[LinearSite],
+    hidden: Tensor,
+    inputs: LayerInputs,
+    tokens: int = 0,
+    *,
+    without: ExpertBank | None = None,
 ) -> BlockTrace:
     """Trace ``block`` on hidden states shaped like ``hidden`` (batch, seq, hidden).
 
-    With ``tokens`` its feed-forward runs that many positions at a time.
+    With ``tokens`` its feed-forward runs that many positions at a time. What the experts
+    ``without`` would compute is left out.
 
     A block whose code depends on the data (a mixture's routing) cannot be traced: then no
     sharing is assumed, and bytes and operations are estimated from its weights.
     """
     try:
-        with _quiet(), in_chunks(block, tokens):
+        with ExitStack() as stack:
+            stack.enter_context(_quiet())
+            if without is not None:
+                stack.enter_context(answering(block.get_submodule(without.name), _as_given))
+            else:
+                stack.enter_context(in_chunks(block, tokens))
             return _trace(block, sites, hidden, inputs)
     except Exception as error:  # model code may raise anything on fake tensors
         if lacks_memory(error):
@@ -171,8 +197,13 @@ def trace_block(
         return _estimate(block, sites, hidden)
 
 
+def _as_given(tokens: Tensor, _: Tensor, weights: Tensor) -> Tensor:
+    """What stands for the output of experts: as large, and with a gradient for both."""
+    return tokens * weights.sum(-1, keepdim=True).to(tokens.dtype)
+
+
 def _trace(
-    block: nn.Module, sites: Sequence[Site], hidden: Tensor, inputs: LayerInputs
+    block: nn.Module, sites: Sequence[LinearSite], hidden: Tensor, inputs: LayerInputs
 ) -> BlockTrace:
     groups: list[list[str]] = []
     by_input = WeakIdKeyDictionary()  # weak, so that watching keeps no tensor alive
@@ -186,8 +217,7 @@ def _trace(
 
         return hook
 
-    fed = [(site.name, module) for site in sites if (module := site.traced(block)) is not None]
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in fed]
+    hooks = [site.traced(block).register_forward_pre_hook(note(site.name)) for site in sites]
     try:
         with torch.no_grad(), FakeTensorMode():
             state, start, args, kwargs = _faked(block, hidden, inputs)
@@ -229,7 +259,7 @@ class _Backward(nn.Module):
         return gradient
 
 
-def _estimate(block: nn.Module, sites: Sequence[Site], hidden: Tensor) -> BlockTrace:
+def _estimate(block: nn.Module, sites: Sequence[LinearSite], hidden: Tensor) -> BlockTrace:
     """Estimate without a trace: no sites share an input. Alive at once are four fp32 copies of the
     input, and every linear's output in fp32 or the inputs and outputs of a token's experts."""
     tokens = hidden.shape[0] * hidden.shape[1]

@@ -65,6 +65,7 @@ def job_report(
         versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
         notes=tuple(note for step in steps for note in step.notes),
         linears=linears,
+        experts=tuple(step.experts for step in steps if step.experts is not None),
         dense=tuple(
             DenseRow(name=linear.disk_name, rows=linear.rows, columns=linear.columns)
             for linear in reached
@@ -80,6 +81,7 @@ def job_report(
             replace(
                 step,
                 linears=(),
+                experts=None,
                 analysis=(),
                 ranks=(),
                 refined=None,

@@ -20,6 +20,7 @@ from streamcomp.job.progress import JobProgress
 from streamcomp.job.publish import copy_companions, quantization_config, write_index
 from streamcomp.model.sites import empty_factored
 from streamcomp.model.skeleton import Skeleton
+from streamcomp.tools.export_experts import StoredExperts, stored_experts
 
 __all__ = ["export_checkpoint"]
 
@@ -36,12 +37,12 @@ def export_checkpoint(
     auto_map: dict[str, str],
     progress: JobProgress,
 ) -> Path:
-    """Write ``index``, a compressed model, to ``destination`` with every linear in ``form``.
+    """Write ``index``, a compressed model, to ``destination`` in ``form``.
 
     ``dense`` multiplies the factors out; ``uv`` turns pivots into a plain left factor, and refuses
-    channels that share weights. One linear is in memory at a time. ``extra`` are
-    small files that only ``uv`` needs, and ``auto_map`` the config's way to them. A run that was
-    interrupted goes on after its last whole shard.
+    channels that share weights. One linear, or one expert's matrix, is in memory at a time.
+    ``extra`` are small files that only ``uv`` needs, and ``auto_map`` the config's way to them. A
+    run that was interrupted goes on after its last whole shard.
     """
     if form not in _FORMS:
         raise RecipeError(f"form {form!r} unknown; one of: {', '.join(_FORMS)}")
@@ -50,11 +51,12 @@ def export_checkpoint(
         raise UnsupportedModelError(f"{index.folder} is not compressed: there is nothing to export")
     if destination.resolve() == index.folder.resolve():
         raise OutputError(f"{destination} is the model's own folder: give another DEST")
-    modules = skeleton.modules
+    modules, experts = skeleton.modules, stored_experts(skeleton)
+    linears = {name: spec for name, spec in modules.items() if "ranks" not in spec}
     factors = _FORMS[form]
     if factors is not None:
-        _check_products(modules)
-    _check_names(index, modules)
+        _check_products(linears)
+    _check_names(index, linears)
     skeleton.check_tensors(head=True)
     _claim(index, destination, form)
     shards = []
@@ -65,7 +67,7 @@ def export_checkpoint(
             target = destination / shard.name
             if not target.exists():
                 progress.stage(number, shard.name, "writing", 0.0)
-                write_shard(target, _entries(index, shard, modules, factors))
+                write_shard(target, _entries(index, shard, linears, experts, factors))
             shards.append(target)
             progress.finish_step(number, shard.name, time.perf_counter() - started, "")
     finally:
@@ -78,6 +80,7 @@ def export_checkpoint(
             write_text(destination / name, text)
         specs = {name: spec | {"form": form} for name, spec in modules.items()}
         dtypes = {name: info.dtype for name, info in index.tensors.items()}
+        dtypes |= {f"{stored.disk_name}.weight": stored.dtype for stored in experts.values()}
         config["quantization_config"] = quantization_config(specs, dtypes)
         config["auto_map"] = auto_map
     write_index(destination, shards)
@@ -122,14 +125,23 @@ def _claim(index: CheckpointIndex, destination: Path, form: str) -> None:
 
 
 def _entries(
-    index: CheckpointIndex, shard: Path, modules: dict[str, dict[str, Any]], factors: Uv | None
+    index: CheckpointIndex,
+    shard: Path,
+    modules: dict[str, dict[str, Any]],
+    experts: Mapping[str, StoredExperts],
+    factors: Uv | None,
 ) -> Iterator[Entry]:
-    """The tensors to write instead of those in ``shard``."""
+    """The tensors to write instead of those in ``shard``.
+
+    ``modules`` are linears, ``experts`` by the names of their tensors.
+    """
     for name, info in index.tensors.items():
         owner, _, leaf = name.rpartition(".")
         if info.shard != shard:
             continue
-        if owner not in modules or leaf == "bias":
+        if name in experts:
+            yield from experts[name].entries(info, factors)
+        elif owner not in modules or leaf == "bias":
             with TensorReader() as reader:
                 check_finite_on_disk(info, reader)
             yield Entry(name, info)

@@ -11,6 +11,7 @@ import torch
 
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.index import CheckpointIndex
+from streamcomp.forms.expert_module import FactoredExperts
 from streamcomp.forms.runtime import FactoredLinear, SharedLinear
 from streamcomp.model.sites import every_linear, find_sites
 from streamcomp.model.skeleton import Skeleton
@@ -23,7 +24,7 @@ _TRACED_TOKENS = 16  # enough to see which linears share an input
 
 @dataclass(frozen=True)
 class Family:
-    """Linears of one name and shape in all blocks."""
+    """Linears, or experts' matrices, of one name and shape in all blocks."""
 
     name: str  # within a block
     rows: int
@@ -33,7 +34,7 @@ class Family:
     ranks: tuple[int, int] | None  # least and largest, None where dense
     clusters: tuple[int, int] | None  # likewise, None but in the form shared
     axes: tuple[str, ...]  # form shared: which channels share weights, rows or columns or both
-    nbytes: int  # all of them on disk
+    nbytes: int  # all of them, as they are read
     shares_with: tuple[str, ...]  # linears of the same block fed the same tensor
 
 
@@ -45,7 +46,9 @@ class Inspection:
     dtype: str
     blocks: int
     parameters: int
+    in_reach: int  # those of them in dense matrices that can be factored
     nbytes: int
+    decoded_bytes: int  # of the same tensors as bf16, where the source is quantised; else nbytes
     shards: int
     compressed: bool
     families: tuple[Family, ...]
@@ -62,12 +65,16 @@ def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
         skeleton.check_tensors(head=False)
     groups: dict[str, list[_Member]] = {}
     left: dict[str, tuple[str, int]] = {}
-    shared = _shared_inputs(skeleton)
+    shared, in_reach = _shared_inputs(skeleton), 0
     for number in range(len(skeleton)):
-        for member in _members(skeleton, number):
+        for member in (*_members(skeleton, number), *_expert_members(skeleton, number)):
             groups.setdefault(member.key, []).append(member)
         prefix = skeleton.block_name(number) + "."
-        for name, why in find_sites(skeleton, number).left.items():
+        sites = find_sites(skeleton, number)
+        in_reach += sum(site.numel for site in sites.eligible)
+        for name, why in sites.left.items():
+            if isinstance(skeleton.model.get_submodule(name), FactoredExperts):
+                continue
             short = re.sub(r"\b\d+\b", "*", name.removeprefix(prefix))
             left[short] = (why, left.get(short, (why, 0))[1] + 1)
     return Inspection(
@@ -75,7 +82,9 @@ def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
         str(skeleton.dtype).removeprefix("torch."),
         len(skeleton),
         index.numel,
+        in_reach,
         index.nbytes,
+        index.decoded_bytes,
         len(index.shards),
         skeleton.compressed,
         tuple(_family(members, shared) for members in groups.values()),
@@ -102,7 +111,7 @@ class _Member:
 def _members(skeleton: Skeleton, number: int) -> list[_Member]:
     """Linears of one block, dense and factored, in the order of the code."""
     parameters = skeleton.block_parameters(number)
-    eligible = {site.name for site in find_sites(skeleton, number).eligible}
+    eligible = {site.name for site in find_sites(skeleton, number).linears}
     members = []
     for site in every_linear(skeleton, number):
         module = site.traced(skeleton.block(number))
@@ -122,6 +131,36 @@ def _members(skeleton: Skeleton, number: int) -> list[_Member]:
         members.append(
             _Member(site.name, site.rows, site.columns, form, rank, clusters, axis, nbytes)
         )
+    return members
+
+
+def _expert_members(skeleton: Skeleton, number: int) -> list[_Member]:
+    """The matrices of the experts of one block, dense and factored, one for each expert."""
+    members = [
+        _Member(
+            f"{site.bank.name}.{site.leaf}",
+            site.rows,
+            site.columns,
+            "dense",
+            None,
+            None,
+            "",
+            site.disk_bytes,
+        )
+        for site in find_sites(skeleton, number).experts
+    ]
+    for name, module in skeleton.block(number).named_modules():
+        if not isinstance(module, FactoredExperts):
+            continue
+        for matrix, matrices in module.matrices.items():
+            right = skeleton.source_of(f"{skeleton.block_name(number)}.{name}.{matrices.right}")
+            for rank in matrices.ranks:
+                nbytes = right.torch_dtype.itemsize * rank * matrices.columns
+                nbytes += right.torch_dtype.itemsize * rank * matrices.left_rows(rank)
+                nbytes += 4 * matrices.rows if matrices.pivots else 0
+                shape = (matrices.rows, matrices.columns)
+                full_name = f"{name}.{matrix}"
+                members.append(_Member(full_name, *shape, module.form, rank, None, "", nbytes))
     return members
 
 

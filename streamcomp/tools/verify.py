@@ -27,6 +27,7 @@ from streamcomp.checkpoint.index import (
 )
 from streamcomp.checkpoint.reader import TensorReader
 from streamcomp.errors import OutputError, SourceError, StreamcompError
+from streamcomp.forms.install import FACTORED
 from streamcomp.forms.runtime import FLOATS, FORMAT_VERSION, FactoredLinear
 from streamcomp.job.progress import JobProgress
 from streamcomp.job.publish import REPORT, read_report
@@ -243,21 +244,24 @@ def _check_model(out: Path, findings: _Findings) -> CheckpointIndex | None:
 
 
 def _check_indices(skeleton: Skeleton, findings: _Findings) -> None:
-    """Read pivots and labels, one linear's at a time."""
-    count, faults = 0, []
+    """Read pivots and labels, one module's at a time."""
+    linears, experts, faults = 0, 0, []
     with TensorReader() as reader:
         for name, module in skeleton.model.named_modules():
-            if not isinstance(module, FactoredLinear):
+            if not isinstance(module, FACTORED):
                 continue
-            count += 1
-            for leaf in module._buffers:
-                module._buffers[leaf] = reader.read(skeleton.source_of(f"{name}.{leaf}"))
+            is_linear = isinstance(module, FactoredLinear)
+            linears, experts = linears + is_linear, experts + (not is_linear)
+            for leaf in module.factors:
+                if leaf in module._buffers:
+                    module._buffers[leaf] = reader.read(skeleton.source_of(f"{name}.{leaf}"))
             try:
                 module.check_indices(name)
             except ValueError as error:
                 faults.append(str(error))
             module.to("meta")
-    findings.tell(faults, f"{count} factored linears: forms, ranks, shapes and indices are valid")
+    told = f"{linears} factored linears" + (f" and experts of {experts} blocks" if experts else "")
+    findings.tell(faults, f"{told}: forms, ranks, shapes and indices are valid")
 
 
 def _loading_faults(skeleton: Skeleton) -> list[str]:

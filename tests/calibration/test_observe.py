@@ -21,19 +21,19 @@ from tests.pico import ARCHITECTURES, pico_tokens
 
 def linear(name: str, rows: int, columns: int) -> LinearSite:
     source = TensorInfo(f"{name}.weight", "F32", (rows, columns), Path("x"), 0, 4 * rows * columns)
-    return LinearSite(name, f"block.{name}", source, rows, columns)
+    return LinearSite(name, f"block.{name}", rows, columns, source)
 
 
 def captured(
     folder: Path, side: str | None = None
-) -> list[tuple[MomentGroup, Tensor, Tensor, Tensor]]:
+) -> list[tuple[MomentGroup[LinearSite], Tensor, Tensor, Tensor]]:
     """Per moment of block 1: its group, its value, and the linear's inputs and outputs (T, ...).
 
     ``side`` overrules what is chosen by size.
     """
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)
-    linears = find_sites(skeleton, 1).eligible
+    linears = find_sites(skeleton, 1).linears
     block = skeleton.block(1)
     hidden, layer_inputs = skeleton.dry_capture(1, 8)
     shared = trace_block(block, linears, hidden, layer_inputs[1]).groups

@@ -17,7 +17,7 @@ from streamcomp.calibration.refine import TrainingData, refine_block
 from streamcomp.forms import find_form
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.linalg.low_rank import GRADIENT_DAMPING
-from streamcomp.model.sites import Site, find_sites
+from streamcomp.model.sites import LinearSite, find_sites
 from streamcomp.model.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import compress, factored_modules, stored_tensors, varied_text
 from tests.model.folders import CPU, open_skeleton
@@ -32,10 +32,10 @@ class Problem:
     """A block whose linears are factored, and what it is to be refined on."""
 
     loaded: LoadedBlock
-    factored: dict[Site, FactoredLinear]
+    factored: dict[LinearSite, FactoredLinear]
     data: TrainingData
 
-    def tensors(self) -> dict[Site, dict[str, Tensor]]:
+    def tensors(self) -> dict[LinearSite, dict[str, Tensor]]:
         """The factors that run in the block, by site and name, copied."""
         return {
             name: {
@@ -46,7 +46,7 @@ class Problem:
             for name, module in self.factored.items()
         }
 
-    def install(self, tensors: dict[Site, dict[str, Tensor]]) -> None:
+    def install(self, tensors: dict[LinearSite, dict[str, Tensor]]) -> None:
         for name, module in self.factored.items():
             held = module.tensors()
             for leaf, value in tensors[name].items():
@@ -100,7 +100,7 @@ def problem(
     rows = torch.randn(64, HIDDEN, generator=random) * torch.logspace(0, -2, HIDDEN)
     with streamer.block(1) as loaded:
         target = loaded.run(dense, layer_inputs[1])
-        sites = find_sites(skeleton, 1).eligible
+        sites = find_sites(skeleton, 1).linears
         modules = {site: install(loaded, site, form) for site in sites}
         if reachable:
             target = loaded.run(compressed, layer_inputs[1])
@@ -114,7 +114,7 @@ def problem(
         yield Problem(loaded, modules, data)
 
 
-def install(loaded: LoadedBlock, site: Site, form: str) -> FactoredLinear:
+def install(loaded: LoadedBlock, site: LinearSite, form: str) -> FactoredLinear:
     """The truncated SVD of half the rank instead of the weight."""
     weight, rank = site.weight(loaded), min(site.rows, site.columns) // 2
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -131,7 +131,9 @@ def refine(given: Problem, steps: int, **settings: Any) -> Any:
     return refine_block(given.loaded, sites, given.data, steps, form=form, **settings)
 
 
-def same(one: dict[Site, dict[str, Tensor]], other: dict[Site, dict[str, Tensor]]) -> bool:
+def same(
+    one: dict[LinearSite, dict[str, Tensor]], other: dict[LinearSite, dict[str, Tensor]]
+) -> bool:
     assert one.keys() == other.keys()
     return all(
         one[name].keys() == other[name].keys()

@@ -16,7 +16,7 @@ from streamcomp.calibration.refit import Refit
 from streamcomp.forms import find_form
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.linalg.fitting import refit_left
-from streamcomp.model.sites import Site, find_sites
+from streamcomp.model.sites import LinearSite, find_sites
 from streamcomp.model.streamer import BlockStreamer, LoadedBlock
 from tests.jobs import (
     SMALL,
@@ -139,7 +139,9 @@ def lost(wanted: Tensor, low: Tensor, left: Tensor, ridge: float = 0.0) -> float
 @contextmanager
 def compressed_block(
     folder: Path, form: str
-) -> Iterator[tuple[LoadedBlock, dict[Site, FactoredLinear], list[tuple[Tensor, Tensor, Any]]]]:
+) -> Iterator[
+    tuple[LoadedBlock, dict[LinearSite, FactoredLinear], list[tuple[Tensor, Tensor, Any]]]
+]:
     """Block 1 with half of its linears' ranks, and micro-batches of both streams."""
     skeleton = open_skeleton(folder)
     streamer = BlockStreamer(skeleton, CPU)
@@ -150,12 +152,12 @@ def compressed_block(
         noise = torch.randn(hidden.shape, dtype=hidden.dtype, generator=random)
         batches.append((hidden, hidden + 0.3 * hidden.std() * noise, layer_inputs[1]))
     with streamer.block(1) as loaded:
-        sites = find_sites(skeleton, 1).eligible
+        sites = find_sites(skeleton, 1).linears
         modules = {site: install(loaded, site, form) for site in sites}
         yield loaded, modules, batches
 
 
-def install(loaded: LoadedBlock, site: Site, form: str) -> FactoredLinear:
+def install(loaded: LoadedBlock, site: LinearSite, form: str) -> FactoredLinear:
     """The truncated SVD of half the rank instead of the weight."""
     weight, rank = site.weight(loaded), min(site.rows, site.columns) // 2
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)

@@ -66,6 +66,44 @@ def test_a_tensor_read_is_the_one_safetensors_loads(
     assert raw(tensor) == raw(expected)
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 7), (2, 5), (6, 7), (3, 3)])
+@pytest.mark.parametrize("name", [*DTYPES, "vector"])
+def test_a_part_holds_the_rows_of_the_whole(
+    name: str, first: int, last: int, index: CheckpointIndex, reader: TensorReader
+) -> None:
+    info = index.tensors[name]
+    expected = raw(reader.read(info)[first:last])
+
+    part = info.part(first, last)
+
+    assert part.shape == (last - first, *info.shape[1:])
+    assert part.nbytes == len(expected)
+    assert raw(reader.read(part)) == expected
+    assert b"".join(map(bytes, reader.chunks(part))) == expected
+
+
+def test_a_part_of_a_part_counts_from_its_first_row(
+    index: CheckpointIndex, reader: TensorReader
+) -> None:
+    info = index.tensors["F32"]
+
+    assert info.part(2, 6).part(1, 3) == info.part(3, 5)
+
+
+def test_each_part_has_a_digest_of_its_own(index: CheckpointIndex, reader: TensorReader) -> None:
+    info = index.tensors["F32"]
+    for tensor in (info, info.part(0, 2), info.part(2, 7)):
+        reader.read(tensor)
+
+    assert sorted(reader.digests) == ["F32", "F32[0:2]", "F32[2:7]"]
+
+
+@pytest.mark.parametrize(("first", "last"), [(-1, 2), (3, 2), (0, 8)])
+def test_a_part_has_rows_of_its_tensor(first: int, last: int, index: CheckpointIndex) -> None:
+    with pytest.raises(ValueError, match=r"of F32, which has 7"):
+        index.tensors["F32"].part(first, last)
+
+
 @pytest.mark.parametrize("name", ["F32", "BF16", "F16", "I64", "U8"])
 @pytest.mark.parametrize("rows", [[0], [6, 0, 3, 3], list(range(7)), []])
 def test_rows_read_are_the_rows_of_the_whole(

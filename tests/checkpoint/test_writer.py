@@ -45,7 +45,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_safetensors_loads_what_was_written(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "COPY_BYTES", chunk)
+    monkeypatch.setattr(reader, "COPY_BYTES", chunk)
     monkeypatch.setattr(writer, "DIRTY_BYTES", 16)
 
     write_shard(tmp_path / "a.safetensors", [Entry(*item) for item in mixed().items()])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Generator
 
-from streamcomp.forms.runtime import AXES, check_stored, install_factored, modules_of
+from streamcomp.forms.install import check_stored, install_factored, modules_of
+from streamcomp.forms.runtime import AXES
 from tests.forms.test_runtime import FORMS, filled, filled_shared, shared_spec, spec
 from tests.pico import make_pico
 

@@ -9,15 +9,14 @@ import torch
 from torch import Generator, nn
 from torch.profiler import ProfilerActivity, profile
 
+from streamcomp.forms.install import NameMap, install_factored
 from streamcomp.forms.runtime import (
     AXES,
     MODULES,
     FactoredLinear,
-    NameMap,
     PivotLinear,
     SharedLinear,
     factored,
-    install_factored,
 )
 from tests.model.folders import open_skeleton
 from tests.pico import make_pico

@@ -326,7 +326,7 @@ def test_refining_counts_a_block_that_is_cast_beside_what_was_read(
     made = planned(pico("llama", dtype=getattr(torch, dtype)), refine=4)
 
     block = made.outline.blocks[0]
-    ranks = dict.fromkeys(block.targets, 1)
+    ranks = dict.fromkeys(block.sites.linears, 1)
     for phase in refining(made.outline, block, ranks, ranks, 0):
         assert phase.parts["weights"] == times * block.weight_bytes
 

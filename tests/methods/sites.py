@@ -15,3 +15,4 @@ class Place:
     columns: int
     dtype: torch.dtype = torch.float32
     disk_name: str = "linear"
+    rank_step: int = 1

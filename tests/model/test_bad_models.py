@@ -207,8 +207,8 @@ def test_a_model_that_cannot_be_compressed_is_refused_with_the_reason(
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "fp8", "weight_block_size": [128, 128]},
-        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         {"quant_method": "gptq", "bits": 4, "group_size": 128},
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
     ],

@@ -42,23 +42,62 @@ def test_the_linears_of_each_architecture_are_found(
     for number in range(len(skeleton)):
         linears = find_sites(skeleton, number)
 
-        assert {linear.name for linear in linears.eligible} == EXPECTED[architecture]
+        assert {linear.name for linear in linears.linears} == EXPECTED[architecture]
         assert bool(linears.left) == (architecture == "mixtral")
-        for linear in linears.eligible:
+        for linear in linears.linears:
             assert linear.full_name == f"{skeleton.block_name(number)}.{linear.name}"
             assert linear.source is skeleton.index.tensors[f"{linear.disk_name}.weight"]
             assert linear.source.shape == (linear.rows, linear.columns)
             assert linear.numel == linear.source.numel
 
 
-def test_a_mixtures_router_and_experts_are_left_with_the_reason(
-    pico: Callable[..., Path],
-) -> None:
+def test_a_mixtures_router_is_left_with_the_reason(pico: Callable[..., Path]) -> None:
     left = find_sites(open_skeleton(pico("mixtral")), 1).left
 
-    assert left.keys() == {"model.layers.1.mlp.gate", "model.layers.1.mlp.experts"}
-    assert left["model.layers.1.mlp.experts"] == "a MixtralExperts, no linear"
+    assert set(left) == {"model.layers.1.mlp.gate"}
     assert "Router" in left["model.layers.1.mlp.gate"]
+
+
+def test_each_matrix_of_each_expert_is_a_site(pico: Callable[..., Path]) -> None:
+    sites = find_sites(open_skeleton(pico("mixtral")), 1)
+
+    assert sites.bank is not None
+    assert [site.name for site in sites.experts] == [
+        f"mlp.experts.{expert}.{leaf}"
+        for expert in range(4)
+        for leaf in ("gate_up_proj", "down_proj")
+    ]
+    assert {(site.leaf, site.rows, site.columns) for site in sites.experts} == {
+        ("gate_up_proj", 96, 32),
+        ("down_proj", 32, 48),
+    }
+    assert sites.experts[-1].disk_name == "model.layers.1.block_sparse_moe.experts.3.down_proj"
+    assert sites.experts[0].tokens(9) == 5  # two of four experts for each token
+
+
+def test_experts_are_included_and_excluded_by_name(pico: Callable[..., Path]) -> None:
+    sites = find_sites(
+        open_skeleton(pico("mixtral")), 0, include=r"experts\.[02]", exclude="gate_up"
+    )
+
+    assert [site.name for site in sites.experts] == [
+        "mlp.experts.0.down_proj",
+        "mlp.experts.2.down_proj",
+    ]
+    assert "model.layers.0.mlp.experts" not in sites.left
+
+
+def test_experts_that_compute_something_else_are_left(
+    pico: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = open_skeleton(pico("mixtral"))
+    kind = type(skeleton.block(0).get_submodule("mlp.experts"))
+    monkeypatch.setattr(kind, "_apply_gate", lambda self, rows: rows[..., ::2])
+
+    sites = find_sites(skeleton, 0)
+
+    assert sites.bank is None and not sites.experts
+    assert sites.left["model.layers.0.mlp.experts"].startswith("a MixtralExperts, whose experts")
 
 
 def test_a_router_that_is_a_plain_linear_is_left_too(pico: Callable[..., Path]) -> None:
@@ -126,4 +165,4 @@ def test_expert_names_on_disk_are_those_of_the_shards(pico: Callable[..., Path])
     names = {info.name for info in skeleton.block_tensors(0)}
 
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in names
-    assert {f"{linear.disk_name}.weight" for linear in find_sites(skeleton, 0).eligible} < names
+    assert {f"{linear.disk_name}.weight" for linear in find_sites(skeleton, 0).linears} < names

@@ -201,7 +201,7 @@ def test_a_weight_may_be_dropped_before_its_block_and_is_there_again_in_the_next
     skeleton = open_skeleton(pico("llama"))
     streamer = BlockStreamer(skeleton, CPU)
     hidden, layer_inputs = streamer.capture(pico_tokens())
-    sites = {site.leaf: site for site in find_sites(skeleton, 0).eligible}
+    sites = {site.leaf: site for site in find_sites(skeleton, 0).linears}
 
     with streamer.block(0) as block:
         dense = block.run(hidden, layer_inputs[0])

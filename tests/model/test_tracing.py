@@ -18,7 +18,7 @@ def trace(folder: Path, batch: int, seq_len: int = 32) -> BlockTrace:
     skeleton = open_skeleton(folder)
     block = skeleton.block(0)
     hidden, layer_inputs = skeleton.dry_capture(batch, seq_len)
-    return trace_block(block, find_sites(skeleton, 0).eligible, hidden, layer_inputs[0])
+    return trace_block(block, find_sites(skeleton, 0).linears, hidden, layer_inputs[0])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_every_linear_is_in_one_group(architecture: str, pico: Callable[..., Pat
 
     names = [name for group in trace(pico(architecture), 1).groups for name in group]
 
-    assert sorted(names) == sorted(linear.name for linear in find_sites(skeleton, 0).eligible)
+    assert sorted(names) == sorted(linear.name for linear in find_sites(skeleton, 0).linears)
 
 
 def test_bytes_alive_are_at_least_those_no_run_can_do_without(pico: Callable[..., Path]) -> None:
@@ -95,7 +95,7 @@ def test_bytes_alive_are_at_least_those_no_run_can_do_without(pico: Callable[...
 
 def test_operations_are_at_least_those_of_the_linears(pico: Callable[..., Path]) -> None:
     skeleton = open_skeleton(pico("llama"))
-    numbers = sum(linear.numel for linear in find_sites(skeleton, 0).eligible)
+    numbers = sum(linear.numel for linear in find_sites(skeleton, 0).linears)
 
     assert 2 * 64 * numbers <= trace(pico("llama"), 2).flops < 4 * 64 * numbers
 
@@ -122,7 +122,7 @@ def test_tracing_touches_no_weight_and_leaves_no_hook(pico: Callable[..., Path])
     block = skeleton.block(0)
     hidden, layer_inputs = skeleton.dry_capture(1, 8)
 
-    trace_block(block, find_sites(skeleton, 0).eligible, hidden, layer_inputs[0])
+    trace_block(block, find_sites(skeleton, 0).linears, hidden, layer_inputs[0])
 
     assert all(value.is_meta for value in block.parameters())
     assert not any(module._forward_pre_hooks for module in block.modules())

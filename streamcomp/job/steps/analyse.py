@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from streamcomp.calibration.observe import (
@@ -18,9 +19,16 @@ from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.rows import AnalysisRow, StepResult
 from streamcomp.job.steps.base import Phase, Step, loading
+from streamcomp.job.steps.experts import (
+    decompose_experts,
+    decomposing_experts,
+    route,
+    routing,
+    scratch,
+)
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.methods import GradientMoment, Moment
-from streamcomp.model.sites import Site
+from streamcomp.model.sites import LinearSite
 from streamcomp.model.streamer import LoadedBlock
 
 __all__ = [
@@ -51,23 +59,36 @@ class Analyse(Step):
         return cls(f"analyse {block}", block, -1, (DenseStates(block),), (*below, *kept_here))
 
     def phases(self, outline: Outline, levers: Levers) -> Iterator[Phase]:
-        block = outline.blocks[self.block].chunked(levers)
-        for groups in block.passes(levers):
+        block, dtype = outline.blocks[self.block].chunked(levers), outline.stream.dtype
+        for turn, groups in enumerate(block.passes(levers)):
             yield loading(outline, self.block)
+            if turn == 0:
+                yield from routing(outline, block, levers.batch, dtype)
+                yield from decomposing_experts(outline, block, dtype)
             yield observing(outline, block, levers.batch, groups)
             yield from decomposing(outline, block, groups)
 
+    def scratch_bytes(self, outline: Outline) -> int:
+        return scratch(outline, self.block)
+
     def run(self, work: Workspace, stage: Stage) -> StepResult:
         source, target = DenseStates(self.block), DenseStates(self.block + 1)
-        rows = Analysed()
+        rows, digest, routed = Analysed(), "", None
         block = work.block_plan(self.block)
-        for turn, groups in enumerate(block.passes(work.levers)):
-            with work.block(stage, self.block) as loaded:
-                with Observer(loaded, groups, work.device) as observer:
-                    keeps = turn == 0 and target in self.writes
-                    work.propagate(stage, "observing", loaded, source, target if keeps else None)
-                decompose(work, stage, loaded, observer, groups, rows, self.writes)
-        return rows.result(self.block, loaded.digest)
+        with ExitStack() as stack:
+            for turn, groups in enumerate(block.passes(work.levers)):
+                with work.block(stage, self.block) as loaded:
+                    if turn == 0:
+                        dtype = work.skeleton.dtype
+                        routed = stack.enter_context(route(work, stage, loaded, source, dtype))
+                        digest = loaded.digest
+                    if turn == 0 and routed is not None:
+                        rows.rows += decompose_experts(work, stage, loaded, routed)
+                    with Observer(loaded, groups, work.device) as observer:
+                        keeps = target if turn == 0 and target in self.writes else None
+                        work.propagate(stage, "observing", loaded, source, keeps, routed)
+                    decompose(work, stage, loaded, observer, groups, rows, self.writes)
+        return rows.result(self.block, digest)
 
 
 @dataclass
@@ -114,7 +135,12 @@ def decomposing(outline: Outline, block: BlockPlan, groups: Pass) -> Iterator[Ph
 
 
 def decomposing_one(
-    outline: Outline, block: BlockPlan, group: MomentGroup, site: Site, moments: int, dropped: int
+    outline: Outline,
+    block: BlockPlan,
+    group: MomentGroup[LinearSite],
+    site: LinearSite,
+    moments: int,
+    dropped: int,
 ) -> Phase:
     """One decomposition; ``moments`` bytes of them are there, ``dropped`` bytes of weights not."""
     working = outline.method.working_bytes(
@@ -163,7 +189,7 @@ def decompose(
                 analysed.unreached.append(site.disk_name)
                 site.free(loaded)
             continue
-        gradients: dict[Site, GradientMoment] = {}
+        gradients: dict[LinearSite, GradientMoment] = {}
         for site in group.sites:
             if group.gradients:
                 gradients[site] = observer.take_gradient(site)
@@ -180,7 +206,7 @@ def decompose_one(
     work: Workspace,
     stage: Stage,
     loaded: LoadedBlock,
-    site: Site,
+    site: LinearSite,
     moment: Moment,
     analysed: Analysed,
 ) -> float:

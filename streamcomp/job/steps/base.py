@@ -87,6 +87,10 @@ class Step(ABC):
         """Size of that shard."""
         return 0
 
+    def scratch_bytes(self, outline: Outline) -> int:
+        """Size of the nameless files that it has in the work folder while it runs."""
+        return 0
+
     def written_bytes(self, outline: Outline) -> int:
         return sum(file.nbytes(outline) for file in self.writes) + self.shard_bytes(outline)
 

@@ -28,18 +28,18 @@ from streamcomp.job.steps.base import Phase
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.linalg.dtypes import gradient_dtype
 from streamcomp.methods import Factors
-from streamcomp.model.sites import Site
+from streamcomp.model.sites import LinearSite
 from streamcomp.model.streamer import LoadedBlock
 
 __all__ = ["Factored", "refine", "refining", "update", "updating"]
 
 _WINDOWS_PER_STEP = 1  # of training
 
-Factored = dict[Site, Factors]
+Factored = dict[LinearSite, Factors]
 
 
 def updating(
-    outline: Outline, block: BlockPlan, batch: int, ranks: Mapping[Site, int], factors: int
+    outline: Outline, block: BlockPlan, batch: int, ranks: Mapping[LinearSite, int], factors: int
 ) -> Phase:
     """Both blocks over ``batch`` windows, the outputs of all sites, and the sums of the fits."""
     sums, outputs = refit_bytes(ranks, block.stream.dtype, batch * block.stream.seq_len)
@@ -55,8 +55,8 @@ def updating(
 def refining(
     outline: Outline,
     block: BlockPlan,
-    most: Mapping[Site, int],
-    ranks: Mapping[Site, int],
+    most: Mapping[LinearSite, int],
+    ranks: Mapping[LinearSite, int],
     factors: int,
 ) -> Iterator[Phase]:
     """Training both factors of each site, and bringing them back to their form.

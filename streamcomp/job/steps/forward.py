@@ -10,6 +10,7 @@ from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.rows import StepResult
 from streamcomp.job.steps.base import Phase, Step, loading, running
+from streamcomp.job.steps.experts import route, routing, scratch
 from streamcomp.job.workspace import Stage, Workspace
 
 __all__ = ["Forward"]
@@ -28,10 +29,17 @@ class Forward(Step):
     def phases(self, outline: Outline, levers: Levers) -> Iterator[Phase]:
         yield loading(outline, self.block)
         block = outline.blocks[self.block].chunked(levers)
+        yield from routing(outline, block, levers.batch, outline.stream.dtype)
         yield running("forward", outline, block, levers.batch)
+
+    def scratch_bytes(self, outline: Outline) -> int:
+        return scratch(outline, self.block)
 
     def run(self, work: Workspace, stage: Stage) -> StepResult:
         source, target = DenseStates(self.block), DenseStates(self.block + 1)
-        with work.block(stage, self.block) as loaded:
-            work.propagate(stage, "forward", loaded, source, target)
+        with (
+            work.block(stage, self.block) as loaded,
+            route(work, stage, loaded, source, work.skeleton.dtype) as routed,
+        ):
+            work.propagate(stage, "forward", loaded, source, target, routed)
             return StepResult(block=self.block, digest=loaded.digest)

@@ -29,7 +29,7 @@ _SPECTRUM_BYTES = 12 * 8  # of a direction, with its place on the hulls
 class ShareRanks(Step):
     """Ranks of every output, from the spectra of the whole model where allocation asks for them.
 
-    Holds all spectra, 8 bytes for each direction of each site, and their hulls.
+    Holds what each site loses at each of its ranks, and the hulls of these.
     """
 
     label: ClassVar[str] = "ranks"
@@ -43,7 +43,7 @@ class ShareRanks(Step):
         return True
 
     def phases(self, outline: Outline, levers: Levers) -> Iterator[Phase]:
-        numbers = sum(min(site.rows, site.columns) for site in outline.chosen)
+        numbers = sum(min(s.rows, s.columns) // s.rank_step for s in outline.chosen)
         yield Phase("sharing", {"spectra": _SPECTRUM_BYTES * numbers}, _SECONDS)
 
     def run(self, work: Workspace, stage: Stage) -> StepResult:
@@ -56,14 +56,17 @@ class ShareRanks(Step):
             [site for site in sites if site.disk_name not in unreached]
             for sites in (outline.eligible, outline.chosen)
         )
-        spectra = [
-            kept.read_spectrum(work.ledger, block.number, site)
-            for block in outline.blocks
-            for site in block.targets
-            if site.disk_name not in unreached
-        ]
+        places = [(block.number, site) for block in outline.blocks for site in block.targets]
+        reached = [place for place in places if place[1].disk_name not in unreached]
         ranks = tuple(
-            allocate(recipe, output.asked, eligible, chosen, spectra) for output in outline.outputs
+            allocate(
+                recipe,
+                output.asked,
+                eligible,
+                chosen,
+                (kept.read_spectrum(work.ledger, *place) for place in reached),
+            )
+            for output in outline.outputs
         )
         notes = () if work.method.losses_compare else (_ONE_SIDED,)
         return StepResult(ranks=ranks, notes=notes)

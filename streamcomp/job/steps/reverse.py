@@ -8,9 +8,11 @@ and the gradient of its input goes to a file for the block below.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from streamcomp.calibration.observe import Observer, observing_bytes
+from streamcomp.calibration.routing import Routing
 from streamcomp.job import kept
 from streamcomp.job.block_plan import BlockPlan, Pass
 from streamcomp.job.files import DenseStates, Gradients, StepFile
@@ -25,6 +27,15 @@ from streamcomp.job.steps.analyse import (
     moment_seconds,
 )
 from streamcomp.job.steps.base import Phase, Step, loading, running
+from streamcomp.job.steps.experts import (
+    decompose_experts,
+    decomposing_experts,
+    descend,
+    descending,
+    route,
+    routing,
+    scratch,
+)
 from streamcomp.job.workspace import Stage, Workspace, check_finite
 from streamcomp.linalg.dtypes import gradient_dtype, moment_dtype
 from streamcomp.linalg.moments import SecondMoment
@@ -68,32 +79,70 @@ class Reverse(Step):
         for number in self._again:
             yield loading(outline, number)
             block = outline.blocks[number].chunked(levers)
+            yield from routing(outline, block, levers.batch, outline.stream.dtype)
             yield running("forward", outline, block, levers.batch)
-        block = outline.blocks[self.block].chunked(levers)
+        block, dtype = (
+            outline.blocks[self.block].chunked(levers),
+            gradient_dtype(outline.stream.dtype),
+        )
         for turn, groups in enumerate(block.passes(levers)):
             yield loading(outline, self.block)
+            if turn == 0:
+                yield from routing(outline, block, levers.batch, dtype)
+                yield from descending(outline, block, levers, dtype)
+                yield from decomposing_experts(outline, block, dtype)
             outgoing = block.output_gradient_bytes if turn == 0 else 0
             yield _reversing(outline, block, levers, groups, outgoing)
             yield from decomposing(outline, block, groups)
 
+    def scratch_bytes(self, outline: Outline) -> int:
+        return scratch(outline, self.block, gradients=True)
+
     def run(self, work: Workspace, stage: Stage) -> StepResult:
         for number in self._again:
-            with work.block(stage, number) as loaded:
-                source, target = DenseStates(number), DenseStates(number + 1)
-                work.propagate(stage, "forward", loaded, source, target)
+            source, target = DenseStates(number), DenseStates(number + 1)
+            with (
+                work.block(stage, number) as loaded,
+                route(work, stage, loaded, source, work.skeleton.dtype) as routed,
+            ):
+                work.propagate(stage, "forward", loaded, source, target, routed)
         below: Gradients | None = Gradients(self.block)
         if below not in self.writes:
             below = None
-        analysed = Analysed()
+        analysed, digest, routed = Analysed(), "", None
         block = work.block_plan(self.block)
-        for turn, groups in enumerate(block.passes(work.levers)):
-            with work.block(stage, self.block) as loaded:
-                first = turn == 0
-                observer = _differentiate(
-                    work, stage, loaded, groups, below if first else None, outgoing=first
-                )
-                decompose(work, stage, loaded, observer, groups, analysed, self.writes)
-        return analysed.result(self.block, loaded.digest)
+        with ExitStack() as stack:
+            for turn, groups in enumerate(block.passes(work.levers)):
+                with work.block(stage, self.block) as loaded:
+                    first = turn == 0
+                    if first:
+                        routed = stack.enter_context(_descended(work, stage, loaded, analysed))
+                        digest = loaded.digest
+                    observer = _differentiate(
+                        work,
+                        stage,
+                        loaded,
+                        groups,
+                        below if first else None,
+                        routed,
+                        outgoing=first,
+                    )
+                    decompose(work, stage, loaded, observer, groups, analysed, self.writes)
+        return analysed.result(self.block, digest)
+
+
+@contextmanager
+def _descended(
+    work: Workspace, stage: Stage, loaded: LoadedBlock, analysed: Analysed
+) -> Iterator[Routing | None]:
+    """The experts of a block run forward and back, and decomposed; None where it has none apart."""
+    source, above = DenseStates(loaded.number), Gradients(loaded.number + 1)
+    dtype = gradient_dtype(work.skeleton.dtype)
+    with route(work, stage, loaded, source, dtype) as routed:
+        if routed is not None:
+            descend(work, stage, loaded, routed, (source, above), dtype)
+            analysed.rows += decompose_experts(work, stage, loaded, routed)
+        yield routed
 
 
 def _reversing(
@@ -125,12 +174,14 @@ def _differentiate(
     loaded: LoadedBlock,
     groups: Pass,
     below: Gradients | None,
+    routed: Routing | None,
     *,
     outgoing: bool,
 ) -> Observer:
     """All windows forward and back through the block; ``below`` keeps its inputs' gradient.
 
-    With ``outgoing`` the moment of its output's gradient goes to the work folder too.
+    With ``outgoing`` the moment of its output's gradient goes to the work folder too; with
+    ``routed`` its experts are not run.
     """
     number, batch = loaded.number, work.levers.reverse_batch
     dtype = gradient_dtype(work.skeleton.dtype)
@@ -150,7 +201,8 @@ def _differentiate(
             if outputs is not None:
                 outputs.update(gradient)
             inputs = work.inputs(number, stop - start, dtype)
-            gradient = loaded.differentiate(hidden, inputs, gradient)
+            with routed.replayed(loaded, start, len(hidden)) if routed else nullcontext():
+                gradient = loaded.differentiate(hidden, inputs, gradient)
             check_finite(gradient, f"the gradient of {loaded.name}")
             write(start, gradient)
     if outputs is not None:

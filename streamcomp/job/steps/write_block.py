@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from streamcomp.calibration.observe import Observer
+from streamcomp.calibration.routing import Routing
 from streamcomp.checkpoint.reader import COPY_BYTES
 from streamcomp.checkpoint.writer import Entry
 from streamcomp.forms import Allowance
@@ -18,11 +20,19 @@ from streamcomp.job.outputs import block_saving
 from streamcomp.job.rows import LinearRow, Refined, StepResult
 from streamcomp.job.steps.analyse import decomposing_one, observing
 from streamcomp.job.steps.base import Phase, Step, loading, running
+from streamcomp.job.steps.experts import (
+    StoredExperts,
+    factorize_experts,
+    factorizing_experts,
+    route,
+    routing,
+    scratch,
+)
 from streamcomp.job.steps.follow import Factored, refine, refining, update, updating
 from streamcomp.job.workspace import Stage, Workspace
 from streamcomp.linalg.dtypes import moment_dtype, solve_dtype
 from streamcomp.methods import Factors, Moment
-from streamcomp.model.sites import Site
+from streamcomp.model.sites import LinearSite
 from streamcomp.model.streamer import LoadedBlock
 from streamcomp.recipe import Recipe
 
@@ -68,6 +78,10 @@ class WriteBlock(Step):
         saved = sum(block_saving(outline.form, m, output.allowances) for m in block.sites.eligible)
         return block.read_bytes + saved
 
+    def scratch_bytes(self, outline: Outline) -> int:
+        factors = self.shard_bytes(outline) if outline.blocks[self.block].experts else 0
+        return factors + (scratch(outline, self.block) if self._observes else 0)
+
     @property
     def _dense_target(self) -> States | None:
         """File of the dense block's output."""
@@ -86,8 +100,10 @@ class WriteBlock(Step):
         recipe, factors = outline.recipe, 0
         block = outline.blocks[self.block].chunked(levers)
         most = outline.ranks(self.block, self.output, most=True)
-        for groups in self._passes(outline, levers):
+        for turn, groups in enumerate(self._passes(outline, levers)):
             yield loading(outline, self.block, factors)
+            if turn == 0:
+                yield from self._experts_first(outline, block, levers)
             yield from self._factorizing(outline, block, levers, groups, factors)
             factors += _factor_bytes(outline, groups, most)
         if recipe.follows and self._dense_target:
@@ -102,6 +118,17 @@ class WriteBlock(Step):
         seconds = self.shard_bytes(outline) / outline.rates.disk_bytes
         yield Phase("writing", {"factors": factors, "buffers": COPY_BYTES}, seconds)
 
+    def _experts_first(self, outline: Outline, block: BlockPlan, levers: Levers) -> Iterator[Phase]:
+        if self._observes:
+            yield from routing(outline, block, levers.batch, outline.stream.dtype)
+        if block.experts:
+            yield from factorizing_experts(outline, block, from_analysis=self.from_analysis)
+
+    @property
+    def _observes(self) -> bool:
+        """Whether it runs windows through the dense block for their moments."""
+        return not self.from_analysis and bool(self.reads)
+
     def _passes(self, outline: Outline, levers: Levers) -> list[Pass]:
         block = outline.blocks[self.block]
         if outline.recipe.compressed_stream:
@@ -113,7 +140,7 @@ class WriteBlock(Step):
     ) -> Iterator[Phase]:
         """One pass, next to the ``factors`` bytes of the passes before it."""
         recipe = outline.recipe
-        observes = not self.from_analysis and bool(self.reads)
+        observes = self._observes
         moments = block.moment_bytes(groups) if observes else 0
         if observes:
             yield observing(outline, block, levers.batch, groups, factors)
@@ -132,7 +159,13 @@ class WriteBlock(Step):
             moments -= block.moment_bytes([group]) if observes else 0
 
     def _encoding(
-        self, outline: Outline, block: BlockPlan, site: Site, moments: int, factors: int, freed: int
+        self,
+        outline: Outline,
+        block: BlockPlan,
+        site: LinearSite,
+        moments: int,
+        factors: int,
+        freed: int,
     ) -> Phase:
         """Factors of one site, from a decomposition as it was kept, or just made.
 
@@ -156,17 +189,22 @@ class WriteBlock(Step):
 
     def run(self, work: Workspace, stage: Stage) -> StepResult:
         factored: Factored = {}
-        refined = None
-        for groups in self._passes(work.outline, work.levers):
-            with work.block(stage, self.block) as loaded:
-                self._factorize(work, stage, loaded, groups, factored)
-                if work.recipe.compressed_stream:
-                    factored, refined = self._follow(work, stage, loaded, factored)
-        stage("writing")
-        work.write_shard(self.output, self.block, self._entries(work, factored))
+        refined, digest, routed = None, "", None
+        with ExitStack() as stack:
+            for turn, groups in enumerate(self._passes(work.outline, work.levers)):
+                with work.block(stage, self.block) as loaded:
+                    if turn == 0:
+                        routed, experts = self._experts(work, stage, loaded, stack)
+                        digest = loaded.digest
+                    self._factorize(work, stage, loaded, groups, factored, routed)
+                    if work.recipe.compressed_stream:
+                        factored, refined = self._follow(work, stage, loaded, factored)
+            stage("writing")
+            work.write_shard(self.output, self.block, self._entries(work, factored, experts))
         rows = tuple(
             LinearRow(**vars(factors.figures), spec=factors.spec) for factors in factored.values()
         )
+        rows += tuple(experts.rows) if experts else ()
         loss = sum(row.relative_loss for row in rows) / max(1, len(rows))
         detail = f"loss {loss:.2%}" if rows else ""
         if refined:
@@ -174,23 +212,45 @@ class WriteBlock(Step):
         return StepResult(
             block=self.block,
             output=self.output,
-            digest=loaded.digest,
+            digest=digest,
             linears=rows,
+            experts=experts.row if experts else None,
             unreached=self._unreached(work, factored),
             detail=detail,
             notes=tuple(f"{row.name}: {row.fallback}" for row in rows if row.fallback),
             refined=refined,
         )
 
+    def _experts(
+        self, work: Workspace, stage: Stage, loaded: LoadedBlock, stack: ExitStack
+    ) -> tuple[Routing | None, StoredExperts | None]:
+        """What experts that are loaded apart give, where windows run, and their factors."""
+        routed = None
+        if self._observes:
+            source, dtype = DenseStates(self.block), work.skeleton.dtype
+            routed = stack.enter_context(route(work, stage, loaded, source, dtype))
+        stored = factorize_experts(
+            work, stage, loaded, self.output, routed, from_analysis=self.from_analysis
+        )
+        if stored is not None:
+            stack.callback(stored.close)
+        return routed, stored
+
     def _factorize(
-        self, work: Workspace, stage: Stage, loaded: LoadedBlock, groups: Pass, factored: Factored
+        self,
+        work: Workspace,
+        stage: Stage,
+        loaded: LoadedBlock,
+        groups: Pass,
+        factored: Factored,
+        routed: Routing | None,
     ) -> None:
         """Add the sites of ``groups`` that this output factors to those of earlier passes."""
         allowances = work.outline.outputs[self.output].allowances
         runs_again = work.recipe.compressed_stream
         observer = None
         if not self.from_analysis:
-            observer = self._observe(work, stage, loaded, groups, first=not factored)
+            observer = self._observe(work, stage, loaded, groups, routed, first=not factored)
         for site in () if runs_again else work.block_plan(self.block).others(groups):
             site.free(loaded)
         spare = sum(
@@ -223,7 +283,7 @@ class WriteBlock(Step):
         self,
         work: Workspace,
         loaded: LoadedBlock,
-        site: Site,
+        site: LinearSite,
         moment: Moment | None,
         allowance: Allowance,
     ) -> Factors:
@@ -235,7 +295,14 @@ class WriteBlock(Step):
         return work.method.factors(site, weight, analysis, allowance, work.recipe)
 
     def _observe(
-        self, work: Workspace, stage: Stage, loaded: LoadedBlock, groups: Pass, *, first: bool
+        self,
+        work: Workspace,
+        stage: Stage,
+        loaded: LoadedBlock,
+        groups: Pass,
+        routed: Routing | None,
+        *,
+        first: bool,
     ) -> Observer | None:
         """Run the stream whose statistics the recipe wants; None where it wants none.
 
@@ -249,7 +316,7 @@ class WriteBlock(Step):
             source = compressed_states(self.block, self.output)
         with Observer(loaded, groups, work.device) as observer:
             if groups or target:
-                work.propagate(stage, "observing", loaded, source, target)
+                work.propagate(stage, "observing", loaded, source, target, routed)
         return observer
 
     def _follow(
@@ -275,7 +342,9 @@ class WriteBlock(Step):
             work.propagate(stage, "propagating", loaded, source, self._compressed_target)
         return factored, refined
 
-    def _entries(self, work: Workspace, factored: Factored) -> list[Entry]:
+    def _entries(
+        self, work: Workspace, factored: Factored, experts: StoredExperts | None
+    ) -> list[Entry]:
         """Tensors of the shard: factors, and whatever they do not replace."""
         entries = [
             Entry(f"{site.disk_name}.{leaf}", tensor.cpu())
@@ -283,6 +352,9 @@ class WriteBlock(Step):
             for leaf, tensor in factors.tensors.items()
         ]
         names = {entry.name for entry in entries}
+        if experts is not None:
+            entries += experts.entries()
+            names |= experts.bank.names_on_disk
         rest = work.skeleton.block_tensors(self.block)
         return entries + [Entry(info.name, info) for info in rest if info.name not in names]
 
@@ -291,12 +363,13 @@ class WriteBlock(Step):
         allowances = work.outline.outputs[self.output].allowances
         return tuple(
             site.disk_name
-            for site in work.block_plan(self.block).targets
+            for group in work.block_plan(self.block).groups
+            for site in group.sites
             if allowances[site.full_name] is not None and site not in factored
         )
 
 
-def _factor_bytes(outline: Outline, groups: Pass, ranks: Mapping[Site, int]) -> int:
+def _factor_bytes(outline: Outline, groups: Pass, ranks: Mapping[LinearSite, int]) -> int:
     """Factors of the sites of ``groups``, while their block is at work."""
     form, dtype = outline.form, outline.stream.dtype
     return sum(
