@@ -58,7 +58,7 @@ def address_limit(threads: int) -> AddressLimit | None:
     least = mapped + _PLANNING_BYTES + _PLANNING_STACKS * stacks
     if limit < least:
         raise BudgetError(
-            f"{format_bytes(mapped)} of addresses are mapped, {threads} threads and a plan need "
+            f"{format_bytes(mapped)} of addresses are mapped, a plan (threads: {threads}) needs "
             f"{format_bytes(least - mapped)} more, ulimit -v allows {format_bytes(limit)}: for a "
             f"plan ulimit -v {-(-least // 2**20) * 2**10} fits",
             budget_bytes=addresses.budget,

@@ -142,15 +142,16 @@ def test_memory_that_the_system_refuses_is_one_line_and_keeps_what_is_done(
 def test_memory_that_is_refused_to_a_plan_or_to_model_code_is_one_line(
     refusal: Exception, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
-    for place in (
-        "streamcomp.job.run.make_plan",
-        "streamcomp.model.meta.check_counts",
-        "streamcomp.model.tracing._trace",
-        "streamcomp.model.tracing._faked",
-        "streamcomp.api.read_index",
-    ):
+    for place, architecture in {
+        "streamcomp.job.run.make_plan": "llama",
+        "streamcomp.model.meta.check_counts": "llama",
+        "streamcomp.model.tracing._trace": "llama",
+        "streamcomp.model.tracing._faked": "llama",
+        "streamcomp.api.read_index": "llama",
+        "streamcomp.forms.expert_trial._small_copy": "mixtral",
+    }.items():
         with mock.patch(place, side_effect=refusal):
-            done = run_compress(pico("llama"), tmp_path / "out", text)
+            done = run_compress(pico(architecture), tmp_path / "out", text)
         assert_refused(done, 5, "compressing needs more memory")
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_a_limit_leaves_a_budget_and_stacks(limits: dict[int, int]) -> None:
 
 
 def test_a_limit_that_is_called_enough_is(limits: dict[int, int]) -> None:
-    for budget in (200 * MiB + 1, 300 * MiB, 5 * GiB + 1):
+    for budget in (260 * MiB + 1, 300 * MiB, 5 * GiB + 1):
         before = address_limit(2)
         assert before is not None
         limits[resource.RLIMIT_AS] = before.enough(budget) * 1024
@@ -59,10 +60,12 @@ def test_a_limit_that_is_called_enough_is(limits: dict[int, int]) -> None:
 
 
 def test_a_limit_too_small_for_the_threads_of_a_plan_is_refused(limits: dict[int, int]) -> None:
-    limits[resource.RLIMIT_AS] = 900 * MiB
+    limits[resource.RLIMIT_AS] = 950 * MiB
 
     assert address_limit(1) is not None
-    with pytest.raises(BudgetError, match=r"800 MiB of addresses are mapped, 8 threads") as raised:
+    with pytest.raises(
+        BudgetError, match=r"800 MiB of addresses are mapped, a plan \(threads: 8\)"
+    ) as raised:
         address_limit(8)
 
     limits[resource.RLIMIT_AS] = int(str(raised.value).split()[-2]) * 1024
@@ -99,7 +102,7 @@ def test_without_a_limit_it_tells_what_is_free(
     limits: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits[resource.RLIMIT_AS] = resource.RLIM_INFINITY
-    monkeypatch.setattr(addresses.os, "sysconf", lambda name: 4096)
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096)
 
     assert "16.0 MiB are free; what is done is kept: end other programs" in refusal("embed")
 
