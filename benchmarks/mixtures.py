@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def main() -> None:
         for tokens in TOKENS:
             for row in ROWS:
                 name = f"{reach}, {tokens} tokens, {row.name}"
-                kept.of(name, lambda t=tokens, r=row, i=reach: _lost(options, dense, t, r, i))
+                kept.of(name, partial(_lost, options, dense, tokens, row, reach))
     table = _table(training, dense, kept.values)
     (options.out / "mixtures.md").write_text(table, "utf-8")
     print(table)
