@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py .cache/SmolLM2-135M --max-ram 700M --text valid.txt
     python benchmarks/memory.py Llama-2-7B Llama-3-8B Llama-3-70B --blocks 2 --samples 8
+    python benchmarks/memory.py Qwen3-30B-A3B gpt-oss-120b Mixtral-8x7B --blocks 1 --samples 4
 
 MODEL is a folder, or one of the shapes of ``shapes.py``, of which a checkpoint with ``--blocks``
 blocks of random weights is made first; shapes have a budget of their own where ``--max-ram`` gives
@@ -24,7 +25,7 @@ from typing import Any
 from cgroup import CgroupRun, CgroupUnavailable, run_limited
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, make_shape
+from shapes import make_shape
 
 from streamcomp.recipe import METHODS
 from streamcomp.units import format_bytes, format_seconds, parse_bytes
@@ -35,15 +36,21 @@ BUDGETS = {
     "Llama-3-8B": "2560M",
     "Llama-3-70B": "8G",
     "Llama-3.1-405B": "18G",
+    "Qwen3-30B-A3B": "2G",
+    "gpt-oss-120b": "4G",
+    "Qwen3-235B-A22B": "4G",
+    "Mixtral-8x7B": "4G",
+    "DeepSeek-V3": "8G",
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"a folder, or {list(SHAPES)}")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"a folder, or {list(BUDGETS)}")
     parser.add_argument("--text", type=Path, help="calibration; default: Python's reference")
     parser.add_argument("--max-ram", help="default: 1G, or the shape's own")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2], help="of a shape")
+    parser.add_argument("--experts", type=int, default=0, help="of a mixture; 0: its own")
     parser.add_argument("--samples", nargs="+", default=["64"])
     parser.add_argument("--seq-len", default="512")
     parser.add_argument("--form", default="pivot", choices=("pivot", "uv"))
@@ -57,7 +64,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="memory-", dir=options.work))
     try:
         for model in options.models:
-            for blocks in options.blocks if model in SHAPES else (0,):
+            for blocks in options.blocks if model in BUDGETS else (0,):
                 rows += _of_model(options, model, blocks, work)
     except CgroupUnavailable as error:
         print(f"skipped: {error}")
@@ -74,10 +81,11 @@ def _of_model(
     options: argparse.Namespace, model: str, blocks: int, work: Path
 ) -> list[dict[str, Any]]:
     """Every method on one checkpoint, which is made and deleted here where it is a shape."""
-    if model not in SHAPES:
+    if model not in BUDGETS:
         return _jobs(options, Path(model).name, Path(model), work)
     name = f"{model}, {blocks} blocks" if blocks > 1 else f"{model}, 1 block"
-    folder = make_shape(model, work / "model", blocks)
+    name += f", {options.experts} experts" if options.experts else ""
+    folder = make_shape(model, work / "model", blocks, experts=options.experts)
     try:
         return _jobs(options, name, folder, work, BUDGETS[model])
     finally:

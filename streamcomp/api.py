@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from streamcomp.calibration.corpus import check_text
-from streamcomp.checkpoint.hub import checkpoint_folder, headers_folder
+from streamcomp.checkpoint.fetched import streamed_index
+from streamcomp.checkpoint.hub import cached_index, headers_folder
 from streamcomp.checkpoint.index import CheckpointIndex, read_header, read_index
-from streamcomp.errors import JobLockedError, JobMismatchError, OutputError
+from streamcomp.errors import JobLockedError, JobMismatchError, OutputError, RecipeError
 from streamcomp.integrations.transformers import AUTO_MAP, PLUGIN, plugin_source
+from streamcomp.job.fetching import allow_shards
 from streamcomp.job.folders import WORK_FOLDER, output_folders
 from streamcomp.job.journal import Journal, check_fingerprint, fingerprint, locked, same_job
 from streamcomp.job.plan import Plan, make_plan
@@ -22,6 +24,7 @@ from streamcomp.job.publish import publish, quantization_config, read_report
 from streamcomp.job.rows import Report
 from streamcomp.job.run import Job, rows_of_output
 from streamcomp.job.workspace import remove_work
+from streamcomp.machine.addresses import within_memory
 from streamcomp.machine.session import check_system, machine, probe
 from streamcomp.methods import find_method
 from streamcomp.model.skeleton import Skeleton
@@ -29,7 +32,7 @@ from streamcomp.recipe import Recipe, Resources
 from streamcomp.report.card import model_card
 from streamcomp.report.html import html_report
 from streamcomp.report.summary import job_report
-from streamcomp.tools.evaluate import Evaluation, evaluate_checkpoint
+from streamcomp.tools.evaluate import Evaluation, evaluate_checkpoint, work_folder
 from streamcomp.tools.export import export_checkpoint
 from streamcomp.tools.inspect import Inspection, inspect_checkpoint
 from streamcomp.tools.verify import Verification, size_faults, verify_checkpoint
@@ -75,6 +78,7 @@ class JobStatus:
     recipe: dict[str, Any]
 
 
+@within_memory("compressing")
 def compress(
     model: str | Path,
     out: str | Path,
@@ -95,7 +99,8 @@ def compress(
     out, progress = Path(out), progress or SilentProgress()
     check_system()
     _check_texts(recipe)
-    index = read_index(checkpoint_folder(model, revision))
+    work = resources.work_dir or out / WORK_FOLDER
+    index = _source(model, revision, resources, work, _pinned(model, revision, out, recipe, work))
     finished = _finished(index, out, recipe, resources)
     if finished is not None:
         return finished
@@ -111,8 +116,41 @@ def compress(
         if finished is None:
             raise
         return finished
+    if index.store is not None:
+        index.store.clear()
     _clean(job.work_folder, reports[0])
     return _result(folders, reports, already_done=False)
+
+
+def _source(
+    model: str | Path,
+    revision: str | None,
+    resources: Resources,
+    work: Path,
+    pinned: str = "",
+) -> CheckpointIndex:
+    """The checkpoint of a folder or a hub model, which is fetched now or into ``work`` as needed.
+
+    ``pinned`` is the commit of ``revision`` that the job began with.
+    """
+    if Path(model).is_dir():
+        if resources.stream_download:
+            raise RecipeError(f"stream_download is for a model on the hub, {model} is a folder")
+        return read_index(Path(model))
+    if resources.stream_download:
+        return streamed_index(str(model), revision, work, pinned)
+    return cached_index(str(model), revision, pinned)
+
+
+def _pinned(model: str | Path, revision: str | None, out: Path, recipe: Recipe, work: Path) -> str:
+    """The commit of a hub model that the job in ``out`` is about; "" if there is none yet."""
+    held = [report.fingerprint for f in output_folders(out, recipe) if (report := read_report(f))]
+    with suppress(OutputError, JobMismatchError):  # told later, by what needs the journal
+        journal = Journal.read(work)
+        held += [journal.header.fingerprint] if journal else []
+    records = [record for each in held if isinstance(record := each.get("hub"), dict)]
+    asked = {"model": str(model), "revision": revision or "main"}
+    return next((str(each.get("commit")) for each in records if asked.items() <= each.items()), "")
 
 
 def _check_texts(recipe: Recipe) -> None:
@@ -153,6 +191,7 @@ def _refuse_damaged(folders: Sequence[Path]) -> None:
             )
 
 
+@within_memory("planning")
 def plan(
     model: str | Path,
     recipe: Recipe | None = None,
@@ -169,17 +208,19 @@ def plan(
     method, work = find_method(recipe.method), resources.work_dir
     with machine(resources, elsewhere=True) as here:
         _check_texts(recipe)
-        with headers_folder(model, revision) as folder:
-            skeleton = Skeleton(read_index(folder))
+        with _headers(model, revision, resources) as index:
+            skeleton = Skeleton(index)
             skeleton.check_tensors(head=method.needs_gradients)
             kernels = here.kernel_bytes(
                 skeleton.dtype, gradients=method.needs_gradients, training=recipe.refine > 0
             )
             conditions = Conditions(
                 budget_bytes=here.budget_bytes,
+                addresses=here.addresses,
                 rates=here.rates(skeleton.dtype),
                 device_budget=here.device_budget,
                 kernel_bytes=kernels,
+                shard_bytes=allow_shards(skeleton, resources),
                 work_in_memory=work is not None and probe().is_memory_backed(work),
                 keeps_work=resources.keep_work,
                 keeps_analysis=resources.keep_work and method.can_be_analysed(recipe),
@@ -187,6 +228,19 @@ def plan(
             return make_plan(skeleton, recipe, conditions)
 
 
+@contextmanager
+def _headers(
+    model: str | Path, revision: str | None, resources: Resources
+) -> Iterator[CheckpointIndex]:
+    """The checkpoint, of which a hub model's weights are not fetched."""
+    if resources.stream_download:
+        yield _source(model, revision, resources, Path(WORK_FOLDER))
+        return
+    with headers_folder(model, revision) as folder:
+        yield read_index(folder)
+
+
+@within_memory("evaluating")
 def evaluate(
     model: str | Path,
     text: str | None = None,
@@ -208,12 +262,14 @@ def evaluate(
     check_system()
     if text:
         check_text(text, chat=chat)
-    index = read_index(checkpoint_folder(model, revision))
-    return evaluate_checkpoint(
-        index, text, seq_len, windows, resources, progress or SilentProgress(), chat=chat
-    )
+    with work_folder(resources.work_dir) as shards:
+        index = _source(model, revision, resources, shards)
+        return evaluate_checkpoint(
+            index, text, seq_len, windows, resources, progress or SilentProgress(), chat=chat
+        )
 
 
+@within_memory("exporting")
 def export(
     model: str | Path,
     destination: str | Path,
@@ -227,19 +283,21 @@ def export(
     original; ``"uv"`` keeps two factors per linear. One linear is in memory at a time.
     """
     check_system()
-    index = read_index(checkpoint_folder(model))
+    index = _source(model, None, Resources(), Path(WORK_FOLDER))
     extra = {PLUGIN: plugin_source()}
     return export_checkpoint(
         index, Path(destination), form, extra, AUTO_MAP, progress or SilentProgress()
     )
 
 
+@within_memory("inspecting")
 def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
     """Families of linears in a dense or compressed ``model``, from headers alone."""
     with headers_folder(model, revision) as folder:
         return inspect_checkpoint(read_index(folder))
 
 
+@within_memory("verifying")
 def verify(out: str | Path, *, progress: JobProgress | None = None) -> Verification:
     """Check the compressed model in ``out``: its files, their digests, and whether it loads.
 

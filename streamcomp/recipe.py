@@ -312,8 +312,23 @@ class Resources:
         "or damping with the same --work-dir.",
     )  # fmt: skip
 
+    stream_download: bool = setting(
+        False, section="output", affects="nothing",
+        help="Fetch the shards of a hub model one at a time as they are needed and drop them "
+        "again, for a disk smaller than the model. A sweep over all blocks fetches it anew.",
+    )  # fmt: skip
+    max_shards: str | None = setting(
+        None, section="output", unit="SIZE", example="40G", affects="nothing",
+        default_help="what two neighbouring blocks need",
+        help="Disk that shards of --stream-download may take.",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.max_shards and not self.stream_download:
+            raise RecipeError("max_shards is for stream_download: give --stream-download too")
+        if self.max_shards:
+            parse_bytes(self.max_shards)
         limit = _THREADS_PER_CORE * (os.cpu_count() or 1)
         if self.threads > limit:
             raise RecipeError(f"threads {self.threads}: at most {limit} are of use on this machine")

@@ -13,7 +13,15 @@ from typing import Any, BinaryIO
 
 from streamcomp.errors import OutputError
 
-__all__ = ["atomic_file", "make_folder", "output_errors", "sync_folder", "write_json", "write_text"]
+__all__ = [
+    "atomic_file",
+    "is_full",
+    "make_folder",
+    "output_errors",
+    "sync_folder",
+    "write_json",
+    "write_text",
+]
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -25,12 +33,17 @@ def output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if is_full(error):
             raise OutputError(
                 f"no space left for {path}: free some and run the same command again, "
                 "what a job has finished is kept"
             ) from error
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether ``error`` says that a disk is full."""
+    return isinstance(error, OSError) and error.errno in _FULL
 
 
 def make_folder(path: Path) -> None:

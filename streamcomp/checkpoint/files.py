@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -34,6 +35,7 @@ COMPANIONS = (
 _NOT_COPIED = ("config.json", "*.index.json", "streamcomp_report.json")
 _MOST_COMPANION_BYTES = 2**30  # of one model in all; large tokenizers have 40 MB
 _PIECE_BYTES = 2**20
+_SHARED = re.compile("[0-9a-f]{64}")
 
 
 def open_regular(path: Path, *, follow: bool = True) -> int:
@@ -60,7 +62,8 @@ def _check_regular(status: os.stat_result) -> None:
 def check_link(folder: Path, path: Path) -> None:
     """SourceError where a link makes ``path`` a file outside of the model in ``folder``.
 
-    A model folder in the hub's cache has links to its ``blobs``; these belong to it.
+    A model folder in the hub's cache has links to its ``blobs``, which may be links to what all
+    models of the cache share, ``blobs/ab/ab01...``; both belong to it.
     """
     try:
         target, home = path.resolve(), folder.resolve()
@@ -69,6 +72,8 @@ def check_link(folder: Path, path: Path) -> None:
     homes = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         homes.append(home.parent.parent / "blobs")
+        if _SHARED.fullmatch(target.name):
+            homes.append(home.parent.parent.parent / "blobs" / target.name[:2])
     if not any(target.is_relative_to(place) for place in homes):
         raise SourceError(
             f"{path} is a link to {target}, outside of the model's folder: refused; "

@@ -14,14 +14,25 @@ import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from streamcomp.checkpoint.files import check_link, companions, open_regular
+from streamcomp.checkpoint.quantised import (
+    DECODED,
+    Encoding,
+    decoded,
+    quantization_of,
+    without_quantization,
+)
 from streamcomp.errors import CorruptShardError, MissingShardError, SourceError
 from streamcomp.units import format_bytes
+
+if TYPE_CHECKING:
+    from streamcomp.checkpoint.fetched import FetchedShards
+    from streamcomp.checkpoint.hub import HubModel
 
 __all__ = [
     "DTYPES",
@@ -70,7 +81,10 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor on disk, or rows of one: bytes ``start`` to ``stop`` of ``shard``."""
+    """One tensor on disk, or rows of one: bytes ``start`` to ``stop`` of ``shard``.
+
+    With an ``encoding`` it is decoded as it is read: dtype, shape and bytes are the result's.
+    """
 
     name: str
     dtype: str  # as safetensors names it, e.g. "BF16"
@@ -78,7 +92,17 @@ class TensorInfo:
     shard: Path
     start: int
     stop: int
+    # Fetches the shard when it is opened; None: the shard is there.
+    store: FetchedShards | None = field(default=None, compare=False, repr=False)
     rows: tuple[int, int] | None = None  # along the first axis, where it is not the whole tensor
+    encoding: Encoding | None = field(default=None, repr=False)
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors on disk that it is made of, as rows: itself, or codes and scales."""
+        if self.encoding is None:
+            return (self,)
+        return self.encoding.codes, self.encoding.scales
 
     @property
     def key(self) -> str:
@@ -117,6 +141,10 @@ class TensorInfo:
             raise SourceError(f"{self.name}: dtype {self.dtype} of {self.shard} is not supported")
         return DTYPES[self.dtype]
 
+    def open(self) -> int:
+        """A descriptor for reading the shard; OSError where it is no regular file."""
+        return self.store.open(self.shard) if self.store else open_regular(self.shard)
+
 
 @dataclass(frozen=True)
 class CheckpointIndex:
@@ -125,15 +153,39 @@ class CheckpointIndex:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
+    # what its config said of weights that are decoded as they are read
+    quantization: dict[str, Any] = field(default_factory=dict)
+    hub: HubModel | None = None  # what it was fetched from
+    store: FetchedShards | None = None  # fetches its shards as they are needed
 
     @property
     def shards(self) -> list[Path]:
-        return sorted({info.shard for info in self.tensors.values()})
+        return sorted({part.shard for info in self.tensors.values() for part in info.stored})
+
+    def stamp(self, shard: Path) -> tuple[str, int, int | str]:
+        """Name and size of a shard, and the hub's digest of it or else its time of change."""
+        if self.hub is not None:
+            name = self.store.name_of(shard) if self.store else str(shard.relative_to(self.folder))
+            if file := self.hub.files.get(name):
+                return shard.name, file.size, file.digest
+        status = shard.stat()
+        return shard.name, status.st_size, status.st_mtime_ns
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors on disk."""
+        return sum(part.nbytes for info in self.tensors.values() for part in info.stored)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of all tensors as they are read."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def decoding_bytes(self) -> int:
+        """The most that is held while a tensor is decoded, next to the result."""
+        encodings = [info.encoding for info in self.tensors.values() if info.encoding]
+        return max((encoding.working_bytes for encoding in encodings), default=0)
 
     @property
     def numel(self) -> int:
@@ -179,7 +231,10 @@ def _is_deep(value: Any) -> bool:
 
 
 def read_index(folder: Path | str) -> CheckpointIndex:
-    """Read the config and all safetensors headers of ``folder``; no weight is touched."""
+    """Read the config and all safetensors headers of ``folder``; no weight is touched.
+
+    Weights that are quantised in a way that is decoded appear as those of the bf16 model.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder")
@@ -188,9 +243,9 @@ def read_index(folder: Path | str) -> CheckpointIndex:
         check_link(folder, folder / name)
     config = read_json(folder / "config.json")
     if (folder / SINGLE_FILE).exists():
-        return CheckpointIndex(folder, config, read_header(folder / SINGLE_FILE))
+        return _as_decoded(CheckpointIndex(folder, config, read_header(folder / SINGLE_FILE)))
     if (folder / INDEX_FILE).exists():
-        return CheckpointIndex(folder, config, _read_sharded(folder))
+        return _as_decoded(CheckpointIndex(folder, config, _read_sharded(folder)))
     pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt*")
     )
@@ -200,6 +255,15 @@ def read_index(folder: Path | str) -> CheckpointIndex:
             "are not read: convert them to safetensors first"
         )
     raise MissingShardError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _as_decoded(index: CheckpointIndex) -> CheckpointIndex:
+    quantization = quantization_of(index.config)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if not isinstance(method, str) or method not in DECODED:
+        return index
+    tensors = decoded(index.tensors, quantization)
+    return CheckpointIndex(index.folder, without_quantization(index.config), tensors, quantization)
 
 
 def _read_sharded(folder: Path) -> dict[str, TensorInfo]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from streamcomp.checkpoint.atomic import atomic_file
 from streamcomp.checkpoint.digests import Digester, FileDigest
 from streamcomp.checkpoint.index import DTYPES, TensorInfo
-from streamcomp.checkpoint.reader import COPY_BYTES, TensorReader
+from streamcomp.checkpoint.reader import TensorReader, chunks_of
 
 __all__ = ["DIRTY_BYTES", "Computed", "Entry", "write_shard", "write_tensors"]
 
@@ -131,16 +131,23 @@ def _chunks(entry: Entry, reader: TensorReader) -> Iterator[memoryview]:
         yield from reader.chunks(entry.source)
     elif isinstance(entry.source, Computed):
         made, rows = entry.source.make(), 0
-        for tensor in (made,) if isinstance(made, Tensor) else made:
+        if isinstance(made, Tensor):
+            _check_made(entry, made, entry.shape)
+            yield from chunks_of(made)
+            return
+        for tensor in made:
             rows += len(tensor)
-            same = tensor.dtype == entry.source.dtype and tensor.shape[1:] == entry.shape[1:]
-            if not same or (isinstance(made, Tensor) and rows != entry.shape[0]):
-                raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
-            yield from _tensor_chunks(tensor)
+            _check_made(entry, tensor, (len(tensor), *entry.shape[1:]))
+            yield from chunks_of(tensor)
         if rows != entry.shape[0]:
             raise ValueError(f"{entry.name}: made {rows} rows, not {entry.shape[0]}")
     else:
-        yield from _tensor_chunks(entry.source)
+        yield from chunks_of(entry.source)
+
+
+def _check_made(entry: Entry, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if DTYPES[entry.dtype] != tensor.dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{entry.name}: made {tensor.dtype} {list(tensor.shape)}")
 
 
 class _Write:
@@ -160,14 +167,3 @@ class _Write:
             os.fdatasync(self._file.fileno())
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._dirty = 0
-
-
-def _tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    flat = tensor.detach().contiguous().cpu().view(-1)
-    if flat.stride() != (1,):  # one number sliced from a row counts as contiguous
-        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
-    if not flat.numel():
-        return
-    data = flat.view(torch.uint8).numpy().data
-    for start in range(0, len(data), COPY_BYTES):
-        yield data[start : start + COPY_BYTES]

@@ -22,6 +22,7 @@ from streamcomp.cli import tables
 from streamcomp.cli.options import Group, Option, make_option, options_of
 from streamcomp.cli.signals import Stopped, stopping
 from streamcomp.errors import OutputError, RecipeError, StreamcompError
+from streamcomp.machine.addresses import within_memory
 from streamcomp.recipe import Recipe, Resources
 from streamcomp.settings import Setting
 from streamcomp.terminal import drop
@@ -48,6 +49,7 @@ _MODEL = click.Argument(["model"], type=click.Path(readable=False))  # or a name
 _OUT = click.Argument(["out"], type=click.Path(path_type=Path))
 
 _MEANS = ("max_ram", "device", "max_vram", "threads")
+_FETCHING = ("stream_download", "max_shards")
 _REVISION = make_option(
     "revision", str, None,
     Setting(section="common", unit="REV", default_help="main", example="v1.0",
@@ -242,7 +244,8 @@ _STREAM_DIR = options_of(
 @cli.command(
     "eval",
     params=[
-        _MODEL, *_TEXT, *options_of(Resources, *_MEANS), *_STREAM_DIR, _REVISION, *_PRINTING
+        _MODEL, *_TEXT, *options_of(Resources, *_MEANS, *_FETCHING), *_STREAM_DIR, _REVISION,
+        *_PRINTING
     ],
 )  # fmt: skip
 def evaluate(model: str, as_json: bool, quiet: bool, **settings: Any) -> None:
@@ -324,7 +327,7 @@ def main() -> None:
     """Entry point; a StreamcompError becomes one line and its exit code."""
     _prepare_libraries()
     try:
-        with stopping():
+        with stopping(), within_memory("this command"):
             code = cli(standalone_mode=False)
     except StreamcompError as error:
         _fail(f"error: {error}", error.exit_code)

@@ -60,11 +60,21 @@ def print_plan(model: str, made: streamcomp.Plan) -> None:
             "time": f"about {format_seconds(made.seconds)}",
             "disk": f"{format_bytes(made.disk_bytes)} at most, {format_bytes(made.output_bytes)} "
             "of it the result",
+            **_fetching_row(made),
             "at a time": _at_a_time(made),
             "linears": f"{len(made.outline.eligible)} eligible, ratio {made.ratio:.4f}, "
             f"{len(made.outline.left)} other modules left as they are",
+            "in reach": f"{made.reach:.1%} of the model's parameters: the ratio takes "
+            f"{made.reach * made.ratio:.1%} off them",
         },
     )
+
+
+def _fetching_row(made: streamcomp.Plan) -> dict[str, str]:
+    if not made.shard_bytes:
+        return {}
+    fetched, held = format_bytes(made.fetched_bytes), format_bytes(made.shard_bytes)
+    return {"fetched": f"about {fetched} in all, {held} on disk at a time (counted above)"}
 
 
 def _at_a_time(made: streamcomp.Plan) -> str:
@@ -166,9 +176,12 @@ def print_inspection(model: str, inspection: Inspection) -> None:
     console.print(_families_table(model, inspection, console))
     for name, (why, count) in inspection.left.items():
         console.print(f"left as it is: {name} ({why}), {count}x", highlight=False)
+    size, decoded = format_bytes(inspection.nbytes), inspection.decoded_bytes
+    more = "" if decoded == inspection.nbytes else f" (decoded: {format_bytes(decoded)})"
+    reach = f"; {inspection.in_reach / inspection.parameters:.1%} of them can be factored"
     console.print(
-        f"{inspection.parameters:,} parameters, {format_bytes(inspection.nbytes)} "
-        f"in {inspection.shards} shards",
+        f"{inspection.parameters:,} parameters, {size} in {inspection.shards} shards{more}"
+        f"{'' if inspection.compressed else reach}",
         highlight=False,
     )
 
@@ -248,6 +261,9 @@ def print_summary(out: Path, report: dict[str, Any]) -> None:
         **_device_row(memory),
         "time": format_seconds(report["seconds"]) + (f"  ({stages})" if stages else ""),
     }
+    fetched = sum(sum(step.get("fetched", {}).values()) for step in report["steps"])
+    if fetched:
+        rows["fetched"] = format_bytes(fetched)
     rows |= _method_rows(report)
     if report["left"]:
         rows["left as it is"] = f"{len(report['left'])} modules, see {out}/streamcomp_report.json"

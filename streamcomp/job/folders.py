@@ -11,6 +11,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from streamcomp.checkpoint.fetched import FETCHED_FOLDER
 from streamcomp.errors import OutputError
 from streamcomp.job.journal import Journal
 from streamcomp.job.plan import Plan
@@ -134,7 +135,8 @@ class JobFolders:
         if self.out in folders:
             files |= {path.resolve() for path in self.out.rglob("*")}
         if self.work_folder in folders and self.work_folder.is_dir():
-            files |= {path.resolve() for path in work_files(self.work_folder)}
+            fetched = (self.work_folder / FETCHED_FOLDER).rglob("*")
+            files |= {path.resolve() for path in (*work_files(self.work_folder), *fetched)}
         there = sum(map(_file_bytes, files))
         free = shutil.disk_usage(_existing(folders[0])).free
         if free + there < needed:

@@ -65,6 +65,8 @@ def fingerprint(index: CheckpointIndex, recipe: Recipe) -> Fingerprint:
         "companions": companion_digests(index.folder),
         **_settings(recipe),
     }
+    if index.hub is not None:
+        fields["hub"] = index.hub.record
     fields["calibration_files"] = [
         [name, _text_hash(Path(name))] for name in recipe.calibration if Path(name).exists()
     ]
@@ -86,7 +88,7 @@ def check_fingerprint(
         value = wanted[field]
         if not versions and field in ("torch", "transformers"):
             continue
-        if field == "companions" and field not in held:  # finished by an earlier version
+        if field in ("companions", "hub") and field not in held:  # finished by an earlier version
             continue
         if held.get(field) != value:
             was, now = held.get(field), value
@@ -277,7 +279,9 @@ def _line(row: Row) -> str:
 
 def _same_but(fields: Iterable[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     one, other = _completed(one), _completed(other)
-    older = {"companions"} - (one.keys() & other.keys())  # of versions that did not look at them
+    older = {"companions", "hub"} - (
+        one.keys() & other.keys()
+    )  # versions that did not look at them
     names = (one.keys() | other.keys()) - set(fields) - older
     return all(one.get(name) == other.get(name) for name in names)
 
@@ -300,15 +304,17 @@ def _version(line: bytes) -> Any:
 
 
 def _source_hash(index: CheckpointIndex) -> str:
-    """Config, and each shard's name, size, time of change and tensor table."""
+    """Config, each shard's name and size, its time of change or the hub's digest, its tensors."""
     digester = Digester()
     digester.update(json.dumps(index.config, sort_keys=True).encode())
     for shard in index.shards:
-        stat = shard.stat()
-        digester.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns]).encode())
+        digester.update(json.dumps(index.stamp(shard)).encode())
     for name, info in sorted(index.tensors.items()):
-        row = [name, info.dtype, list(info.shape), info.shard.name, info.start, info.stop]
-        digester.update(json.dumps(row).encode())
+        for part in info.stored:
+            row = [name, part.dtype, list(part.shape), part.shard.name, part.start, part.stop]
+            digester.update(json.dumps(row).encode())
+    if index.quantization:
+        digester.update(json.dumps(index.quantization, sort_keys=True).encode())
     return digester.total.digest
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.errors import RecipeError, UnsupportedModelError
 from streamcomp.job.block_plan import BlockPlan, plan_blocks
+from streamcomp.job.fetching import bytes_to_fetch
 from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.outputs import OutputPlan, Ranks, plan_outputs
@@ -45,8 +46,9 @@ class Plan:
     device_budget_bytes: int  # the same two of the GPU; 0 without one
     device_minimum_bytes: int
     baseline_bytes: int  # resident before the first step, and what products take for a while
-    disk_bytes: int  # outputs, streams, analysis and journal together, at most
+    disk_bytes: int  # outputs, streams, analysis, journal and fetched shards together, at most
     work_bytes: int  # those of them that are in the work folder
+    shard_bytes: int  # those of them that are fetched shards
     levers_seconds: float  # what levers cost that compute or read anything again
 
     @property
@@ -67,9 +69,22 @@ class Plan:
         return self.outputs[0].reached
 
     @property
+    def reach(self) -> float:
+        """Share of the model's parameters that is eligible."""
+        eligible = sum(site.numel for site in self.outline.eligible)
+        return eligible / self.outline.skeleton.index.numel
+
+    @property
     def ranks(self) -> Ranks:
         """Ranks of the first output."""
         return self.outputs[0].ranks
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of shards that blocks have fetched in the end; 0 where all are there."""
+        steps = (planned.step for planned in self.steps)
+        allowed = self.shard_bytes
+        return bytes_to_fetch(self.outline.skeleton, steps, allowed) if allowed else 0
 
     @property
     def output_bytes(self) -> int:
@@ -102,7 +117,10 @@ class Plan:
             "seconds": round(self.seconds, 1),
             "output_bytes": self.output_bytes,
             "disk_bytes": self.disk_bytes,
+            "shard_bytes": self.shard_bytes,
+            "fetched_bytes": self.fetched_bytes,
             "ratio": self.ratio,
+            "reach": self.reach,
             "steps": [
                 {
                     "name": step.name,
@@ -202,7 +220,12 @@ def _fitting(planner: StepPlanner, levers: Levers | None) -> Plan:
     outline, conditions = planner.outline, planner.conditions
     smallest, levers = _choose_levers(planner, levers)
     steps, least = planner.steps(levers), planner.steps(smallest)
-    host = Budget("--max-ram", conditions.budget_bytes, max(step.peak_bytes for step in least))
+    host = Budget(
+        "--max-ram",
+        conditions.budget_bytes,
+        max(step.peak_bytes for step in least),
+        conditions.addresses,
+    )
     device = Budget("--max-vram", conditions.device_budget, max(s.device_bytes for s in least))
     for step in sorted(steps, key=lambda step: -step.peak_bytes):
         purpose = f" while {step.peak_phase}"
@@ -225,6 +248,7 @@ def _fitting(planner: StepPlanner, levers: Levers | None) -> Plan:
         planner.baseline,
         planner.disk_bytes,
         planner.work_bytes,
+        conditions.shard_bytes,
         planner.seconds(levers) - planner.seconds(at_once),
     )
 
@@ -258,7 +282,7 @@ def _choose_levers(planner: StepPlanner, fixed: Levers | None) -> tuple[Levers, 
     if fixed is not None:
         return fixed, fixed
     stream, batch = planner.outline.stream, planner.outline.recipe.batch
-    budget, device_budget = planner.conditions.budget_bytes, planner.conditions.device_budget
+    budget, device_budget = planner.conditions.usable_bytes, planner.conditions.device_budget
     largest = batch or _largest_batch(stream)
     linears, groups = planner.most_linears, planner.most_groups
     chosen = Levers(largest, largest, stream.seq_len, stream.seq_len, linears, groups)

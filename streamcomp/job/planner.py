@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from streamcomp.checkpoint.fetched import FETCH_BYTES
 from streamcomp.checkpoint.files import companions
 from streamcomp.job.files import StepFile
 from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.schedule import live_after
 from streamcomp.job.steps.base import Phase, Step, capturing
+from streamcomp.machine.addresses import AddressLimit
 from streamcomp.machine.device import CONTEXT_BYTES, WORKSPACE_BYTES
 from streamcomp.machine.memory import LATE_BYTES
 from streamcomp.machine.rates import MachineRates
@@ -32,11 +34,19 @@ class Conditions:
     rates: MachineRates
     device_budget: int = 0  # bytes of the GPU; 0 for a job on the CPU
     kernel_bytes: int = 0  # that products take next to their operands, measured
+    shard_bytes: int = 0  # of the source's shards that are fetched into the work folder, at most
     work_in_memory: bool = False  # the work folder is on tmpfs, so what is in it counts
     outputs_in_memory: bool = False  # OUT is
     keeps_work: bool = False  # decompositions and moments stay behind the end, for other jobs
     from_moments: bool = False  # decompositions are made again, from moments of another job
     keeps_analysis: bool = False  # they are kept also where one output alone needs no analysis
+    addresses: AddressLimit | None = None  # where ulimit -v sets a limit
+
+    @property
+    def usable_bytes(self) -> int:
+        """The budget, or what the limit of addresses leaves of it."""
+        limited = [self.addresses.budget] if self.addresses else []
+        return min([self.budget_bytes, *limited])
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ class StepPlanner:
     ) -> None:
         self.outline, self.schedule = outline, steps
         self.conditions, self.baseline = conditions, baseline
-        self.work_bytes = self._work_bytes()
+        self.work_bytes = self._work_bytes() + conditions.shard_bytes
+        self._decoding = outline.skeleton.index.decoding_bytes  # a step may read any tensor
         self._in_memory = conditions.work_in_memory * self.work_bytes
         self._in_memory += conditions.outputs_in_memory * self._output_bytes
         blocks = outline.blocks
@@ -98,7 +109,7 @@ class StepPlanner:
 
     @property
     def disk_bytes(self) -> int:
-        """Outputs, streams, analysis and journal together, at most."""
+        """Outputs, streams, analysis, journal and fetched shards together, at most."""
         return self._output_bytes + self.work_bytes
 
     def _planned(self, step: Step, levers: Levers) -> StepPlan:
@@ -126,13 +137,14 @@ class StepPlanner:
 
     def _bytes(self, step: Step, peak: Phase) -> tuple[int, int]:
         """Bytes resident at ``peak``, and bytes that the GPU holds."""
-        counted = int(_SLACK * peak.nbytes) + LATE_BYTES
+        counted = int(_SLACK * peak.nbytes) + LATE_BYTES + self._decoding
         on_device = self.conditions.device_budget > 0 and not step.on_host
-        host = self.baseline + self._in_memory + counted
+        fetching = FETCH_BYTES if self.conditions.shard_bytes else 0
+        host = self.baseline + self._in_memory + counted + fetching
         return host, CONTEXT_BYTES + WORKSPACE_BYTES + counted if on_device else 0
 
     def _work_bytes(self) -> int:
-        """The most that is in the work folder at a time."""
+        """The most that steps leave in the work folder at a time."""
         most, stays = 0, set[StepFile]()
         for number, step in enumerate(self.schedule):
             there = live_after(self.schedule, number) | set(step.writes)

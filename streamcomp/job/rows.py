@@ -164,7 +164,7 @@ class StepResult(Row):
 
     block: int | None = None
     output: int | None = None  # None: all outputs share the step
-    digest: str | None = None  # of the block's bytes as they were read
+    digest: str | None = None  # of the block's bytes as they were read, if all were
     detail: str = ""  # for the progress
     notes: tuple[str, ...] = ()  # for the user
     windows: int | None = None  # of calibration
@@ -183,6 +183,7 @@ class StepRow(StepResult):
 
     step: str  # its name
     files: dict[str, FileDigest] = field(default_factory=dict)  # that it left, by name
+    fetched: dict[str, int] = field(default_factory=dict)  # shards of the source, with their bytes
     # digests of the source's tensors outside of blocks, in the first step that read them
     sources: dict[str, str] = field(default_factory=dict)
     seconds: float

@@ -15,6 +15,7 @@ from streamcomp.job.progress import JobProgress
 from streamcomp.job.rows import StepRow
 from streamcomp.job.schedule import live_after
 from streamcomp.job.workspace import Stage, Workspace, work_files
+from streamcomp.machine.addresses import within_memory
 from streamcomp.machine.allocator import release
 from streamcomp.machine.device import within_device
 from streamcomp.machine.memory import PeakMeter
@@ -74,7 +75,10 @@ def _run_step(
 ) -> StepRow:
     planned, on_device = plan.steps[number], plan.device_budget_bytes > 0
     stage = Stage(progress, number, planned.name)
-    with within_device(planned.name, plan.device_budget_bytes):
+    with (
+        within_memory(planned.name, plan.budget_bytes),
+        within_device(planned.name, plan.device_budget_bytes),
+    ):
         if planned.step.runs_windows:
             work.capture()
         work.ledger.written.clear()
@@ -83,6 +87,7 @@ def _run_step(
         **vars(result),
         files=dict(work.ledger.written),
         sources=work.new_sources(),
+        fetched=work.skeleton.index.store.take_fetched() if work.skeleton.index.store else {},
         step=planned.name,
         seconds=round(stage.total(), 3),
         stages={phase: round(seconds, 3) for phase, seconds in stage.seconds.items()},
@@ -95,14 +100,18 @@ def _run_step(
 
 
 def _next_block(plan: Plan, number: int) -> list[TensorInfo]:
-    """Tensors of the next step's block, where the budget has room for them in the page cache."""
+    """Tensors of the next step's block, where the budget has room for them in the page cache.
+
+    Shards that are fetched only go to disk.
+    """
     here, after = plan.steps[number], plan.steps[number + 1 : number + 2]
     block = after[0].step.block if after else -1
     if block in (-1, here.step.block):
         return []
     nbytes = plan.outline.blocks[block].read_bytes
-    fits = here.peak_bytes + nbytes <= plan.budget_bytes
-    return plan.outline.skeleton.block_tensors(block) if fits else []
+    skeleton = plan.outline.skeleton
+    fits = skeleton.index.store is not None or here.peak_bytes + nbytes <= plan.budget_bytes
+    return skeleton.block_tensors(block) if fits else []
 
 
 def _drop(plan: Plan, done: int, work: Workspace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from streamcomp.calibration.hidden_states import HiddenStates, StreamShape
 from streamcomp.calibration.routing import Routing
 from streamcomp.checkpoint.atomic import sync_folder
+from streamcomp.checkpoint.fetched import FETCHED_FOLDER
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader, read_ahead
 from streamcomp.checkpoint.writer import Entry
@@ -173,7 +175,7 @@ class Workspace:
     def check_source(self, loaded: LoadedBlock) -> None:
         """JobMismatchError where an earlier sweep read other bytes for a block, now read whole."""
         for row in self.journal.steps:
-            if row.block == loaded.number and row.digest != loaded.digest:
+            if row.block == loaded.number and row.digest not in (None, loaded.digest):
                 raise JobMismatchError(
                     f"{loaded.name} has other bytes now than in step {row.step!r}: the "
                     "model's files have changed; give another OUT",
@@ -309,6 +311,7 @@ def remove_work(folder: Path) -> None:
 
     The journal goes last: until then it tells an interrupted call whose files these are.
     """
+    shutil.rmtree(folder / FETCHED_FOLDER, ignore_errors=True)
     for path in sorted(work_files(folder), key=lambda path: path.name == JOURNAL):
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()) and not folder.is_symlink():

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from streamcomp.checkpoint.index import CheckpointIndex
+from streamcomp.checkpoint.quantised import quantization_of
 from streamcomp.errors import CorruptShardError, SourceError, StreamcompError, UnsupportedModelError
 from streamcomp.forms.install import check_stored, install_factored, modules_of
 from streamcomp.forms.runtime import FLOATS
+from streamcomp.model.loading import run_as_linears
 from streamcomp.model.settings import at_most, check_counts, named, refusing, runnable, silent
 from streamcomp.units import format_bytes
 
@@ -29,6 +31,9 @@ __all__ = ["FLOATS", "MetaModel", "build_model"]
 # buffers that no checkpoint holds.
 _MOST_TIMES, _MORE_NUMBERS = 16, 2**28
 _MOST_BUFFER_BYTES = 2**30
+# Names that tensors of packed weights end with: GPTQ and AWQ, compressed-tensors, bitsandbytes.
+_PACKED = (".qweight", ".weight_packed", ".weight.absmax", ".SCB")
+_DECODED = "the source is quantised ({}): its weights are decoded to bf16 as they are read"
 # Values of buffers before transformers fills them; they also differ as booleans.
 _MARKS = (0, 1)
 
@@ -40,7 +45,7 @@ class MetaModel:
     model: PreTrainedModel
     dtype: torch.dtype
     modules: dict[str, dict[str, Any]] | None  # of a compressed model, as its config lists them
-    notes: tuple[str, ...]  # settings of the config that are not followed
+    notes: tuple[str, ...]  # settings of the config that are not followed, and decoded weights
     layers_name: str
     layers: nn.ModuleList
 
@@ -50,6 +55,8 @@ def build_model(index: CheckpointIndex) -> MetaModel:
     modules = _compressed_modules(index)
     dtype = _model_dtype(index)
     settings, notes = runnable(index.config)
+    if index.quantization:
+        notes += (_DECODED.format(index.quantization["quant_method"]),)
     config = _load_config(index, settings)
     what = f"{config.model_type}"
     with torch.device("meta"), warnings.catch_warnings(), at_most(len(index.tensors)):
@@ -61,6 +68,7 @@ def build_model(index: CheckpointIndex) -> MetaModel:
     if modules is not None:
         _install(index, model, modules)
         _mark_as_quantised(model)
+    run_as_linears(model)
     _check_size(index, model)
     with refusing(what, settings):
         _fill_buffers(model)
@@ -92,17 +100,9 @@ def _compressed_modules(index: CheckpointIndex) -> dict[str, dict[str, Any]] | N
 
     UnsupportedModelError if it is quantised otherwise, or in a way that is not known.
     """
-    quantization = index.config.get("quantization_config")
+    quantization = quantization_of(index.config)
     if quantization is None:
-        text = index.config.get("text_config")
-        quantization = text.get("quantization_config") if isinstance(text, dict) else None
-    if quantization is None:
-        narrow = next((i for i in index.tensors.values() if i.dtype.startswith("F8")), None)
-        if narrow is not None:
-            raise UnsupportedModelError(
-                f"{index.folder}: {narrow.name} is {narrow.dtype}, the model is already "
-                "quantised: start from the fp32, fp16 or bf16 original"
-            )
+        _refuse_narrow(index)
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "streamcomp":
@@ -114,6 +114,17 @@ def _compressed_modules(index: CheckpointIndex) -> dict[str, dict[str, Any]] | N
         return modules_of(quantization)
     except ValueError as error:
         raise UnsupportedModelError(f"{index.folder}: {error}") from None
+
+
+def _refuse_narrow(index: CheckpointIndex) -> None:
+    """UnsupportedModelError where weights are quantised and the config does not say how."""
+    for name, info in index.tensors.items():
+        narrow, packed = info.dtype.startswith("F8"), name.endswith(_PACKED)
+        if narrow or packed:
+            raise UnsupportedModelError(
+                f"{index.folder}: {name} is {info.dtype}, the model is already quantised and "
+                "config.json does not say how: start from the fp32, fp16 or bf16 original"
+            )
 
 
 def _install(

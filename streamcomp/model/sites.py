@@ -25,7 +25,9 @@ from torch.utils.hooks import RemovableHandle
 
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.forms.runtime import FactoredLinear, factored
+from streamcomp.memory_errors import lacks_memory
 from streamcomp.model.experts import ExpertBank, find_bank
+from streamcomp.model.loading import stored_shape
 from streamcomp.model.meta import FLOATS
 
 if TYPE_CHECKING:  # both run blocks, and blocks are traced through their sites
@@ -331,7 +333,7 @@ def _reason(
     if not isinstance(module, nn.Linear) or not _computes_a_linear(module):
         return f"a {type(module).__name__}, no linear"
     sources = skeleton.sources.get(f"{full_name}.weight", [])
-    if len(sources) != 1 or sources[0].shape != tuple(module.weight.shape):
+    if len(sources) != 1 or sources[0].shape != stored_shape(module):
         return "not one matrix on disk"
     if not sources[0].name.endswith(".weight"):
         return f"named {sources[0].name} on disk"
@@ -397,7 +399,9 @@ def _computes_a_linear(module: nn.Linear) -> bool:
         with torch.no_grad():
             output = type(module).forward(small, inputs)
         return torch.allclose(output, nn.functional.linear(inputs, weight, small.bias), atol=1e-5)
-    except Exception:  # model code may raise anything
+    except Exception as error:  # model code may raise anything
+        if lacks_memory(error):
+            raise
         return False
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from streamcomp.job.rows import LinearRow, MemoryFigures, Report, StepRow
+from streamcomp.report.experts import experts_section
 from streamcomp.report.health import Health, numerical_health
 from streamcomp.report.linears import (
     block_of,
@@ -43,6 +44,7 @@ def html_report(report: Report) -> str:
         loss_plot(report.linears, health),
         linears_table(report.linears, health),
         health_section(health),
+        experts_section(report.linears),
         refinement(report.refined),
         memory_plot(report.steps, budget),
         seconds_plot(report.steps),

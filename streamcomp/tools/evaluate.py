@@ -18,6 +18,7 @@ from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.checkpoint.atomic import make_folder
 from streamcomp.checkpoint.index import CheckpointIndex
 from streamcomp.errors import NonFiniteError
+from streamcomp.job.fetching import allow_shards
 from streamcomp.job.journal import Journal
 from streamcomp.job.plan import Plan, make_evaluation_plan
 from streamcomp.job.planner import Conditions
@@ -30,7 +31,7 @@ from streamcomp.machine.session import Machine, machine, probe
 from streamcomp.model.skeleton import Skeleton
 from streamcomp.recipe import Resources
 
-__all__ = ["Evaluation", "evaluate_checkpoint"]
+__all__ = ["Evaluation", "evaluate_checkpoint", "work_folder"]
 
 _MOST_NLL = 700.0  # its exponential is near the largest fp64 number
 
@@ -75,9 +76,11 @@ def evaluate_checkpoint(
     and scored through the head.
     """
     started, meter = time.perf_counter(), PeakMeter()
-    with machine(resources) as here, _work_folder(resources.work_dir) as folder:
+    with machine(resources) as here, work_folder(resources.work_dir) as folder:
         skeleton = Skeleton(index)
         skeleton.check_tensors(head=True)
+        if index.store is not None:
+            index.store.tell = progress.note
         kernels = here.kernel_bytes(skeleton.dtype)
         text = text or HELD_OUT
         tokens = load_windows(index.folder, [text], windows, seq_len, None, chat=chat)
@@ -86,9 +89,11 @@ def evaluate_checkpoint(
         shape = StreamShape(len(tokens.tokens), seq_len, skeleton.hidden_size, skeleton.dtype)
         conditions = Conditions(
             budget_bytes=here.budget_bytes,
+            addresses=here.addresses,
             rates=here.rates(skeleton.dtype, folder),
             device_budget=here.device_budget,
             kernel_bytes=kernels,
+            shard_bytes=allow_shards(skeleton, resources),
             work_in_memory=probe().is_memory_backed(folder),
         )
         plan = make_evaluation_plan(skeleton, shape, conditions)
@@ -134,8 +139,8 @@ def _workspace(plan: Plan, here: Machine, folder: Path) -> Workspace:
 
 
 @contextmanager
-def _work_folder(folder: Path | None) -> Iterator[Path]:
-    """A fresh folder for the streams, below ``folder`` or where temporary files go."""
+def work_folder(folder: Path | None) -> Iterator[Path]:
+    """A fresh folder below ``folder``, or where temporary files go."""
     if folder is not None:
         make_folder(folder)
     with tempfile.TemporaryDirectory(prefix="streamcomp-", dir=folder) as name:

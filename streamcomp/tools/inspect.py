@@ -34,7 +34,7 @@ class Family:
     ranks: tuple[int, int] | None  # least and largest, None where dense
     clusters: tuple[int, int] | None  # likewise, None but in the form shared
     axes: tuple[str, ...]  # form shared: which channels share weights, rows or columns or both
-    nbytes: int  # all of them on disk
+    nbytes: int  # all of them, as they are read
     shares_with: tuple[str, ...]  # linears of the same block fed the same tensor
 
 
@@ -46,7 +46,9 @@ class Inspection:
     dtype: str
     blocks: int
     parameters: int
+    in_reach: int  # those of them in dense matrices that can be factored
     nbytes: int
+    decoded_bytes: int  # of the same tensors as bf16, where the source is quantised; else nbytes
     shards: int
     compressed: bool
     families: tuple[Family, ...]
@@ -63,12 +65,14 @@ def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
         skeleton.check_tensors(head=False)
     groups: dict[str, list[_Member]] = {}
     left: dict[str, tuple[str, int]] = {}
-    shared = _shared_inputs(skeleton)
+    shared, in_reach = _shared_inputs(skeleton), 0
     for number in range(len(skeleton)):
         for member in (*_members(skeleton, number), *_expert_members(skeleton, number)):
             groups.setdefault(member.key, []).append(member)
         prefix = skeleton.block_name(number) + "."
-        for name, why in find_sites(skeleton, number).left.items():
+        sites = find_sites(skeleton, number)
+        in_reach += sum(site.numel for site in sites.eligible)
+        for name, why in sites.left.items():
             if isinstance(skeleton.model.get_submodule(name), FactoredExperts):
                 continue
             short = re.sub(r"\b\d+\b", "*", name.removeprefix(prefix))
@@ -78,7 +82,9 @@ def inspect_checkpoint(index: CheckpointIndex) -> Inspection:
         str(skeleton.dtype).removeprefix("torch."),
         len(skeleton),
         index.numel,
+        in_reach,
         index.nbytes,
+        index.decoded_bytes,
         len(index.shards),
         skeleton.compressed,
         tuple(_family(members, shared) for members in groups.values()),
@@ -105,7 +111,7 @@ class _Member:
 def _members(skeleton: Skeleton, number: int) -> list[_Member]:
     """Linears of one block, dense and factored, in the order of the code."""
     parameters = skeleton.block_parameters(number)
-    eligible = {site.name for site in find_sites(skeleton, number).eligible}
+    eligible = {site.name for site in find_sites(skeleton, number).linears}
     members = []
     for site in every_linear(skeleton, number):
         module = site.traced(skeleton.block(number))
@@ -129,8 +135,20 @@ def _members(skeleton: Skeleton, number: int) -> list[_Member]:
 
 
 def _expert_members(skeleton: Skeleton, number: int) -> list[_Member]:
-    """The matrices of the factored experts of one block, one for each expert."""
-    members = []
+    """The matrices of the experts of one block, dense and factored, one for each expert."""
+    members = [
+        _Member(
+            f"{site.bank.name}.{site.leaf}",
+            site.rows,
+            site.columns,
+            "dense",
+            None,
+            None,
+            "",
+            site.disk_bytes,
+        )
+        for site in find_sites(skeleton, number).experts
+    ]
     for name, module in skeleton.block(number).named_modules():
         if not isinstance(module, FactoredExperts):
             continue

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,21 @@ def test_a_snapshot_in_the_hub_s_cache_links_to_its_blobs_and_to_nothing_else(
         (snapshot / "a.json").unlink()
         (snapshot / "a.json").symlink_to(place)
         with pytest.raises(SourceError, match="outside of the model's folder"):
+            check_link(snapshot, snapshot / "a.json")
+
+
+def test_blobs_that_all_models_of_the_hub_s_cache_share_belong_to_each(tmp_path: Path) -> None:
+    name = "ab" + 31 * "01"
+    snapshot, blobs = tmp_path / "models--org--name" / "snapshots" / "0123", tmp_path / "blobs"
+    for folder in (snapshot, blobs / "ab", blobs / "cd", snapshot.parent.parent / "blobs"):
+        folder.mkdir(parents=True)
+    (snapshot / "a.json").symlink_to("../../blobs/etag")
+    for place, accepted in ((f"ab/{name}", True), (f"cd/{name}", False), ("ab/secret", False)):
+        (blobs / place).touch()
+        link = snapshot.parent.parent / "blobs" / "etag"
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"../../blobs/{place}")
+        with nullcontext() if accepted else pytest.raises(SourceError, match="outside of"):
             check_link(snapshot, snapshot / "a.json")
 
 

@@ -45,7 +45,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_safetensors_loads_what_was_written(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "COPY_BYTES", chunk)
+    monkeypatch.setattr(reader, "COPY_BYTES", chunk)
     monkeypatch.setattr(writer, "DIRTY_BYTES", 16)
 
     write_shard(tmp_path / "a.safetensors", [Entry(*item) for item in mixed().items()])
@@ -174,6 +174,31 @@ def test_a_tensor_may_be_computed_when_its_turn_comes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tensor", [torch.zeros(3), torch.zeros(2, 2), torch.zeros(4).half()])
 def test_a_computed_tensor_must_be_what_the_header_says(tmp_path: Path, tensor: Tensor) -> None:
     entry = Entry("a", Computed(torch.float32, (4,), lambda: tensor))
+
+    with pytest.raises(ValueError, match="a: made"):
+        write_shard(tmp_path / "a.safetensors", [entry])
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_may_be_computed_in_parts(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(6, 2)
+    entries = [
+        Entry("a", Computed(whole.dtype, (6, 2), lambda: iter(whole.split([1, 3, 2])))),
+        Entry("b", whole),
+    ]
+    write_shard(tmp_path / "a.safetensors", entries)
+
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(tensors["a"], whole) and torch.equal(tensors["b"], whole)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[torch.zeros(3, 2)], [torch.zeros(4, 3)], [torch.zeros(2, 2), torch.zeros(2, 2).half()]],
+)
+def test_parts_must_be_what_the_header_says(tmp_path: Path, parts: list[Tensor]) -> None:
+    entry = Entry("a", Computed(torch.float32, (4, 2), lambda: iter(parts)))
 
     with pytest.raises(ValueError, match="a: made"):
         write_shard(tmp_path / "a.safetensors", [entry])

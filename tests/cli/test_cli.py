@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -407,6 +408,7 @@ def test_plan_shows_what_its_json_holds(model: Path, monkeypatch: pytest.MonkeyP
     assert "block 0 to 1" in shown.out  # alike, hence one row
     assert "2 windows of 16 tokens at a time" in shown.out
     assert "2 eligible, ratio 0.5000" in shown.out  # rank 8 of 32 x 32
+    assert re.search(r"\d+\.\d% of the model's parameters: the ratio takes", shown.out)
     assert "(--max-ram " in shown.out
 
 

@@ -32,8 +32,13 @@ def test_each_step_reads_the_block_of_the_next_ahead(
     assert asked == ["1", "2", "1", "0", "1", "2"]
 
 
-@pytest.mark.parametrize(("room", "asks"), [(10 * MiB, True), (10 * MiB - 1, False)])
-def test_nothing_is_read_ahead_for_which_the_budget_has_no_room(room: int, asks: bool) -> None:
+@pytest.mark.parametrize(
+    ("room", "store", "asks"),
+    [(10 * MiB, None, True), (10 * MiB - 1, None, False), (10 * MiB - 1, "fetches shards", True)],
+)
+def test_nothing_is_read_ahead_for_which_the_budget_has_no_room(
+    room: int, store: str | None, asks: bool
+) -> None:
     infos = [SimpleNamespace(nbytes=4 * MiB), SimpleNamespace(nbytes=6 * MiB)]
     plan: Any = SimpleNamespace(
         steps=[
@@ -42,7 +47,9 @@ def test_nothing_is_read_ahead_for_which_the_budget_has_no_room(room: int, asks:
         budget_bytes=100 * MiB + room,
         outline=SimpleNamespace(
             blocks=[SimpleNamespace(read_bytes=10 * MiB)] * 2,
-            skeleton=SimpleNamespace(block_tensors=lambda _: infos),
+            skeleton=SimpleNamespace(
+                block_tensors=lambda _: infos, index=SimpleNamespace(store=store)
+            ),
         ),
     )
 

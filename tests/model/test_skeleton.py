@@ -210,23 +210,39 @@ def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "named"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "awq", "bits": 4}, "awq"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"bits": 4}, "None"),
         ("fp8", "None"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_a_model_quantised_by_others_is_refused(
-    tmp_path: Path, quantization: Any, named: str, nested: bool
+    tmp_path: Path, quantization: Any, named: str, key: str, nested: bool
 ) -> None:
-    settings = {"quantization_config": quantization}
+    settings = {key: quantization}
     folder = edit_config(save_pico(tmp_path), **({"text_config": settings} if nested else settings))
 
     with pytest.raises(UnsupportedModelError, match=rf"already quantised \({named}\).*original"):
+        open_skeleton(folder)
+
+
+@pytest.mark.parametrize(
+    "packed", ["self_attn.q_proj.qweight", "mlp.up_proj.weight_packed", "mlp.up_proj.weight.absmax"]
+)
+def test_packed_weights_are_refused_also_without_a_word_in_the_config(
+    tmp_path: Path, packed: str
+) -> None:
+    name = f"model.layers.0.{packed}"
+    folder = save_edited(
+        tmp_path, lambda tensors: tensors.update({name: torch.zeros(2, dtype=torch.int32)})
+    )
+
+    with pytest.raises(UnsupportedModelError, match=f"{name} is I32.*already quantised.*original"):
         open_skeleton(folder)
 
 

@@ -57,7 +57,7 @@ def test_a_dense_model_is_told_by_families(pico: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("form", ["pivot", "uv"])
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt_neox"])
 def test_a_compressed_model_is_told_with_its_ranks(
     architecture: str, form: str, pico: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
@@ -124,7 +124,7 @@ def family(name: str, *others: str, form: str = "pivot", clusters: bool = False)
 
 def printed(columns: int, *families: Family, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Rows of cells, the parts of a cell put together, and None for a rule between rows."""
-    found = Inspection("llama", "bfloat16", 123, 1, 2, 3, True, families, {})
+    found = Inspection("llama", "bfloat16", 123, 1, 1, 2, 2, 3, True, families, {})
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(streamcomp, "inspect", lambda model, revision: found)
     shown = run_cli("inspect", "model")
@@ -179,7 +179,7 @@ def test_rules_stand_between_linears_of_other_inputs(
 def test_a_wide_terminal_has_a_line_for_each_family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     made = family("self_attn.q_proj", form="shared", clusters=True)
-    found = Inspection("llama", "bfloat16", 123, 1, 2, 3, True, (made,), {})
+    found = Inspection("llama", "bfloat16", 123, 1, 1, 2, 2, 3, True, (made,), {})
     monkeypatch.setattr(streamcomp, "inspect", lambda model, revision: found)
 
     lines = run_cli("inspect", "model").out.splitlines()
@@ -260,17 +260,10 @@ def test_every_architecture_can_be_inspected(architecture: str, pico: Callable[.
     assert json.loads(json.dumps(found.to_dict()))["blocks"] == 2
 
 
-def test_experts_and_routers_are_listed_with_the_reason(pico: Callable[..., Path]) -> None:
+def test_routers_are_listed_with_the_reason(pico: Callable[..., Path]) -> None:
     found = streamcomp.inspect(pico("mixtral"))
 
-    assert {family.name.rpartition(".")[2] for family in found.families} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    }
-    assert any("experts" in name and count == 2 for name, (_, count) in found.left.items())
-    assert any(name.endswith("gate") for name in found.left)
+    assert found.left == {"mlp.gate": ("a MixtralTopKRouter, no linear", 2)}
 
 
 def test_no_weight_is_read(tmp_path: Path) -> None:
@@ -343,3 +336,21 @@ def test_status_changes_nothing(pico: Callable[..., Path], text: Path, tmp_path:
 
     assert streamcomp.status(out).steps_done == 3
     assert journal.read_bytes() == before
+
+
+def test_experts_are_families_and_in_reach(
+    pico: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    folder = pico("mixtral")
+
+    seen = streamcomp.inspect(folder)
+    shown = run_cli("inspect", folder)
+
+    families = {family.name: family for family in seen.families}
+    assert families["mlp.experts.gate_up_proj"].count == 8  # four in each of two blocks
+    assert families["mlp.experts.down_proj"].nbytes == 4 * 8 * 32 * 48
+    assert "mlp.experts" not in seen.left
+    eligible = sum(f.count * f.rows * f.columns for f in seen.families)
+    assert seen.in_reach == eligible
+    assert f"{eligible / seen.parameters:.1%} of them can be factored" in shown.out

@@ -7,6 +7,7 @@ factors go to nameless files until the block's shard is written.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -98,17 +99,24 @@ def decomposing_experts(
 ) -> Iterator[Phase]:
     """Moments and decomposition of each expert's matrices."""
     gradients = outline.method.needs_gradients
-    for site, seconds, moments in _expert_sites(outline, block):
-        phase = _experts("decomposing", outline, block, run_dtype, gradients=gradients)
-        working = outline.method.working_bytes(
-            site, "inputs", site.tokens(outline.tokens), block.stream.dtype, outline.recipe
-        )
-        yield replace(
-            phase,
-            parts={**phase.parts, "moments": moments, "decomposition": working},
-            seconds=seconds + phase.seconds / max(1, len(block.experts)),
-            site=site.leaf,
-        )
+    for number, (site, seconds, moments) in enumerate(_expert_sites(outline, block)):
+        if number == 0:  # all matrices of an expert at once
+            phase = _experts("decomposing", outline, block, run_dtype, gradients=gradients)
+            yield replace(phase, parts={**phase.parts, "moments": moments})
+        parts = {
+            "weights": phase.parts["weights"],
+            "routing": phase.parts["routing"],
+            "moments": moments,
+            "decomposition": _working_bytes(outline, block, site),
+        }
+        yield Phase("decomposing", parts, seconds, site.leaf)
+
+
+def _working_bytes(outline: Outline, block: BlockPlan, site: ExpertSite) -> int:
+    tokens = max(min(site.rows, site.columns), site.tokens(outline.tokens))  # with the prior
+    side = next(group.side for group in block.experts if group.sites[0] == site)
+    dtype = block.stream.dtype
+    return outline.method.working_bytes(site, side, tokens, dtype, outline.recipe)
 
 
 def factorizing_experts(
@@ -117,30 +125,29 @@ def factorizing_experts(
     """Factors of each expert's matrices, from kept decompositions or from moments taken now."""
     stream, form = block.stream, outline.form
     for site, seconds, moments in _expert_sites(outline, block):
-        bank = site.bank
+        bank, count = site.bank, sum(group.sites[0].leaf == site.leaf for group in block.experts)
         most = form.largest_rank(site.rows, site.columns)
         bases = moment_dtype(stream.dtype) if from_analysis else solve_dtype(stream.dtype)
+        analysed = outline.method.analysis_bytes(site, bases)
         parts = {
             "weights": block.weight_bytes + 2 * bank.at_once * bank.expert_bytes,
             "factors": form.running_bytes(site.rows, site.columns, most, stream.dtype),
-            "moments": outline.method.analysis_bytes(site, bases)
-            if outline.method.has_spectra
-            else 0,
-            "decomposition": form.encoding_bytes(site.rows, site.columns, most, stream.dtype),
+        }
+        encoding = {
+            "decomposition": form.encoding_bytes(site.rows, site.columns, most, stream.dtype)
         }
         flops = outline.rates.seconds(form.encoding_flops(site.rows, site.columns, most // 2))
         if from_analysis:
-            yield Phase("factorizing", parts, flops, site.leaf)
+            encoding["moments"] = analysed
+            yield Phase("factorizing", parts | encoding, count * flops, site.leaf)
             continue
-        working = outline.method.working_bytes(
-            site, "inputs", site.tokens(outline.tokens), stream.dtype, outline.recipe
-        )
-        held = moments + routing_bytes(bank, stream, gradients=False)
-        held += expert_activations(bank, stream, stream.dtype, gradients=False)
-        parts["moments"] += held
-        yield Phase("factorizing", parts, flops, site.leaf)
-        parts = {**parts, "moments": held, "decomposition": working}
-        yield Phase("factorizing", parts, seconds, site.leaf)
+        parts["routing"] = routing_bytes(bank, stream, gradients=False)
+        active = expert_activations(bank, stream, stream.dtype, gradients=False)
+        yield Phase("factorizing", {**parts, "moments": moments, "activations": active})
+        working = {"moments": moments, "decomposition": _working_bytes(outline, block, site)}
+        yield Phase("factorizing", parts | working, seconds, site.leaf)
+        encoding["moments"] = moments + analysed
+        yield Phase("factorizing", parts | encoding, count * flops, site.leaf)
 
 
 def scratch(outline: Outline, number: int, *, gradients: bool = False) -> int:
@@ -175,16 +182,20 @@ def _experts(
 
 
 def _expert_sites(outline: Outline, block: BlockPlan) -> Iterator[tuple[ExpertSite, float, int]]:
-    """Sites of all experts, seconds of their decompositions, and bytes of an expert's moments."""
-    for groups in block.groups_of_expert.values():
-        moments = block.moment_bytes(groups) if outline.recipe.statistics != "none" else 0
-        for group in groups:
-            site = group.sites[0]
-            seconds = 0.0
-            if outline.method.has_spectra:
-                seconds = outline.rates.eigh_seconds(min(site.rows, site.columns))
-                seconds += outline.rates.seconds(outline.method.flops(site, group.side))
-            yield site, seconds, moments
+    """One site of each matrix, seconds of the decompositions of all such, and bytes of moments.
+
+    Moments are those of all matrices of one expert.
+    """
+    moments = 0
+    if outline.recipe.statistics != "none":
+        moments = max(map(block.moment_bytes, block.groups_of_expert.values()), default=0)
+    for leaf, count in Counter(group.sites[0].leaf for group in block.experts).items():
+        group = next(group for group in block.experts if group.sites[0].leaf == leaf)
+        site, seconds = group.sites[0], 0.0
+        if outline.method.has_spectra:
+            seconds = outline.rates.eigh_seconds(min(site.rows, site.columns))
+            seconds += outline.rates.seconds(outline.method.flops(site, group.side))
+        yield site, count * seconds, moments
 
 
 # -- running them ----------------------------------------------------------------------------
