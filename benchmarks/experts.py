@@ -2,8 +2,9 @@
 
     python benchmarks/experts.py --forms uv,pivot
 
-128 experts, 8 for each token, n 2048, m 768. Each ratio is tried with equal ranks, with ranks up to
-half smaller or larger in multiples of 8, and with such ranks not rounded. Dense and
+128 experts, 8 for each token, n 2048, m 768. Each ratio is tried with equal ranks, and with ranks up
+to half smaller or larger: in steps of a sixteenth, as jobs choose them, in multiples of 8, and not
+rounded. Dense and
 factored layers take turns in one process; a row gives the median seconds of the dense layer, by the
 faster of ``eager`` and ``grouped_mm``, and how many times faster each factored one is.
 """
@@ -30,6 +31,9 @@ RATIOS = (0.2, 0.4, 0.6)
 TOKENS = (256, 1)
 SPREADS: dict[str, Callable[[int, int, int], list[int]]] = {
     "equal": lambda rank, width, count: [_rounded(rank)] * count,
+    "of 16 ranks": lambda rank, width, count: [
+        _rounded(r, 8 * (width // 128)) for r in _spread(rank, width, count)
+    ],
     "ragged, by 8": lambda rank, width, count: [_rounded(r) for r in _spread(rank, width, count)],
     "ragged, by 1": lambda rank, width, count: _spread(rank, width, count),
 }
@@ -94,8 +98,8 @@ def _spread(rank: int, width: int, count: int) -> list[int]:
     return ranks[torch.randperm(count, generator=torch.Generator().manual_seed(1))].tolist()
 
 
-def _rounded(rank: int) -> int:
-    return max(8, 8 * (rank // 8))
+def _rounded(rank: int, step: int = 8) -> int:
+    return max(step, step * (rank // step))
 
 
 @torch.no_grad()
