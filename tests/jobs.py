@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import streamcomp
 from streamcomp import CompressResult, Recipe, Resources, cli
@@ -244,6 +246,7 @@ def products(folder: Path) -> dict[str, Tensor]:
     return {
         name: product(tensors, name, spec["form"], spec.get("axis", ""))
         for name, spec in factored_modules(folder).items()
+        if "ranks" not in spec  # experts: see load_products
     }
 
 
@@ -256,18 +259,82 @@ def load_dense(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Pre
     modules = dict(model.named_modules())
     for name, weight in (weights or {}).items():
         linear = modules[in_memory(model, name)]
-        assert isinstance(linear, nn.Linear) and linear.weight.shape == weight.shape
+        assert isinstance(linear, nn.Linear | Conv1D)
+        weight = as_stored(linear, weight)
+        assert linear.weight.shape == weight.shape
         linear.weight.data = weight.to(linear.weight.dtype)
     return model
+
+
+def as_stored(linear: nn.Module, weight: Tensor) -> Tensor:
+    """``weight`` (m, n) as ``linear`` holds it: the other way round in a ``Conv1D``."""
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def in_memory(model: nn.Module, disk_name: str) -> str:
     """The name that the module ``disk_name`` has in ``model``."""
     names = [name for name, _ in model.named_modules() if name]
-    tail = disk_name.partition("layers.")[2]
-    found: list[str] = [name for name in names if name.endswith(f"layers.{tail}")]
+    tail = re.split(r"(?:^|\.)(?:layers|h)\.", disk_name, maxsplit=1)[1]
+    found: list[str] = [n for n in names if re.search(rf"\b(layers|h)\.{re.escape(tail)}$", n)]
     assert len(found) == 1, (disk_name, found)
     return found[0]
+
+
+@torch.no_grad()
+def load_products(dense: Path, out: Path) -> PreTrainedModel:
+    """The dense model with W' instead of every weight that ``out`` holds factors of."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(dense, dtype="auto").eval()
+    tensors = stored_tensors(out)
+    for disk_name, spec in factored_modules(out).items():
+        tail = disk_name.partition("layers.")[2].replace("block_sparse_moe", "mlp")
+        module = next(
+            m
+            for n, m in model.named_modules()
+            if n.partition("layers.")[2].replace("block_sparse_moe", "mlp") == tail
+        )
+        if "ranks" not in spec:
+            weight = product(tensors, disk_name, spec["form"])
+            module.get_parameter("weight").copy_(weight)
+            continue
+        for name, ranks in spec["ranks"].items():
+            parameter = module.get_parameter(name)
+            for expert, weight in _expert_products(tensors, f"{disk_name}.{name}", spec, ranks):
+                parameter[expert].copy_(weight.T if getattr(module, "is_transposed") else weight)  # noqa: B009
+    return model
+
+
+def _expert_products(
+    tensors: dict[str, Tensor], name: str, spec: dict[str, Any], ranks: list[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """W' of each expert, as docs/format.md says that they are stored."""
+    left = "U" if spec["form"] == "uv" else "coef"
+    row, place = 0, 0
+    for expert in sorted(range(len(ranks)), key=lambda e: ranks[e]):
+        rank = ranks[expert]
+        right = tensors[f"{name}_V"][row : row + rank].double()
+        row += rank
+        pivots = tensors.get(f"{name}_pivots")
+        rows = pivots.shape[1] if pivots is not None else None
+        if pivots is None:
+            rows = max(ranks) if f"{name}_U" not in tensors else _rows(tensors, name, ranks)
+        assert rows is not None
+        if rank == rows:
+            yield expert, right
+            continue
+        height = rows if pivots is None else rows - rank
+        flat = tensors[f"{name}_{left}"][place : place + rank * height].double()
+        place += rank * height
+        if pivots is None:
+            yield expert, flat.view(rank, height).T @ right
+        else:
+            stacked = torch.cat((right, flat.view(height, rank) @ right))
+            yield expert, stacked[pivots[expert].long()]
+
+
+def _rows(tensors: dict[str, Tensor], name: str, ranks: list[int]) -> int:
+    """The rows m for which U has as many numbers as it has; dense experts have rank m."""
+    numbers = len(tensors[f"{name}_U"])
+    return next(m for m in range(1, numbers + 1) if sum(r * m for r in ranks if r != m) == numbers)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -22,6 +22,8 @@ from streamcomp.forms.experts import (
     matrices_of,
 )
 from streamcomp.forms.install import NameMap
+from streamcomp.integrations.transformers import AUTO_MAP, PLUGIN, plugin_source
+from tests.jobs import config_of, stored_tensors
 
 # The rank of one expert's matrix, by the expert's number, the rows m and the columns n.
 Ranks = Callable[[int, int, int], int]
@@ -87,9 +89,7 @@ def save_mixture(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
     model.set_experts_implementation("eager")
     names = NameMap(model)
-    state = {
-        k: v for shard in sorted(dense.glob("*.safetensors")) for k, v in load_file(shard).items()
-    }
+    state = stored_tensors(dense)
     modules, tensors = {}, dict(state)
     for name, experts in experts_of(model).items():
         on_disk = {k for k in state if (names.parameter(k) or "").rpartition(".")[0] == name}
@@ -107,7 +107,8 @@ def save_mixture(
         folder / "model.safetensors",
         {"format": "pt"},
     )
-    config = json.loads((dense / "config.json").read_text())
+    (folder / PLUGIN).write_text(plugin_source())
+    config = config_of(dense) | {"auto_map": AUTO_MAP}
     config["quantization_config"] = {"quant_method": "streamcomp", "version": 1, "modules": modules}
     (folder / "config.json").write_text(json.dumps(config))
     return model

@@ -26,6 +26,7 @@ ARCHITECTURES = (
     "phi3",
     "opt",
     "gpt_neox",
+    "gpt2",  # whose linears are stored transposed
     "mixtral",
 )
 
@@ -137,6 +138,18 @@ def pico_config(architecture: str, *, blocks: int = 2, tie: bool = False) -> Any
             )
         case "gpt_neox":
             return transformers.GPTNeoXConfig(**_COMMON, **depth)
+        case "gpt2":
+            return transformers.GPT2Config(
+                vocab_size=VOCABULARY,
+                n_embd=HIDDEN,
+                n_inner=48,
+                n_head=4,
+                n_layer=blocks,
+                n_positions=LONGEST,
+                bos_token_id=BOS,
+                eos_token_id=EOS,
+                tie_word_embeddings=tie,
+            )
         case "mixtral":
             return transformers.MixtralConfig(**_GROUPED, **depth, num_local_experts=4)
         case "gpt_neo":

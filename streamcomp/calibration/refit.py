@@ -33,7 +33,7 @@ class Refit:
 
     def __init__(self, block: LoadedBlock, sites: Sequence[LinearSite], anchor: float) -> None:
         self._block, self._sites, self._anchor = block, sites, anchor
-        self._dense: dict[LinearSite, Tensor] = {}
+        self._dense: dict[LinearSite, list[Tensor]] = {}  # one for each call in a forward
         self._sums: dict[LinearSite, tuple[Tensor, Tensor]] = {}
         for site in sites:
             right = site.factored(block).weight  # (r, n)
@@ -70,7 +70,8 @@ class Refit:
         )
 
     def _keep(self, site: LinearSite, output: Tensor, bias: Tensor | None) -> None:
-        self._dense[site] = output if bias is None else output - bias
+        outputs = self._dense.setdefault(site, [])
+        outputs.append(output if bias is None else output - bias)
 
     def _add(self, site: LinearSite) -> Callable[[Tensor], None]:
         weight, right = site.weight(self._block), site.factored(self._block).weight.detach()
@@ -78,7 +79,7 @@ class Refit:
 
         def see(inputs: Tensor) -> None:
             inputs = inputs.detach()
-            wanted = self._dense.pop(site)
+            wanted = self._dense[site].pop(0)
             if self._anchor < 1:
                 wanted = torch.lerp(nn.functional.linear(inputs, weight), wanted, self._anchor)
             low = nn.functional.linear(inputs, right).reshape(-1, right.shape[0]).to(inner.dtype)

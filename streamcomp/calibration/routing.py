@@ -34,6 +34,10 @@ from streamcomp.model.taps import LayerInputs, Stop, hidden_of
 
 __all__ = ["Routing", "RowFile", "expert_activations", "routing_bytes", "scratch_bytes"]
 
+# Bytes of the rows that one expert runs at a time, and the fewest and the most rows.
+_AT_ONCE_BYTES = 256 * 2**20
+_FEWEST_ROWS = 128
+
 # Weight of the prior of an expert's moments, in tokens for each channel.
 _PRIOR = 0.5
 
@@ -233,7 +237,8 @@ class Routing:
         half as many tokens more as it has channels had been seen, all channels alike and as large
         as the mean over all experts of the block. An expert that no token reached is decomposed as
         if nothing were known of it. Moments of gradients are scaled to the tokens of the stream,
-        so that losses compare with those of linears that every token runs through.
+        so that losses compare with those of linears that every token runs through. The prior has
+        no part in that weight: an expert counts for the tokens that reached it, and for one more.
         """
         one = _Expert(experts, self.bank, number, self._dtype)
         sums = [_ExpertSums(group, one, self._place(group)) for group in groups]
@@ -371,7 +376,8 @@ class _ExpertSums:
             value.addmm_(weight, weight.T, alpha=extra * inputs)
         gradient = None
         if self._gradient is not None:
-            scale = tokens / (self._count + extra)
+            # means over count + extra rows, for the count + 1 tokens that it is expected to get
+            scale = tokens * (self._count + 1) / (self._count + extra) ** 2
             back = self._gradient.moment.value
             check_moment(name, "gradients", back)
             if self.rows > self.columns:
@@ -419,16 +425,23 @@ def scratch_bytes(
     return stream.tokens * bank.inputs * each * (2 if gradients else 1)
 
 
+def rows_at_once(bank: ExpertBank, run_dtype: torch.dtype) -> int:
+    """Rows that one expert runs at a time: fewer where its matrices are wide."""
+    rows = _AT_ONCE_BYTES // _row_bytes(bank, run_dtype, gradients=True)
+    return min(ROWS_PER_UPDATE, max(_FEWEST_ROWS, rows))
+
+
 def expert_activations(
     bank: ExpertBank, stream: StreamShape, run_dtype: torch.dtype, *, gradients: bool
 ) -> int:
-    """Most bytes that the rows of one expert take at a time, without its moments.
+    """Most bytes that the rows of one expert take at a time, without its moments."""
+    rows = min(rows_at_once(bank, run_dtype), stream.tokens)
+    return rows * _row_bytes(bank, run_dtype, gradients=gradients)
 
-    Rows go through both matrices; a backward holds as much again, and what is added up is wider.
-    """
-    rows = min(ROWS_PER_UPDATE, stream.tokens)
+
+def _row_bytes(bank: ExpertBank, run_dtype: torch.dtype, *, gradients: bool) -> int:
+    """A row through both matrices; a backward holds as much again, and what is added is wider."""
     (_, first, given), (_, output, inner) = bank.matrices
-    wide = moment_dtype(stream.dtype).itemsize
     running = run_dtype.itemsize * (2 * given + 4 * first + 2 * inner + 2 * output)
-    adding = 3 * wide * max(given, first, output)
-    return rows * (running * (3 if gradients else 1) + adding)
+    adding = 3 * moment_dtype(run_dtype).itemsize * max(given, first, output)
+    return running * (3 if gradients else 1) + adding

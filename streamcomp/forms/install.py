@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from streamcomp.forms.expert_module import FactoredExperts, factored_experts
 from streamcomp.forms.experts import EXPERT_LEAVES, FIRST_MATRICES, has_experts
@@ -40,7 +41,7 @@ _CONFIG_KEYS = {"quant_method", "version", "modules"}
 
 
 def modules_of(quantization: object) -> dict[str, dict[str, Any]]:
-    """``modules`` of a config's ``quantization_config``: entries by the names of linears on disk.
+    """``modules`` of a config's ``quantization_config``: entries by the names of modules on disk.
 
     A key that is not known is refused, here and in each entry, for a reader that skips what it
     does not know returns a wrong model. Raises ValueError.
@@ -102,9 +103,9 @@ def install_factored(model: PreTrainedModel, modules: Mapping[str, Mapping[str, 
         if dense is head or isinstance(dense, FACTORED):
             why = "the head, which stays dense" if dense is head else "listed by two names"
             raise ValueError(f"streamcomp: {show} is {why}")
-        if not isinstance(dense, nn.Linear) and not has_experts(dense):
+        if not isinstance(dense, nn.Linear | Conv1D) and not has_experts(dense):
             raise ValueError(f"streamcomp: {show} is a {type(dense).__name__}, no linear")
-        kind = "linear" if isinstance(dense, nn.Linear) else "experts"
+        kind = "linear" if isinstance(dense, nn.Linear | Conv1D) else "experts"
         try:
             made = factored(dense, spec) if kind == "linear" else factored_experts(dense, spec)
         except ValueError as error:
@@ -179,7 +180,7 @@ def _refuse_factor(model: PreTrainedModel, names: NameMap, key: str) -> None:
     if not parameter:
         return
     module = model.get_submodule(parameter.rpartition(".")[0])
-    if isinstance(module, nn.Linear | FactoredExperts) or has_experts(module):
+    if isinstance(module, nn.Linear | Conv1D | FactoredExperts) or has_experts(module):
         raise ValueError(
             f"streamcomp: {shown(key, quoted=False)} is a factor that the config does not list"
         )

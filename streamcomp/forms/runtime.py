@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 __all__ = [
     "AXES",
@@ -26,6 +27,7 @@ __all__ = [
     "check_finite",
     "check_permutations",
     "factored",
+    "gather",
     "refuse_unknown",
     "shown",
 ]
@@ -47,6 +49,7 @@ class FactoredLinear(nn.Linear):
     converted: frozenset[str] = frozenset()  # names of tensors that transformers may split on disk
     keys: frozenset[str] = frozenset()  # in the config's entry, in addition to those of every form
     weight: nn.Parameter  # (r, n)
+    transposed = False  # the dense weight that it replaces is stored (n, m)
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = False, **place: Any
@@ -141,7 +144,7 @@ class PivotLinear(FactoredLinear):
             return nn.functional.linear(pivot, self._left(self.coef), self.bias)
         rest = nn.functional.linear(pivot, self.coef)  # (..., m - r)
         output = torch.cat((pivot, rest), dim=-1)  # (..., m)
-        output = _gather(output, self.pivots.long().expand(output.shape))
+        output = gather(output, self.pivots.long().expand(output.shape))
         return output if self.bias is None else output + self.bias
 
     def check_indices(self, name: str) -> None:
@@ -245,7 +248,7 @@ MODULES: dict[str, type[FactoredLinear]] = {
 _KEYS = {"form", "rank", "dtype"}
 
 
-def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
+def factored(dense: nn.Linear | Conv1D, spec: Mapping[str, Any]) -> FactoredLinear:
     """An empty factored linear instead of ``dense``, as ``spec`` of the config says.
 
     ``spec`` holds ``form``, ``rank`` and ``dtype``, and the keys of its form. Raises ValueError.
@@ -256,12 +259,15 @@ def factored(dense: nn.Linear, spec: Mapping[str, Any]) -> FactoredLinear:
     if kind is None:
         raise ValueError(f"streamcomp: unknown form {shown(form)}: written by a newer version?")
     check_dtype(spec)
-    rows, columns = dense.out_features, dense.in_features
+    transposed = isinstance(dense, Conv1D)  # GPT-2's linears
+    rows, columns = dense.weight.shape[::-1] if transposed else dense.weight.shape  # (m, n)
     if type(rank) is not int or not 0 < rank < min(rows, columns):
         raise ValueError(f"streamcomp: rank {shown(rank)} is impossible for {rows} x {columns}")
     place = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     bias = dense.bias is not None
-    return kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
+    module = kind(columns, rows, rank, bias, **kind.options(spec, rows, columns), **place)
+    module.transposed = transposed
+    return module
 
 
 # -- checks ------------------------------------------------------------------------------------
@@ -310,7 +316,7 @@ def shown(value: object, *, quoted: bool = True) -> str:
     return f"{value!r:.80}"
 
 
-def _gather(output: Tensor, places: Tensor) -> Tensor:
+def gather(output: Tensor, places: Tensor) -> Tensor:
     """``output`` (..., m) in the order of ``places`` (..., m).
 
     A CPU gathers half-precision numbers one by one, and integers of their size twice as fast.

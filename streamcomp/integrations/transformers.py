@@ -47,7 +47,7 @@ AUTO_MAP = {
 
 
 class StreamCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` of a compressed model: form and rank of each factored linear."""
+    """``quantization_config`` of a compressed model: forms and ranks of linears and experts."""
 
     def __init__(self, /, **settings: Any) -> None:
         from streamcomp.forms.install import modules_of
@@ -59,7 +59,7 @@ class StreamCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts factored linears into the empty model before its weights are loaded."""
+    """Puts factored modules into the empty model before its weights are loaded."""
 
     requires_calibration = True  # nothing is compressed while loading
 
@@ -69,7 +69,7 @@ class StreamCompQuantizer(HfQuantizer):  # type: ignore[misc]
         from streamcomp.forms.install import check_stored, install_factored
 
         if self._has_experts and getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError("streamcomp: factored experts run on one process's devices alone")
+            raise ValueError("streamcomp: factored experts run in one process alone")
         install_factored(model, self.quantization_config.modules)
         if checkpoint_files and all(name.endswith(".safetensors") for name in checkpoint_files):
             check_stored(model, _headers(checkpoint_files))

@@ -21,6 +21,7 @@ from streamcomp.checkpoint.quantised import quantization_of
 from streamcomp.errors import CorruptShardError, SourceError, StreamcompError, UnsupportedModelError
 from streamcomp.forms.install import check_stored, install_factored, modules_of
 from streamcomp.forms.runtime import FLOATS
+from streamcomp.model.loading import run_as_linears
 from streamcomp.model.settings import at_most, check_counts, named, refusing, runnable, silent
 from streamcomp.units import format_bytes
 
@@ -67,6 +68,7 @@ def build_model(index: CheckpointIndex) -> MetaModel:
     if modules is not None:
         _install(index, model, modules)
         _mark_as_quantised(model)
+    run_as_linears(model)
     _check_size(index, model)
     with refusing(what, settings):
         _fill_buffers(model)

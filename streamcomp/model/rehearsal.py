@@ -8,21 +8,24 @@ autograd graph shows this, because the output of each tap is a leaf of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from streamcomp.errors import StreamcompError, UnsupportedModelError
+from streamcomp.model.packing import Packing, Part, part_of
 from streamcomp.model.sites import is_linear
 from streamcomp.model.taps import (
     InputCapture,
     LayerInputs,
     Returned,
+    SharedStates,
     Stop,
     TapPanel,
     check_same_inputs,
@@ -32,8 +35,12 @@ from streamcomp.model.tracing import BlockUse, use_of_block
 
 __all__ = ["Rehearsal", "code_of", "rehearse"]
 
-# Two batches that differ in their tokens alone. No row is 0, 1, 2, ..., which positions are.
-_TOKENS = ([[1, 0, 1, 1], [0, 0, 1, 0]], [[0, 1, 1, 0], [1, 1, 0, 1]])
+# Two batches that differ in their tokens alone. No row is 0, 1, 2, ..., which positions are, and
+# few models have as many of anything as there are windows, or tokens in them.
+_WINDOWS, _POSITIONS = 11, 13
+_TOKENS = torch.randint(
+    2, (2, _WINDOWS, _POSITIONS), generator=torch.Generator().manual_seed(0), device="cpu"
+)
 # How a block may return its hidden states where it cannot be run without weights.
 _GUESSES = tuple(Returned(length, frozenset(range(1, length))) for length in range(4))
 
@@ -48,7 +55,9 @@ class Rehearsal:
     chosen: tuple[Mapping[str, int], ...]
     before: frozenset[str]  # outer modules that run before the last block
     behind: frozenset[str]  # outer modules that run only after it, the head among them
-    hidden_size: int
+    tables: frozenset[str]  # embeddings that are given the tokens
+    hidden_size: int  # numbers of a token in the stream
+    packing: Packing | None  # where these are more than one vector
 
 
 @torch.inference_mode(False)
@@ -70,7 +79,7 @@ def rehearse(
     for guess in _GUESSES:
         actors = _Actors(blocks, guess)
         try:
-            before, behind = _perform(forward, panel, actors, outer, head)
+            before, behind, tables = _perform(forward, panel, actors, outer, head)
         except Exception as fault:  # models may raise anything
             error = error or fault
             if actors.certain:
@@ -78,15 +87,18 @@ def rehearse(
             continue  # perhaps because the guess is wrong
         panel.conductor = capture = InputCapture(actors.returns)
         with torch.no_grad(), suppress(Stop):
-            forward(torch.tensor(_TOKENS[1]))
+            forward(_TOKENS[1].clone())
         check_same_inputs(actors.layer_inputs, capture.layer_inputs)
+        packing = actors.packing()
         return Rehearsal(
             tuple(actors.returns),
             tuple(use.called if use else None for use in actors.uses),
             tuple(use.chosen if use else {} for use in actors.uses),
             frozenset(before),
             frozenset(behind - before),
-            actors.leaves[-1].shape[-1],
+            frozenset(tables),
+            packing.width if packing else actors.leaves[-1].shape[-1],
+            packing,
         )
     assert error is not None
     if isinstance(error, StreamcompError):
@@ -103,9 +115,14 @@ def _perform(
     actors: _Actors,
     outer: dict[str, nn.Module],
     head: nn.Module,
-) -> tuple[set[str], set[str]]:
-    """Run once with ``actors``; return outer modules that run before the last block, and after."""
-    tokens = torch.tensor(_TOKENS[0])
+) -> tuple[set[str], set[str], set[str]]:
+    """Run once with ``actors``.
+
+    Returns the outer modules that run before the last block, those after it, and the embeddings
+    that are given the tokens.
+    """
+    tokens = _TOKENS[0].clone()
+    tables: set[str] = set()
     arrived: list[Tensor] = []
     used: tuple[set[str], set[str]] = (set(), set())
 
@@ -116,22 +133,29 @@ def _perform(
         arrived.append(args[0])
         raise Stop  # the head is large: do not compute
 
-    def embed(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        of_tokens = args and isinstance(args[0], Tensor) and torch.equal(args[0].cpu(), tokens)
-        return output.detach().requires_grad_().clone() if of_tokens else None
+    def embed(name: str) -> Callable[..., Tensor | None]:
+        def after(table: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not args or not isinstance(args[0], Tensor) or not torch.equal(args[0], tokens):
+                return None
+            if _looks_up(table):
+                tables.add(name)
+            actors.embedded.append(output.detach().requires_grad_())
+            return actors.embedded[-1].clone()
+
+        return after
 
     panel.conductor = actors
     with ExitStack() as hooks:
         for name, module in outer.items():
             hooks.callback(module.register_forward_pre_hook(note(name)).remove)
             if isinstance(module, nn.Embedding):
-                hooks.callback(module.register_forward_hook(embed).remove)
+                hooks.callback(module.register_forward_hook(embed(name)).remove)
         hooks.callback(head.register_forward_pre_hook(stop).remove)
         with suppress(Stop):
             forward(tokens)
     actors.check_run(len(panel.taps))
     actors.check_head(arrived)
-    return used
+    return *used, tables
 
 
 class _Actors:
@@ -146,6 +170,11 @@ class _Actors:
         self.uses: list[BlockUse | None] = []
         self.layer_inputs: list[LayerInputs] = []
         self.leaves: list[Tensor] = []
+        self.embedded: list[Tensor] = []  # what embeddings have made of the tokens
+        self._hidden: Part | None = None
+        self._inputs: list[dict[int, Part]] = []  # of each block, those that depend on the tokens
+        self._states: dict[Any, Any] = {}  # that a block has left for others, as tensors on meta
+        self._read: set[Any] = set()
         self._output: Tensor | None = None  # of the block before; models may change it in place
         self._version = 0
 
@@ -167,30 +196,32 @@ class _Actors:
         if number < len(self.layer_inputs):
             raise UnsupportedModelError("its blocks run in another order than they are listed in")
         self.check_run(number)
-        windows, positions = len(_TOKENS[0]), len(_TOKENS[0][0])
-        if hidden.dim() != 3 or hidden.shape[:2] != (windows, positions):
-            raise UnsupportedModelError(
-                f"hidden states of {windows} x {positions} tokens are not (batch, tokens, hidden) "
-                f"but {list(hidden.shape)}"
-            )
-        changed = hidden is not self._output or hidden._version != self._version
-        if self.leaves and changed:
+        plain = hidden.dim() == 3 and hidden.shape[:2] == (_WINDOWS, _POSITIONS)
+        otherwise = (
+            f"hidden states of {_WINDOWS} x {_POSITIONS} tokens are not (batch, tokens, hidden) "
+            f"but {list(hidden.shape)}"
+        )
+        whole = Part((hidden.shape[-1],), (0, 1))
+        self._hidden = whole if plain else _part(hidden, hidden.dtype, otherwise)
+        if self._output is not None and not self._is_output(hidden):
             raise UnsupportedModelError(
                 f"block {number} is given something else than what block {number - 1} returned: "
                 "not supported yet"
             )
-        for name, value in _named(inputs):
-            if value.requires_grad:
-                raise UnsupportedModelError(
-                    f"block {number} is given a state that depends on the tokens, besides the "
-                    f"hidden states ({name}): not supported yet"
-                )
-        self.layer_inputs.append(inputs)
+        self.layer_inputs.append(self._without_tokens(number, hidden, inputs))
         self.uses.append(self._use(number, hidden, inputs))
         self.leaves.append(hidden.detach().clone().requires_grad_())
         self._output = self.leaves[-1].clone()
         self._version = self._output._version
         return self.returns[-1].around(self._output)
+
+    def _is_output(self, hidden: Tensor) -> bool:
+        """Whether ``hidden`` is what the block before has returned, or all of it as a view."""
+        before = self._output
+        assert before is not None
+        same = hidden is before or (hidden.requires_grad and hidden.data_ptr() == before.data_ptr())
+        same = same and hidden.shape == before.shape and hidden.stride() == before.stride()
+        return same and hidden._version == self._version
 
     def check_run(self, count: int) -> None:
         """Refuse unless the first ``count`` blocks have run."""
@@ -201,20 +232,19 @@ class _Actors:
 
     def check_head(self, arrived: list[Tensor]) -> None:
         """Check that the head depends on the output of the last block, and of no other block."""
-        if not arrived or arrived[0].shape[:-1] != self.leaves[0].shape[:-1]:
+        if not arrived or arrived[0].shape[:-1] != (_WINDOWS, _POSITIONS):
             raise UnsupportedModelError("the code behind its last block cannot be run by itself")
         if not arrived[0].requires_grad:
             raise UnsupportedModelError("its head does not depend on its last block")
-        *others, last = torch.autograd.grad(
-            arrived[0].float().sum(), self.leaves, allow_unused=True
-        )
-        for number, gradient in enumerate(others):
-            if gradient is not None:
-                raise UnsupportedModelError(
-                    f"its head is given what block {number} returned, besides the last block's "
-                    "hidden states: not supported yet"
-                )
-        if last is None:
+        *others, last = self.leaves
+        number = _dependence(arrived[0], others)
+        if number is not None or _dependence(arrived[0], self.embedded) is not None:
+            what = "the embeddings" if number is None else f"what block {number} returned"
+            raise UnsupportedModelError(
+                f"its head is given {what}, besides the last block's hidden states: not supported "
+                "yet"
+            )
+        if _dependence(arrived[0], [last]) is None:
             raise UnsupportedModelError("its head does not depend on its last block")
 
     def _use(self, number: int, hidden: Tensor, inputs: LayerInputs) -> BlockUse | None:
@@ -222,8 +252,98 @@ class _Actors:
         block = self._blocks[number]
         key = code_of(block), tuple(map(_code_key, inputs.leaves))
         if key not in self._seen:
+            states = [leaf for leaf in inputs.leaves if isinstance(leaf, SharedStates)]
+            for state in states[:1]:  # of two, keys could be the same
+                state.given = _Blank(self._states)
             self._seen[key] = use_of_block(block, hidden, inputs)
+            for state in states[:1]:
+                self._read |= state.read
+                self._states |= tree_map(lambda t: t.to("meta"), state.written)
         return self._seen[key]
+
+    def _without_tokens(self, number: int, hidden: Tensor, inputs: LayerInputs) -> LayerInputs:
+        """``inputs`` without those that depend on the tokens, which are noted."""
+        leaves, spec = tree_flatten((inputs.args, inputs.kwargs))
+        names = {id(value): name for name, value in _named(inputs)}
+        self._inputs.append({})
+        for place, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+                continue
+            source = _dependence(leaf, self.leaves)
+            otherwise = (
+                f"block {number} is given a state that depends on "
+                f"{'the tokens' if source is None else f'the output of block {source}'}, besides "
+                f"the hidden states ({names[id(leaf)]}): not supported yet"
+            )
+            if source is not None:
+                raise UnsupportedModelError(otherwise)
+            self._inputs[-1][place] = _part(leaf, hidden.dtype, otherwise)
+            leaves[place] = None
+        return LayerInputs(*tree_unflatten(leaves, spec))
+
+    def packing(self) -> Packing | None:
+        """What the stream holds, if that is more than one vector for each token."""
+        assert self._hidden is not None
+        if self._hidden.plain and not any(self._inputs) and not self._read:
+            return None
+        dtype = self.leaves[0].dtype
+        otherwise = "a block reads a state that others have written: not supported yet"
+        shared = {
+            key: tree_map(lambda state: _part(state, dtype, otherwise), states)
+            for key, states in self._states.items()
+            if key in self._read
+        }
+        return Packing(self._hidden, tuple(self._inputs), shared)
+
+
+class _Blank(Mapping[Any, Any]):
+    """``states`` as tensors of no data, made in the mode in which they are asked for."""
+
+    def __init__(self, states: Mapping[Any, Any]) -> None:
+        self._states = dict(states)
+
+    def __getitem__(self, key: Any) -> Any:
+        return tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype), self._states[key])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+
+def _looks_up(table: nn.Module) -> bool:
+    """Whether an embedding gives equal tokens equal rows, tried on a copy of 8 x 3.
+
+    Some count positions instead, and are given the tokens for their shape.
+    """
+    small = copy.copy(table)
+    random = torch.Generator().manual_seed(0)
+    small._parameters = {"weight": nn.Parameter(torch.randn(8, 3, generator=random))}
+    try:
+        with torch.no_grad():
+            first, other, again = type(table).forward(small, torch.tensor([[1, 0, 1]]))[0]
+    except Exception:  # model code may raise anything
+        return False
+    return torch.equal(first, again) and not torch.equal(first, other)
+
+
+def _dependence(value: Tensor, leaves: Sequence[Tensor]) -> int | None:
+    """The first of ``leaves`` of the graph that ``value`` was computed from."""
+    if not leaves or not value.requires_grad:
+        return None
+    gradients = torch.autograd.grad(
+        value.float().sum(), leaves, allow_unused=True, retain_graph=True
+    )
+    return next((place for place, gradient in enumerate(gradients) if gradient is not None), None)
+
+
+def _part(tensor: Tensor, dtype: torch.dtype, otherwise: str) -> Part:
+    """The part of a row that ``tensor`` is; UnsupportedModelError where it cannot be one."""
+    part = part_of(tensor.shape, _WINDOWS, _POSITIONS)
+    if part is None or tensor.dtype != dtype:
+        raise UnsupportedModelError(otherwise)
+    return part
 
 
 def _named(inputs: LayerInputs) -> list[tuple[str, Tensor]]:

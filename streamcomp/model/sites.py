@@ -27,6 +27,7 @@ from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.forms.runtime import FactoredLinear, factored
 from streamcomp.memory_errors import lacks_memory
 from streamcomp.model.experts import ExpertBank, find_bank
+from streamcomp.model.loading import stored_shape
 from streamcomp.model.meta import FLOATS
 
 if TYPE_CHECKING:  # both run blocks, and blocks are traced through their sites
@@ -332,7 +333,7 @@ def _reason(
     if not isinstance(module, nn.Linear) or not _computes_a_linear(module):
         return f"a {type(module).__name__}, no linear"
     sources = skeleton.sources.get(f"{full_name}.weight", [])
-    if len(sources) != 1 or sources[0].shape != tuple(module.weight.shape):
+    if len(sources) != 1 or sources[0].shape != stored_shape(module):
         return "not one matrix on disk"
     if not sources[0].name.endswith(".weight"):
         return f"named {sources[0].name} on disk"

@@ -21,6 +21,7 @@ from streamcomp.errors import CorruptShardError, MissingShardError, UnsupportedM
 from streamcomp.forms.install import NameMap
 from streamcomp.model.loading import check_shapes
 from streamcomp.model.meta import FLOATS, build_model
+from streamcomp.model.packing import Packing
 from streamcomp.model.rehearsal import Rehearsal, code_of, rehearse
 from streamcomp.model.sites import is_linear
 from streamcomp.model.taps import Conductor, InputCapture, LayerInputs, Replayer, Stop, TapPanel
@@ -50,6 +51,8 @@ class Skeleton:
         self._leaf = self.layers_name.rpartition(".")[2]
         self._panel = TapPanel(self._layers)
         self.rehearsal = self._rehearse()
+        if self.packing is not None:
+            self.packing.hook(list(self._layers))
 
     # -- what is there -------------------------------------------------------------------
 
@@ -99,6 +102,11 @@ class Skeleton:
     @property
     def hidden_size(self) -> int:
         return self.rehearsal.hidden_size
+
+    @property
+    def packing(self) -> Packing | None:
+        """What a token's row in the stream holds, if that is more than its hidden states."""
+        return self.rehearsal.packing
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -161,6 +169,8 @@ class Skeleton:
         with self._conducted_by(capture), suppress(Stop):
             self._forward(tokens)
         assert capture.hidden is not None
+        if self.packing is not None:
+            return self.packing.pack(capture.hidden, capture.layer_inputs)
         return capture.hidden, capture.layer_inputs
 
     def dry_capture(self, batch: int, seq_len: int) -> tuple[Tensor, list[LayerInputs]]:
@@ -177,6 +187,8 @@ class Skeleton:
         Can be differentiated; call it under ``torch.no_grad`` where that is not needed.
         """
         tokens = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        if self.packing is not None:
+            hidden = self.packing.hidden_in(hidden)
         with self._conducted_by(Replayer(self.rehearsal.returns, hidden)):
             return self._forward(tokens)
 

@@ -8,7 +8,7 @@ only within a ``with``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from streamcomp.checkpoint.digests import combined
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.checkpoint.reader import TensorReader
-from streamcomp.errors import CorruptShardError, MissingShardError, NonFiniteError
+from streamcomp.errors import (
+    CorruptShardError,
+    MissingShardError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from streamcomp.forms.experts import expert_parts
 from streamcomp.forms.runtime import FactoredLinear
 from streamcomp.model.experts import ExpertBank
@@ -167,7 +172,7 @@ class BlockStreamer:
         self.skeleton, self.device, self._saw = skeleton, device, saw
         self._feed_forward_tokens = feed_forward_tokens
         self._inputs: dict[torch.Size, list[LayerInputs]] = {}
-        wanted = skeleton.rehearsal.before - {skeleton.embedding_name}
+        wanted = skeleton.rehearsal.before - self._tables
         _move_buffers(skeleton.model, device)
         self._load_outer(wanted)
 
@@ -249,7 +254,7 @@ class BlockStreamer:
 
         It runs in ``dtype``, by default the model's, and can be differentiated.
         """
-        outer = self.skeleton.rehearsal.behind - {self.skeleton.embedding_name}
+        outer = self.skeleton.rehearsal.behind - self._tables
         token = torch.zeros(1, 1, dtype=torch.int64)
         try:
             self._load_outer(outer)
@@ -262,6 +267,11 @@ class BlockStreamer:
         finally:
             for name in outer:
                 _free(self.skeleton.model.get_submodule(name))
+
+    @property
+    def _tables(self) -> frozenset[str]:
+        """Names of the embeddings of which only rows are read."""
+        return self.skeleton.rehearsal.tables | {self.skeleton.embedding_name}
 
     def _load_outer(self, names: Set[str]) -> None:
         """Load modules that are in no block; all their tensors must be there."""
@@ -284,11 +294,20 @@ class BlockStreamer:
 
     @contextmanager
     def _embedding_rows(self, tokens: Tensor, any_tokens: bool = False) -> Iterator[None]:
-        """Load only the rows of ``tokens`` into the embedding, numbered anew.
+        """Load only the rows of ``tokens`` into the embeddings, numbered anew.
 
-        With ``any_tokens`` its values do not matter and every token takes the first row.
+        With ``any_tokens`` their values do not matter and every token takes the first row.
         """
-        source, embedding = self.skeleton.embedding_source, self.skeleton.embedding
+        with ExitStack() as stack:
+            for name in sorted(self._tables):
+                stack.enter_context(self._rows_of(name, tokens, any_tokens))
+            yield
+
+    @contextmanager
+    def _rows_of(self, name: str, tokens: Tensor, any_tokens: bool) -> Iterator[None]:
+        source = self.skeleton.source_of(f"{name}.weight")
+        embedding = self.skeleton.model.get_submodule(name)
+        assert isinstance(embedding, nn.Embedding)
         distinct, places = tokens.cpu().unique(return_inverse=True)
         if int(distinct[0]) < 0 or int(distinct[-1]) >= source.shape[0]:
             raise CorruptShardError(
@@ -300,7 +319,11 @@ class BlockStreamer:
         places = places.to(self.device)
         empty, padding = embedding.weight, embedding.padding_idx
 
+        strict = not any_tokens and name != self.skeleton.embedding_name
+
         def renumber(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if strict and not torch.equal(args[0].flatten().cpu(), tokens.flatten().cpu()):
+                raise UnsupportedModelError(f"{name} is given something else than the tokens")
             return (torch.zeros_like(args[0]) if any_tokens else places.view(args[0].shape),)
 
         hook = embedding.register_forward_pre_hook(renumber)

@@ -6,7 +6,7 @@ it captures layer inputs, hands back hidden states, or rehearses (:mod:`.rehears
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ __all__ = [
     "InputCapture",
     "Replayer",
     "Returned",
+    "SharedStates",
     "Stop",
     "Tap",
     "TapPanel",
@@ -150,20 +151,25 @@ class Unstreamed:
         cls()._refuse()
 
 
-class _WriteOnly(MutableMapping[Any, Any]):
-    """Stands for an empty mapping that all blocks share: they may fill it, not read it."""
+class SharedStates(MutableMapping[Any, Any]):
+    """Stands for an empty mapping that all blocks share: they may fill it, and read ``given``."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, given: Mapping[Any, Any] | None = None) -> None:
+        self._name, self.given = name, given or {}
+        self.written: dict[Any, Any] = {}
+        self.read: set[Any] = set()
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Discard the value."""
+        self.written[key] = value
 
     def __delitem__(self, key: Any) -> None:
         self._refuse()
 
     def __getitem__(self, key: Any) -> Any:
-        self._refuse()
+        if key not in self.given:
+            self._refuse()
+        self.read.add(key)
+        return self.given[key]
 
     def __iter__(self) -> Iterator[Any]:
         self._refuse()
@@ -181,7 +187,7 @@ class _WriteOnly(MutableMapping[Any, Any]):
 
 def is_state(leaf: Any) -> bool:
     """Whether an argument stands for a state that could pass from block to block."""
-    return isinstance(leaf, Unstreamed | _WriteOnly)
+    return isinstance(leaf, Unstreamed | SharedStates)
 
 
 def _sealed(name: str, value: Any) -> Any:
@@ -192,7 +198,7 @@ def _sealed(name: str, value: Any) -> Any:
         raise UnsupportedModelError(
             f"the model hands the state {name!r} from block to block: not supported yet"
         )
-    return _WriteOnly(name)
+    return SharedStates(name)
 
 
 class Stop(Exception):  # noqa: N818 - not an error: ends a forward early

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from streamcomp.checkpoint.atomic import make_folder, write_json, write_text
 from streamcomp.checkpoint.files import companion_digests
@@ -53,7 +55,7 @@ def export_checkpoint(
         raise OutputError(f"{destination} is the model's own folder: give another DEST")
     modules, experts = skeleton.modules, stored_experts(skeleton)
     linears = {name: spec for name, spec in modules.items() if "ranks" not in spec}
-    factors = _FORMS[form]
+    factors, transposed = _FORMS[form], _transposed(skeleton)
     if factors is not None:
         _check_products(linears)
     _check_names(index, linears)
@@ -67,7 +69,8 @@ def export_checkpoint(
             target = destination / shard.name
             if not target.exists():
                 progress.stage(number, shard.name, "writing", 0.0)
-                write_shard(target, _entries(index, shard, linears, experts, factors))
+                entries = _entries(index, shard, linears, experts, factors, transposed)
+                write_shard(target, entries)
             shards.append(target)
             progress.finish_step(number, shard.name, time.perf_counter() - started, "")
     finally:
@@ -97,6 +100,15 @@ def _check_names(index: CheckpointIndex, modules: Mapping[str, Any]) -> None:
             f"{index.folder} stores {missing[0]} by another name (it was saved by another class "
             "than it was compressed as): export the folder that streamcomp wrote"
         )
+
+
+def _transposed(skeleton: Skeleton) -> frozenset[str]:
+    """Names on disk of the factored linears whose dense weight is stored (n, m)."""
+    return frozenset(
+        skeleton.source_of(f"{name}.weight").name.removesuffix(".weight")
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, FactoredLinear) and module.transposed
+    )
 
 
 def _check_products(modules: dict[str, dict[str, Any]]) -> None:
@@ -130,6 +142,7 @@ def _entries(
     modules: dict[str, dict[str, Any]],
     experts: Mapping[str, StoredExperts],
     factors: Uv | None,
+    transposed: Set[str],
 ) -> Iterator[Entry]:
     """The tensors to write instead of those in ``shard``.
 
@@ -146,39 +159,45 @@ def _entries(
                 check_finite_on_disk(info, reader)
             yield Entry(name, info)
         elif leaf == "weight":
-            yield from _factored_entries(index, owner, modules[owner], info, factors)
+            if factors is None:
+                yield _dense_entry(index, owner, modules[owner], info, owner in transposed)
+            else:
+                yield from _factored_entries(index, owner, modules[owner], info, factors)
+
+
+def _dense_entry(
+    index: CheckpointIndex, owner: str, spec: dict[str, Any], weight: TensorInfo, transposed: bool
+) -> Entry:
+    """The product of one linear's factors, computed when its turn comes."""
+    shape, dtype = _shape(index, owner, spec), weight.torch_dtype
+
+    def product() -> Tensor:
+        dense = _load(index, owner, spec).dense_weight().to(dtype)
+        return dense.T if transposed else dense
+
+    shape = shape[::-1] if transposed else shape
+    return Entry(f"{owner}.weight", Computed(dtype, shape, product))
 
 
 def _factored_entries(
-    index: CheckpointIndex,
-    owner: str,
-    spec: dict[str, Any],
-    weight: TensorInfo,
-    factors: Uv | None,
+    index: CheckpointIndex, owner: str, spec: dict[str, Any], weight: TensorInfo, factors: Uv
 ) -> Iterator[Entry]:
-    """One linear's tensors, computed when their turn comes."""
-    rank, columns = weight.shape
+    """One linear's factors, computed when their turn comes."""
+    yield Entry(f"{owner}.weight", weight)
+    shape, dtype = (_shape(index, owner, spec)[0], weight.shape[0]), weight.torch_dtype
+    factor = Computed(dtype, shape, lambda: _load(index, owner, spec).left_factor().to(dtype))
+    yield Entry(f"{owner}.{factors.rows_tensor}", factor)
+
+
+def _shape(index: CheckpointIndex, owner: str, spec: dict[str, Any]) -> tuple[int, int]:
+    """Rows m and columns n of the linear ``owner``."""
     rows = index.tensors[f"{owner}.{find_form(spec['form']).rows_tensor}"].shape[0]
-    dtype = weight.torch_dtype
-
-    def load() -> FactoredLinear:
-        return _load(index, owner, spec, rows, columns)
-
-    if factors is None:
-        shape = (rows, columns)
-        product = Computed(dtype, shape, lambda: load().dense_weight().to(dtype))
-        yield Entry(f"{owner}.weight", product)
-    else:
-        yield Entry(f"{owner}.weight", weight)
-        factor = Computed(dtype, (rows, rank), lambda: load().left_factor().to(dtype))
-        yield Entry(f"{owner}.{factors.rows_tensor}", factor)
+    return rows, index.tensors[f"{owner}.weight"].shape[1]
 
 
-def _load(
-    index: CheckpointIndex, owner: str, spec: dict[str, Any], rows: int, columns: int
-) -> FactoredLinear:
+def _load(index: CheckpointIndex, owner: str, spec: dict[str, Any]) -> FactoredLinear:
     """The linear ``owner`` with its factors; holds them and nothing else."""
-    module = empty_factored(rows, columns, spec)
+    module = empty_factored(*_shape(index, owner, spec), spec)
     with TensorReader() as reader:
         state = {leaf: reader.read(index.tensors[f"{owner}.{leaf}"]) for leaf in module.tensors()}
     module.load_state_dict(state, assign=True)

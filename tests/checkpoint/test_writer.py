@@ -181,6 +181,31 @@ def test_a_computed_tensor_must_be_what_the_header_says(tmp_path: Path, tensor: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tensor_may_be_computed_in_parts(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(6, 2)
+    entries = [
+        Entry("a", Computed(whole.dtype, (6, 2), lambda: iter(whole.split([1, 3, 2])))),
+        Entry("b", whole),
+    ]
+    write_shard(tmp_path / "a.safetensors", entries)
+
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(tensors["a"], whole) and torch.equal(tensors["b"], whole)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[torch.zeros(3, 2)], [torch.zeros(4, 3)], [torch.zeros(2, 2), torch.zeros(2, 2).half()]],
+)
+def test_parts_must_be_what_the_header_says(tmp_path: Path, parts: list[Tensor]) -> None:
+    entry = Entry("a", Computed(torch.float32, (4, 2), lambda: iter(parts)))
+
+    with pytest.raises(ValueError, match="a: made"):
+        write_shard(tmp_path / "a.safetensors", [entry])
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_entry_knows_its_header(tmp_path: Path) -> None:
     entry = Entry("a", torch.zeros(2, 3, dtype=torch.bfloat16))
     write_shard(tmp_path / "a.safetensors", [entry])

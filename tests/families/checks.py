@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import streamcomp
 from streamcomp.calibration.corpus import load_windows
@@ -219,6 +220,8 @@ class _Checks:
     def _differentiate(self) -> None:
         """The loss's gradient at the first block's input is autograd's on the whole model."""
         streamed, whole = streamed_gradient(self.source, self.tokens), self._whole_gradient()
+        if packing := open_skeleton(self.source).packing:
+            streamed = packing.hidden_in(streamed)
         _must_agree("streamed and whole gradients", streamed, whole, _GRADIENTS)
 
     def _whole_gradient(self) -> Tensor:
@@ -258,14 +261,14 @@ class _Checks:
             raise _WrongError(f"{count} factored linears are loaded, {len(modules)} were written")
         dense = out.with_name(f"{out.name}-dense")
         streamcomp.export(out, dense, form="dense")
-        stored = stored_tensors(dense)
+        stored, plain = stored_tensors(dense), _load(dense)
+        convs = {name for name, part in plain.named_modules() if isinstance(part, Conv1D)}
         for name, product in products(out).items():
             weight = stored[f"{name}.weight"].double()
-            if weight.shape != product.shape:  # stored the other way round, as by Conv1D
-                product = product.T
+            product = product.T if name in convs else product
             _must_agree(f"{name} of the export and its product", weight, product, _WEIGHTS)
         logits = _logits(model, self.tokens)
-        _must_agree("logits of factors and products", logits, _logits(_load(dense), self.tokens))
+        _must_agree("logits of factors and products", logits, _logits(plain, self.tokens))
         if _difference(logits, self.original) < _MOVED:
             raise _WrongError("compressing changed no logit")
         if _settings(out) != _settings(self.source):

@@ -27,7 +27,7 @@ from tests.families.checks import (
     check_family,
     streamed_gradient,
 )
-from tests.families.tiny import NotBuiltError, causal_types, save_tiny, tiny_config
+from tests.families.tiny import NotBuiltError, causal_types, save_tiny, tiny_config, variants
 from tests.jobs import logits_of, products, stored_tensors
 from tests.model.folders import streamed_logits
 
@@ -40,7 +40,10 @@ WORKS = {
     "falcon": "linears of a class of its own",
     "falcon_h1": "buffers that the model fills, not the module that holds them",
     "gemma3": "a tower for images next to the blocks",
+    "gpt2": "linears that are stored transposed",
     "glm_moe_dsa": "blocks that return three things",
+    "gemma3n_text": "four vectors a token, and keys and values that blocks share",
+    "gemma4_text+shared": "inputs of each block that depend on the tokens; heads of two sizes",
     "gpt_oss": "experts that are stored transposed, with biases",
     "jamba": "a linear whose weight its block reads without calling it, and experts",
     "lfm2_moe": "convolutions and experts",
@@ -54,10 +57,9 @@ WORKS = {
 # Type -> the reason.
 REFUSES = {
     "deepseek_v4": "hands the state 'position_embeddings'",
-    "gemma3n_text": r"are not \(batch, tokens, hidden\)",
-    "gemma4_text": "depends on the tokens",
-    "inkling2_text": "depends on the tokens",
-    "reformer": "depends on the tokens",
+    "inkling2_text": "its head is given the embeddings",
+    "prophetnet": r"are not \(batch, tokens, hidden\)",
+    "reformer": "cannot be run block by block",
     "zamba2": "is the same weight as",
 }
 
@@ -69,13 +71,15 @@ PARTS = "get_text_config" in inspect.getsource(AutoModelForCausalLM.from_config)
 def only_known(kinds: dict[str, str]) -> list[Any]:
     """``kinds`` as parameters; a type that an older transformers cannot build is skipped."""
     skip = pytest.mark.skip(reason="transformers is too old for it")
-    known = [kind for kind in causal_types() if PARTS or kind != "llama4"]
+    known = [kind for kind in (*causal_types(), *variants()) if PARTS or kind != "llama4"]
     return [pytest.param(kind, marks=() if kind in known else skip) for kind in kinds]
 
 
 @pytest.mark.parametrize("kind", only_known(WORKS))
 def test_it_works(kind: str, tmp_path: Path) -> None:
-    recipes = RECIPES if kind in ("mamba", "bart", "falcon") else {"default": RECIPES["default"]}
+    recipes = (
+        RECIPES if kind in ("mamba", "bart", "falcon", "gpt2") else {"default": RECIPES["default"]}
+    )
     family = check_family(kind, tmp_path, recipes=recipes)
 
     assert family.verdict == "works", family.reason

@@ -220,6 +220,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
         "per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}},
         "num_kv_shared_layers": 2,
     },
+    "gemma4+plain": {"text_config": {"hidden_size_per_layer_input": 0}},
     "glm_moe_dsa+shared": {"indexer_types": ["full", "shared"]},
     "mixtral+sliding": {"sliding_window": 8},
     "phi3+longrope": {
@@ -478,6 +479,9 @@ def fill(model: PreTrainedModel, seed: int = 0) -> None:
         else:
             columns = math.prod(parameter.shape[1:]) if parameter.dim() != 3 else parameter.shape[2]
             parameter.copy_(1.2 * max(columns, 8) ** -0.5 * noise)
+    for buffer in model.buffers():  # limits of what a layer gives are infinite until it is trained
+        if buffer.is_floating_point() and buffer.isinf().any():
+            buffer.nan_to_num_(posinf=8.0, neginf=-8.0)
     embedding = model.get_input_embeddings()
     if getattr(embedding, "padding_idx", None) is not None:  # some models zero it on every load
         embedding.weight[embedding.padding_idx] = 0

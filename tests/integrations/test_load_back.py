@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from streamcomp.forms.runtime import MODULES, FactoredLinear
 from streamcomp.integrations.transformers import PLUGIN, StreamCompConfig, plugin_source
@@ -117,6 +118,7 @@ def test_with_trust_remote_code_no_streamcomp_is_needed(
         compressed("llama", "shared"): ("SharedLinear", "LlamaConfig", "LlamaModel"),
         compressed("opt", "shared by rows"): ("SharedLinear", "OPTConfig", "OPTModel"),
         compressed("qwen2", "uv"): ("LowRankLinear", "Qwen2Config", "Qwen2Model"),
+        compressed("gpt2", "pivot"): ("PivotLinear", "GPT2Config", "GPT2Model"),
     }
 
     done = run_elsewhere(list(made), tmp_path, tmp_path / "cache", trust=True)
@@ -150,7 +152,8 @@ AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_without_either_it_fails_loudly(compressed: Callable[..., Path], tmp_path: Path) -> None:
-    folders = [compressed("llama", kind) for kind in KINDS] + [compressed("opt", "pivot")]
+    folders = [compressed("llama", kind) for kind in KINDS]
+    folders += [compressed(architecture, "pivot") for architecture in ("opt", "gpt2")]
 
     done = run_elsewhere(folders, tmp_path, tmp_path / "cache", trust=False, script=LOUD)
 
@@ -180,13 +183,13 @@ def multiplied_out(dense: Path, out: Path) -> Any:
     for name in factored_modules(out):
         if f"{name}.bias" in tensors:
             linear = model.get_submodule(in_memory(model, name))
-            assert isinstance(linear, nn.Linear)
+            assert isinstance(linear, nn.Linear | Conv1D)
             linear.bias = nn.Parameter(tensors[f"{name}.bias"])
     return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt", "gpt2"])
 def test_the_loaded_model_computes_with_the_products_and_biases(
     architecture: str, kind: str, pico: Callable[..., Path], compressed: Callable[..., Path]
 ) -> None:
@@ -217,7 +220,9 @@ def test_factored_linears_are_in_their_places(form: str, compressed: Callable[..
 
 
 @pytest.mark.parametrize("form", ["pivot", "uv", "shared"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt_neox", "opt", "mixtral"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2", "phi3", "gpt_neox", "opt", "gpt2", "mixtral"]
+)
 def test_a_saved_model_is_the_same_model(
     architecture: str, form: str, compressed: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -239,10 +244,11 @@ def test_a_saved_model_is_the_same_model(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_model_saved_twice_is_still_the_same(
-    compressed: Callable[..., Path], tmp_path: Path
+    architecture: str, compressed: Callable[..., Path], tmp_path: Path
 ) -> None:
-    out = compressed("llama")
+    out = compressed(architecture)
     load(out).save_pretrained(tmp_path / "once")
     load(tmp_path / "once").save_pretrained(tmp_path / "twice")
 
@@ -251,8 +257,11 @@ def test_a_model_saved_twice_is_still_the_same(
     )
 
 
-def test_it_generates_with_and_without_a_cache(compressed: Callable[..., Path]) -> None:
-    out = compressed("llama")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_it_generates_with_and_without_a_cache(
+    architecture: str, compressed: Callable[..., Path]
+) -> None:
+    out = compressed(architecture)
     model, tokenizer = load(out), AutoTokenizer.from_pretrained(out)
     prompt = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import streamcomp
 from streamcomp import RecipeError
 from streamcomp.api import plan
+from streamcomp.job import block_plan
 from streamcomp.job.publish import read_report
 from streamcomp.job.rows import Report
 from tests.jobs import (
@@ -23,8 +23,8 @@ from tests.jobs import (
     Interrupted,
     compress,
     factored_modules,
+    load_products,
     logits_of,
-    product,
     quick_plan,
     small_recipe,
     stored_tensors,
@@ -65,7 +65,7 @@ def test_a_mixture_loads_and_is_the_product_of_its_factors(
     compress(dense, out, job_text, ratio=0.3, **WAYS[way])
 
     tokens = pico_tokens(2, 16)
-    expected = logits_of(_with_products(dense, out), tokens)
+    expected = logits_of(load_products(dense, out), tokens)
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     torch.testing.assert_close(logits_of(model, tokens), expected, rtol=2e-5, atol=2e-5)
     report = report_of(out)
@@ -120,6 +120,64 @@ def test_several_ratios_come_from_one_analysis(
     both, one = tmp_path / "both" / "ratio-0.4", tmp_path / "one"
     for path in one.glob("*.safetensors"):
         assert path.read_bytes() == (both / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_fewer_stored_states(
+    dtype: torch.dtype, pico: Callable[..., Path], job_text: Path, tmp_path: Path
+) -> None:
+    dense = pico("gpt_oss", dtype=dtype)
+    compress(dense, tmp_path / "all", job_text, ratio=0.2)
+    compress(dense, tmp_path / "few", job_text, ratio=0.2, store_every=2)
+
+    whole, few = stored_tensors(tmp_path / "all"), stored_tensors(tmp_path / "few")
+    assert whole.keys() == few.keys()
+    assert all(torch.equal(whole[name], few[name]) for name in whole)
+    assert {tensor.dtype for tensor in whole.values()} == {dtype, torch.int32}
+    tokens = pico_tokens(2, 16)
+    before = AutoModelForCausalLM.from_pretrained(dense, dtype="auto").eval()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "all", dtype="auto").eval()
+    expected = logits_of(before, tokens).float()
+    assert (logits_of(after, tokens).float() - expected).norm() < 0.2 * expected.norm()
+
+
+def test_blocks_that_are_not_chosen_keep_their_experts(
+    pico: Callable[..., Path], job_text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("mixtral"), tmp_path / "out"
+
+    compress(dense, out, job_text, ratio=0.1, blocks="last:1")
+
+    before, after = stored_tensors(dense), stored_tensors(out)
+    experts = {name for name in before if ".layers.0." in name and ".experts." in name}
+    assert len(experts) == 12
+    assert all(torch.equal(before[name], after[name]) for name in experts)
+    assert "model.layers.1.block_sparse_moe.experts" in factored_modules(out)
+
+
+def test_large_experts_run_apart_where_a_model_is_only_evaluated(
+    pico: Callable[..., Path], job_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"seq_len": 16, "windows": 4, "resources": RESOURCES}
+    with quick_plan():
+        whole = streamcomp.evaluate(pico("mixtral"), str(job_text), **settings)
+        monkeypatch.setattr(block_plan, "_LARGE_BYTES", 0)
+        apart = streamcomp.evaluate(pico("mixtral"), str(job_text), **settings)
+
+    assert apart.nll == pytest.approx(whole.nll, rel=1e-5)
+
+
+def test_an_output_may_leave_all_experts_dense_that_the_next_one_factors(
+    pico: Callable[..., Path], job_text: Path, tmp_path: Path
+) -> None:
+    """The first one does not read them as weights; the check of the source knows that."""
+    dense, out = pico("mixtral"), tmp_path / "out"
+
+    compress(dense, out, job_text, ratio=(0.0005, 0.3))
+
+    first, second = factored_modules(out / "ratio-0.0005"), factored_modules(out / "ratio-0.3")
+    assert not any("experts" in name for name in first)
+    assert any("experts" in name for name in second)
 
 
 def test_only_included_experts_are_factored(
@@ -219,66 +277,6 @@ def test_no_experts_are_included_by_a_name_that_none_has(
 ) -> None:
     with pytest.raises(RecipeError, match="leave no linear"):
         compress(pico("mixtral"), tmp_path / "out", job_text, include="nothing")
-
-
-# -- what is expected --------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _with_products(dense: Path, out: Path) -> PreTrainedModel:
-    """The dense model with W' instead of every weight that ``out`` holds factors of."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(dense, dtype="auto").eval()
-    tensors = stored_tensors(out)
-    for disk_name, spec in factored_modules(out).items():
-        tail = disk_name.partition("layers.")[2].replace("block_sparse_moe", "mlp")
-        module = next(
-            m
-            for n, m in model.named_modules()
-            if n.partition("layers.")[2].replace("block_sparse_moe", "mlp") == tail
-        )
-        if "ranks" not in spec:
-            weight = product(tensors, disk_name, spec["form"])
-            module.get_parameter("weight").copy_(weight)
-            continue
-        for name, ranks in spec["ranks"].items():
-            parameter = module.get_parameter(name)
-            for expert, weight in _expert_products(tensors, f"{disk_name}.{name}", spec, ranks):
-                parameter[expert].copy_(weight.T if getattr(module, "is_transposed") else weight)  # noqa: B009
-    return model
-
-
-def _expert_products(
-    tensors: dict[str, Tensor], name: str, spec: dict[str, Any], ranks: list[int]
-) -> Iterator[tuple[int, Tensor]]:
-    """W' of each expert, as docs/format.md says that they are stored."""
-    left = "U" if spec["form"] == "uv" else "coef"
-    row, place = 0, 0
-    for expert in sorted(range(len(ranks)), key=lambda e: ranks[e]):
-        rank = ranks[expert]
-        right = tensors[f"{name}_V"][row : row + rank].double()
-        row += rank
-        pivots = tensors.get(f"{name}_pivots")
-        rows = pivots.shape[1] if pivots is not None else None
-        if pivots is None:
-            rows = max(ranks) if f"{name}_U" not in tensors else _rows(tensors, name, ranks)
-        assert rows is not None
-        if rank == rows:
-            yield expert, right
-            continue
-        height = rows if pivots is None else rows - rank
-        flat = tensors[f"{name}_{left}"][place : place + rank * height].double()
-        place += rank * height
-        if pivots is None:
-            yield expert, flat.view(rank, height).T @ right
-        else:
-            stacked = torch.cat((right, flat.view(height, rank) @ right))
-            yield expert, stacked[pivots[expert].long()]
-
-
-def _rows(tensors: dict[str, Tensor], name: str, ranks: list[int]) -> int:
-    """The rows m for which U has as many numbers as it has; dense experts have rank m."""
-    numbers = len(tensors[f"{name}_U"])
-    return next(m for m in range(1, numbers + 1) if sum(r * m for r in ranks if r != m) == numbers)
 
 
 def test_the_config_names_ranks_of_all_experts(

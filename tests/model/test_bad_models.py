@@ -10,13 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, RwkvConfig
+from transformers import AutoModelForCausalLM, RwkvConfig
 
 import streamcomp
+from streamcomp.errors import UnsupportedModelError
+from streamcomp.model import sites
 from tests.jobs import (
     Notes,
     compress,
@@ -179,29 +182,31 @@ def test_a_model_that_is_no_causal_language_model_is_refused(
     assert_refused(run_compress(model, tmp_path / "out", text), 4, "no causal language model")
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=264), "a Conv1D, no linear"),
-        # it halves its hidden states behind every second block
-        (
-            RwkvConfig(hidden_size=32, num_hidden_layers=4, vocab_size=264, rescale_every=2),
-            "block 2 is given something else than what block 1 returned",
-        ),
-    ],
-    ids=["gpt2", "rwkv"],
-)
 def test_a_model_that_cannot_be_compressed_is_refused_with_the_reason(
-    config: Any, message: str, text: Path, tmp_path: Path
+    text: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
+    # it halves its hidden states behind every second block
+    config = RwkvConfig(hidden_size=32, num_hidden_layers=4, vocab_size=264, rescale_every=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
 
     done = run_compress(model, tmp_path / "out", text)
 
-    assert_refused(done, 4, message)
+    assert_refused(done, 4, "block 2 is given something else than what block 1 returned")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_linear_that_can_be_factored_is_refused(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    nothing = mock.patch.object(sites, "_computes_a_linear", lambda module: False)
+
+    with (
+        nothing,
+        pytest.raises(UnsupportedModelError, match=r"be factored \(a Linear, no linear\)"),
+    ):
+        compress(model, tmp_path / "out", text)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ EXPECTED = {
         "mlp.dense_h_to_4h",
         "mlp.dense_4h_to_h",
     },
+    "gpt2": {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"},
     "mixtral": ATTENTION,
 }
 
@@ -47,7 +48,8 @@ def test_the_linears_of_each_architecture_are_found(
         for linear in linears.linears:
             assert linear.full_name == f"{skeleton.block_name(number)}.{linear.name}"
             assert linear.source is skeleton.index.tensors[f"{linear.disk_name}.weight"]
-            assert linear.source.shape == (linear.rows, linear.columns)
+            stored = (linear.rows, linear.columns)
+            assert linear.source.shape == (stored[::-1] if architecture == "gpt2" else stored)
             assert linear.numel == linear.source.numel
 
 

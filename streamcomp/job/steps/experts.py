@@ -99,17 +99,24 @@ def decomposing_experts(
 ) -> Iterator[Phase]:
     """Moments and decomposition of each expert's matrices."""
     gradients = outline.method.needs_gradients
-    for site, count, seconds, moments in _expert_sites(outline, block):
-        phase = _experts("decomposing", outline, block, run_dtype, gradients=gradients)
-        working = outline.method.working_bytes(
-            site, "inputs", site.tokens(outline.tokens), block.stream.dtype, outline.recipe
-        )
-        yield replace(
-            phase,
-            parts={**phase.parts, "moments": moments, "decomposition": working},
-            seconds=seconds + phase.seconds * count / len(block.experts),
-            site=site.leaf,
-        )
+    for number, (site, seconds, moments) in enumerate(_expert_sites(outline, block)):
+        if number == 0:  # all matrices of an expert at once
+            phase = _experts("decomposing", outline, block, run_dtype, gradients=gradients)
+            yield replace(phase, parts={**phase.parts, "moments": moments})
+        parts = {
+            "weights": phase.parts["weights"],
+            "routing": phase.parts["routing"],
+            "moments": moments,
+            "decomposition": _working_bytes(outline, block, site),
+        }
+        yield Phase("decomposing", parts, seconds, site.leaf)
+
+
+def _working_bytes(outline: Outline, block: BlockPlan, site: ExpertSite) -> int:
+    tokens = max(min(site.rows, site.columns), site.tokens(outline.tokens))  # with the prior
+    side = next(group.side for group in block.experts if group.sites[0] == site)
+    dtype = block.stream.dtype
+    return outline.method.working_bytes(site, side, tokens, dtype, outline.recipe)
 
 
 def factorizing_experts(
@@ -117,32 +124,30 @@ def factorizing_experts(
 ) -> Iterator[Phase]:
     """Factors of each expert's matrices, from kept decompositions or from moments taken now."""
     stream, form = block.stream, outline.form
-    for site, count, seconds, moments in _expert_sites(outline, block):
-        bank = site.bank
+    for site, seconds, moments in _expert_sites(outline, block):
+        bank, count = site.bank, sum(group.sites[0].leaf == site.leaf for group in block.experts)
         most = form.largest_rank(site.rows, site.columns)
         bases = moment_dtype(stream.dtype) if from_analysis else solve_dtype(stream.dtype)
+        analysed = outline.method.analysis_bytes(site, bases)
         parts = {
             "weights": block.weight_bytes + 2 * bank.at_once * bank.expert_bytes,
             "factors": form.running_bytes(site.rows, site.columns, most, stream.dtype),
-            "moments": outline.method.analysis_bytes(site, bases)
-            if outline.method.has_spectra
-            else 0,
-            "decomposition": form.encoding_bytes(site.rows, site.columns, most, stream.dtype),
+        }
+        encoding = {
+            "decomposition": form.encoding_bytes(site.rows, site.columns, most, stream.dtype)
         }
         flops = outline.rates.seconds(form.encoding_flops(site.rows, site.columns, most // 2))
-        flops *= count
         if from_analysis:
-            yield Phase("factorizing", parts, flops, site.leaf)
+            encoding["moments"] = analysed
+            yield Phase("factorizing", parts | encoding, count * flops, site.leaf)
             continue
-        working = outline.method.working_bytes(
-            site, "inputs", site.tokens(outline.tokens), stream.dtype, outline.recipe
-        )
-        held = moments + routing_bytes(bank, stream, gradients=False)
-        held += expert_activations(bank, stream, stream.dtype, gradients=False)
-        parts["moments"] += held
-        yield Phase("factorizing", parts, flops, site.leaf)
-        parts = {**parts, "moments": held, "decomposition": working}
-        yield Phase("factorizing", parts, seconds, site.leaf)
+        parts["routing"] = routing_bytes(bank, stream, gradients=False)
+        active = expert_activations(bank, stream, stream.dtype, gradients=False)
+        yield Phase("factorizing", {**parts, "moments": moments, "activations": active})
+        working = {"moments": moments, "decomposition": _working_bytes(outline, block, site)}
+        yield Phase("factorizing", parts | working, seconds, site.leaf)
+        encoding["moments"] = moments + analysed
+        yield Phase("factorizing", parts | encoding, count * flops, site.leaf)
 
 
 def scratch(outline: Outline, number: int, *, gradients: bool = False) -> int:
@@ -176,23 +181,21 @@ def _experts(
     return Phase(name, parts, seconds)
 
 
-def _expert_sites(
-    outline: Outline, block: BlockPlan
-) -> Iterator[tuple[ExpertSite, int, float, int]]:
-    """A site for each matrix, of how many experts, seconds of all these decompositions, and bytes
-    of the moments of one expert."""
-    counts = Counter((group.sites[0].leaf, group.side) for group in block.experts)
-    first = {(group.sites[0].leaf, group.side): group for group in reversed(block.experts)}
+def _expert_sites(outline: Outline, block: BlockPlan) -> Iterator[tuple[ExpertSite, float, int]]:
+    """One site of each matrix, seconds of the decompositions of all such, and bytes of moments.
+
+    Moments are those of all matrices of one expert.
+    """
     moments = 0
     if outline.recipe.statistics != "none":
         moments = max(map(block.moment_bytes, block.groups_of_expert.values()), default=0)
-    for kind, count in counts.items():
-        group, seconds = first[kind], 0.0
-        site = group.sites[0]
+    for leaf, count in Counter(group.sites[0].leaf for group in block.experts).items():
+        group = next(group for group in block.experts if group.sites[0].leaf == leaf)
+        site, seconds = group.sites[0], 0.0
         if outline.method.has_spectra:
             seconds = outline.rates.eigh_seconds(min(site.rows, site.columns))
             seconds += outline.rates.seconds(outline.method.flops(site, group.side))
-        yield site, count, count * seconds, moments
+        yield site, count * seconds, moments
 
 
 # -- running them ----------------------------------------------------------------------------
