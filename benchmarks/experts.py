@@ -3,8 +3,8 @@
     python benchmarks/experts.py --forms uv,pivot
 
 128 experts, 8 for each token, n 2048, m 768. Each ratio is tried with equal ranks, and with ranks
-up to half smaller or larger: in steps of a sixteenth, as jobs choose them, in multiples of 8, and as
-they come. Dense and factored layers take turns in one process; a row gives the median seconds of
+up to half smaller or larger: in steps of a sixteenth, as jobs choose them, in multiples of 8, and
+as they come. Dense and factored layers take turns in one process; a row gives the median seconds of
 the dense layer, by the faster of ``eager`` and ``grouped_mm``, and how many times faster each
 factored one is.
 """
