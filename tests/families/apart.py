@@ -34,7 +34,8 @@ def run_apart(
     skeleton = open_skeleton(folder)
     streamer, banks = BlockStreamer(skeleton, CPU), banks_of(skeleton)
     hidden, layer_inputs = streamer.capture(tokens)
-    stream = StreamShape(*hidden.shape, hidden.dtype)
+    windows, seq_len, size = hidden.shape
+    stream = StreamShape(windows, seq_len, size, hidden.dtype)
     states, routings = [hidden], dict[int, Routing]()
     with ExitStack() as stack:
         for number, inputs in enumerate(layer_inputs):
