@@ -171,14 +171,14 @@ def test_exported_experts_that_are_not_the_product_are_wrong(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("leaf", "keep", "told"),
+    ("kind", "leaf", "keep", "told"),
     [
-        ("gate.weight", True, "is not what it was"),
-        ("experts.down_proj_pivots", False, "is missing, or should not be there"),
+        ("llama", "norm.weight", True, "is not what it was"),
+        ("mixtral", "experts.down_proj_pivots", False, "is missing, or should not be there"),
     ],
 )
 def test_other_tensors_than_factors_are_wrong(
-    leaf: str, keep: bool, told: str, tmp_path: Path
+    kind: str, leaf: str, keep: bool, told: str, tmp_path: Path
 ) -> None:
     def changed(folder: Path) -> dict[str, Tensor]:
         tensors = stored_tensors(folder)
@@ -189,7 +189,7 @@ def test_other_tensors_than_factors_are_wrong(
                 tensors[name] = tensor * 2
         return tensors
 
-    family = checked("mixtral", tmp_path, {"default": {}}, stored_tensors=changed)
+    family = checked(kind, tmp_path, {"default": {}}, stored_tensors=changed)
 
     assert family.reason is not None and family.verdict == WRONG
     assert family.reason.name == "compress, default"
