@@ -119,13 +119,14 @@ def _table(results: list[Result]) -> Table:
             continue
         sound = [result for result in of_target if not result.fault]
         refused = sum(result.refused for result in sound)
+        slowest = max(of_target, key=lambda result: result.seconds)
         table.add_row(
             target,
             str(len(of_target)),
             str(len(sound) - refused),
             str(refused),
             str(len(of_target) - len(sound)),
-            f"{max(result.seconds for result in of_target):.1f} s",
+            f"{slowest.seconds:.1f} s, case {slowest.number}",
             f"{max(result.growth_bytes for result in of_target) / 1e6:.0f} MB",
         )
     return table

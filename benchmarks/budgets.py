@@ -9,10 +9,13 @@ turn:
 - alone: a cgroup of the budget, without swap, and ``--max-ram`` of that size;
 - beside: a cgroup of the budget and as much again as another program takes there meanwhile;
 - free: the other program has its memory first, and the job is given no ``--max-ram``;
-- ulimit: no cgroup but ``ulimit -v``, the budget on top of what an idle process has mapped.
+- ulimit: no cgroup but ``ulimit -v``, the budget on top of what an idle process has mapped. A job
+  maps more than what becomes resident, so it has to be refused where the budget alone would do.
 
 A job must finish within its budget and its plan, or exit with 5 before it has made anything, naming
-a least budget; the least and the largest of those named are then tried alone and must finish.
+a least budget, a least ``ulimit -v`` or both; the least and the largest that were named are then
+tried (budgets alone) and must finish. Where not even a plan can be made, the limit that it needs is
+named; with that the job itself may be refused, and the limit named then must do.
 Whatever the kernel kills is a fault, and so is a traceback. Prints a table; exits with 1 if there
 is a fault. Where no cgroup can be made it says so, and tries ``ulimit`` alone.
 
@@ -30,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cgroup import CgroupRun, CgroupUnavailable, run_limited
@@ -51,7 +54,7 @@ _OTHER_BYTES = 200 * 2**20  # that the other program takes
 _AMPLE_SHARE = 1.25  # of the peak that a job with any budget has
 _DEFAULT_SHARE = 0.8  # of free memory, without --max-ram
 _BUDGET_EXIT = 5
-_NAMED = re.compile(r"--max-ram (\d+)M fits")
+_NAMED = re.compile(r"(?:--max-ram (\d+)M)?(?: with )?(?:ulimit -v (\d+))? fits$", re.M)
 
 # Takes memory in 20 steps, then holds it; the first argument is bytes, the second seconds.
 _OTHER = """
@@ -89,6 +92,8 @@ class Row:
     predicted: int = 0
     measured: int = 0
     least: int = 0  # budget that was named
+    limit: int = 0  # KiB for ulimit -v that were named
+    only_plan: bool = False  # they are for a plan alone
     fault: str = ""
 
 
@@ -141,12 +146,19 @@ def _of_model(options: argparse.Namespace, model: str, work: Path) -> Iterator[R
             ways = ["ulimit"]
     try:
         named: list[int] = []
+        limits: list[Row] = []
         for number, budget in enumerate(jobs.budgets()):
             row = jobs.run(ways[number % len(ways)], budget)
-            named += [row.least] if row.least else []
+            limits += [row] if row.limit else []
+            named += [row.least] if row.least and not row.limit else []
             yield row
         for least in sorted({min(named), max(named)}) if named else ():
             yield jobs.run(ways[0], least, must_fit=True)
+        limits.sort(key=lambda row: row.limit)
+        for row in (limits[0], limits[-1]) if limits else ():
+            yield (again := jobs.run_named(row))
+            if again.limit:
+                yield jobs.run_named(again)
     finally:
         if model in SHAPES:
             shutil.rmtree(folder)
@@ -169,14 +181,20 @@ class Jobs:
         step = (largest - smallest) / max(1, count - 1)
         return [int(smallest + number * step) // 2**20 * 2**20 for number in range(count)]
 
-    def run(self, way: str, budget: int, *, must_fit: bool = False) -> Row:
-        """One job, judged."""
+    def run_named(self, row: Row) -> Row:
+        """A job with the limit of addresses that one before was refused with."""
+        budget = max(row.least, row.budget)
+        return self.run("ulimit", budget, row.limit, must_fit=not row.only_plan)
+
+    def run(self, way: str, budget: int, limit: int = 0, *, must_fit: bool = False) -> Row:
+        """One job, judged; ``limit`` is for ulimit, in KiB, instead of what the budget makes it."""
         shutil.rmtree(self.out, ignore_errors=True)
+        kib = 0
         command = self._command("compress", str(self.out))
         if way != "free":
             command += ["--max-ram", str(budget)]
         if way == "ulimit":
-            kib = (self.mapped + budget) // 1024
+            kib = limit or (self.mapped + budget) // 1024
             run = _run([*("sh", "-c", f'ulimit -v {kib} && exec "$@"', "sh"), *command])
         elif way == "alone":
             run = run_limited(command, budget)
@@ -192,12 +210,15 @@ class Jobs:
         row = Row(self.name, way, budget, run)
         named = _NAMED.search(run.stderr)
         if must_fit or run.returncode != _BUDGET_EXIT or named is None or run.oom_kills:
-            return _with(row, fault=_last(run))
-        least = int(named[1]) * 2**20
+            return replace(row, fault=_last(run))
+        least, limit = int(named[1] or 0) * 2**20, int(named[2] or 0)
         fault = "made OUT before it refused" if self.out.exists() else ""
-        if least <= (_DEFAULT_SHARE if way == "free" else 1) * budget:
+        if 0 < least <= (_DEFAULT_SHARE if way == "free" else 1) * budget:
             fault = f"names {format_bytes(least)}, which is not more than it has"
-        return _with(row, least=least, fault=fault)
+        if 0 < limit <= (kib if way == "ulimit" else limit):
+            fault = f"names ulimit -v {limit}, which is not more than it has"
+        only_plan = "for a plan" in run.stderr
+        return replace(row, least=least, limit=limit, only_plan=only_plan, fault=fault)
 
     def _finished(self, way: str, budget: int, run: CgroupRun) -> Row:
         memory = json.loads(run.stdout)["memory"]
@@ -214,10 +235,6 @@ class Jobs:
             *("--method", settings.method, "--samples", settings.samples),
             *("--seq-len", settings.seq_len, "--quiet"),
         ]
-
-
-def _with(row: Row, *, least: int = 0, fault: str = "") -> Row:
-    return Row(row.model, row.way, row.budget, row.run, least=least, fault=fault)
 
 
 def _run(command: list[str]) -> CgroupRun:
@@ -245,7 +262,9 @@ def _last(run: CgroupRun) -> str:
 def _ending(row: Row) -> str:
     if row.fault:
         return "FAULT"
-    return f"refused, {format_bytes(row.least)} fits" if row.least else "finished"
+    named = [format_bytes(row.least)] if row.least else []
+    named += [f"ulimit -v {row.limit}"] if row.limit else []
+    return f"refused, {' with '.join(named)} fits" if named else "finished"
 
 
 def _tell(row: Row) -> None:

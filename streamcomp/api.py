@@ -24,6 +24,7 @@ from streamcomp.job.publish import publish, quantization_config, read_report
 from streamcomp.job.rows import Report
 from streamcomp.job.run import Job, rows_of_output
 from streamcomp.job.workspace import remove_work
+from streamcomp.machine.addresses import within_memory
 from streamcomp.machine.session import check_system, machine, probe
 from streamcomp.methods import find_method
 from streamcomp.model.skeleton import Skeleton
@@ -77,6 +78,7 @@ class JobStatus:
     recipe: dict[str, Any]
 
 
+@within_memory("compressing")
 def compress(
     model: str | Path,
     out: str | Path,
@@ -189,6 +191,7 @@ def _refuse_damaged(folders: Sequence[Path]) -> None:
             )
 
 
+@within_memory("planning")
 def plan(
     model: str | Path,
     recipe: Recipe | None = None,
@@ -213,6 +216,7 @@ def plan(
             )
             conditions = Conditions(
                 budget_bytes=here.budget_bytes,
+                addresses=here.addresses,
                 rates=here.rates(skeleton.dtype),
                 device_budget=here.device_budget,
                 kernel_bytes=kernels,
@@ -236,6 +240,7 @@ def _headers(
         yield read_index(folder)
 
 
+@within_memory("evaluating")
 def evaluate(
     model: str | Path,
     text: str | None = None,
@@ -264,6 +269,7 @@ def evaluate(
         )
 
 
+@within_memory("exporting")
 def export(
     model: str | Path,
     destination: str | Path,
@@ -284,12 +290,14 @@ def export(
     )
 
 
+@within_memory("inspecting")
 def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
     """Families of linears in a dense or compressed ``model``, from headers alone."""
     with headers_folder(model, revision) as folder:
         return inspect_checkpoint(read_index(folder))
 
 
+@within_memory("verifying")
 def verify(out: str | Path, *, progress: JobProgress | None = None) -> Verification:
     """Check the compressed model in ``out``: its files, their digests, and whether it loads.
 

@@ -36,6 +36,7 @@ from streamcomp.calibration.formats import (
     TextFile,
 )
 from streamcomp.errors import CalibrationError
+from streamcomp.units import format_bytes
 
 __all__ = [
     "HELD_OUT",
@@ -260,18 +261,22 @@ class _Template:
         return text.removeprefix(self.tokenizer.bos_token) if self.bos_places == [0] else text
 
     def _render(self, messages: Messages) -> str:
-        given = sum(len(str(message)) for message in messages)
+        given, fault = sum(len(str(message)) for message in messages), ""
         try:
             with _little_memory():
                 text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
             if len(text) > 4 * given + _MOST_TEMPLATE_CHARS:
                 raise ValueError(f"it makes {len(text):,} characters of {given:,}")
+        except MemoryError:
+            fault = f"it takes more than {format_bytes(_TEMPLATE_BYTES)}"
         except Exception as error:  # every template raises exceptions of another kind
+            fault = str(error)[:200] or type(error).__name__
+        if fault:  # raised here, the error follows from no MemoryError: the system has memory
             roles = ", ".join(str(message["role"]) for message in messages) or "nobody"
             raise CalibrationError(
                 f"the chat template of {self.folder} does not render a conversation of {roles}: "
-                f"{str(error)[:200] or type(error).__name__}"
-            ) from None
+                f"{fault}"
+            )
         return text
 
 

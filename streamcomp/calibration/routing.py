@@ -237,7 +237,8 @@ class Routing:
         half as many tokens more as it has channels had been seen, all channels alike and as large
         as the mean over all experts of the block. An expert that no token reached is decomposed as
         if nothing were known of it. Moments of gradients are scaled to the tokens of the stream,
-        so that losses compare with those of linears that every token runs through.
+        so that losses compare with those of linears that every token runs through. The prior has
+        no part in that weight: an expert counts for the tokens that reached it, and for one more.
         """
         one = _Expert(experts, self.bank, number, self._dtype)
         sums = [_ExpertSums(group, one, self._place(group)) for group in groups]
@@ -375,7 +376,8 @@ class _ExpertSums:
             value.addmm_(weight, weight.T, alpha=extra * inputs)
         gradient = None
         if self._gradient is not None:
-            scale = tokens / (self._count + extra)
+            # means over count + extra rows, for the count + 1 tokens that it is expected to get
+            scale = tokens * (self._count + 1) / (self._count + extra) ** 2
             back = self._gradient.moment.value
             check_moment(name, "gradients", back)
             if self.rows > self.columns:

@@ -22,6 +22,7 @@ from streamcomp.cli import tables
 from streamcomp.cli.options import Group, Option, make_option, options_of
 from streamcomp.cli.signals import Stopped, stopping
 from streamcomp.errors import OutputError, RecipeError, StreamcompError
+from streamcomp.machine.addresses import within_memory
 from streamcomp.recipe import Recipe, Resources
 from streamcomp.settings import Setting
 from streamcomp.terminal import drop
@@ -326,7 +327,7 @@ def main() -> None:
     """Entry point; a StreamcompError becomes one line and its exit code."""
     _prepare_libraries()
     try:
-        with stopping():
+        with stopping(), within_memory("this command"):
             code = cli(standalone_mode=False)
     except StreamcompError as error:
         _fail(f"error: {error}", error.exit_code)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from streamcomp.forms.expert_module import FactoredExperts
 from streamcomp.forms.experts import EXPERT_FORMS, expert_parts, has_experts, matrices_of
+from streamcomp.memory_errors import lacks_memory
 
 __all__ = ["computes_experts"]
 
@@ -47,7 +48,9 @@ def computes_experts(module: nn.Module) -> bool:
                 if not torch.allclose(output, expected, rtol=1e-5, atol=limit):
                     return False
         return True
-    except Exception:  # model code may raise anything
+    except Exception as error:  # model code may raise anything
+        if lacks_memory(error):
+            raise
         return False
 
 

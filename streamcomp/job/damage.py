@@ -8,21 +8,35 @@ back further, at most to its beginning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from streamcomp.job.files import StepFile
+from streamcomp.job.files import StepFile, is_step_file
 from streamcomp.job.journal import Journal
 from streamcomp.job.ledger import file_of
+from streamcomp.job.rows import StepRow
 from streamcomp.job.schedule import live_after
 from streamcomp.job.steps.base import Step
 
 __all__ = ["finds_inputs", "steps_in_order", "steps_that_stand"]
 
 
-def steps_in_order(steps: Sequence[Step], journal: Journal) -> int:
-    """How many lines of the journal are those of the planned ``steps``."""
-    same = [row.step == step.name for row, step in zip(journal.steps, steps, strict=False)]
-    return [*same, False].index(False)
+def steps_in_order(
+    steps: Sequence[Step], journal: Journal, shard_of: Callable[[Step], Path | None]
+) -> int:
+    """How many lines of the journal are those of the planned ``steps``.
+
+    ``shard_of`` tells the shard that a step writes.
+    """
+    pairs = zip(journal.steps, steps, strict=False)
+    return [*(_is_of(row, step, shard_of(step)) for row, step in pairs), False].index(False)
+
+
+def _is_of(row: StepRow, step: Step, shard: Path | None) -> bool:
+    """Whether a line tells of ``step``, and of files that it may have written."""
+    output = step.output if step.output >= 0 else None
+    files = {file_of(name) for name in row.files} - {shard.name if shard else ""}
+    return (row.step, row.output) == (step.name, output) and all(map(is_step_file, files))
 
 
 def steps_that_stand(steps: Sequence[Step], journal: Journal, most: int) -> int:

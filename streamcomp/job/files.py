@@ -28,6 +28,8 @@ __all__ = [
     "is_step_file",
 ]
 
+# Of a name, what a file's key is followed by; a name has at most 255 bytes.
+_PART = r"[^/\0]{1,200}"
 # Disk for a tensor's line in a header.
 _HEADER_BYTES = 2 * 2**10
 
@@ -130,7 +132,7 @@ class Analysis(StepFile):
     """Decompositions of the linears of ``block``, and the moment of its output's gradient."""
 
     block: int
-    pattern = r"analysis-\d{5}\..+\.safetensors"
+    pattern = rf"analysis-\d{{5}}\.{_PART}\.safetensors"
 
     @property
     def key(self) -> str:
@@ -153,7 +155,7 @@ class Moments(StepFile):
     """Moments of the sites of ``block``, which a job with another damping decomposes again."""
 
     block: int
-    pattern = r"moments-\d{5}\..+\.safetensors"
+    pattern = rf"moments-\d{{5}}\.{_PART}\.safetensors"
 
     @property
     def key(self) -> str:

@@ -220,7 +220,12 @@ def _fitting(planner: StepPlanner, levers: Levers | None) -> Plan:
     outline, conditions = planner.outline, planner.conditions
     smallest, levers = _choose_levers(planner, levers)
     steps, least = planner.steps(levers), planner.steps(smallest)
-    host = Budget("--max-ram", conditions.budget_bytes, max(step.peak_bytes for step in least))
+    host = Budget(
+        "--max-ram",
+        conditions.budget_bytes,
+        max(step.peak_bytes for step in least),
+        conditions.addresses,
+    )
     device = Budget("--max-vram", conditions.device_budget, max(s.device_bytes for s in least))
     for step in sorted(steps, key=lambda step: -step.peak_bytes):
         purpose = f" while {step.peak_phase}"
@@ -277,7 +282,7 @@ def _choose_levers(planner: StepPlanner, fixed: Levers | None) -> tuple[Levers, 
     if fixed is not None:
         return fixed, fixed
     stream, batch = planner.outline.stream, planner.outline.recipe.batch
-    budget, device_budget = planner.conditions.budget_bytes, planner.conditions.device_budget
+    budget, device_budget = planner.conditions.usable_bytes, planner.conditions.device_budget
     largest = batch or _largest_batch(stream)
     linears, groups = planner.most_linears, planner.most_groups
     chosen = Levers(largest, largest, stream.seq_len, stream.seq_len, linears, groups)

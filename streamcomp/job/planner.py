@@ -13,6 +13,7 @@ from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.schedule import live_after
 from streamcomp.job.steps.base import Phase, Step, capturing
+from streamcomp.machine.addresses import AddressLimit
 from streamcomp.machine.device import CONTEXT_BYTES, WORKSPACE_BYTES
 from streamcomp.machine.memory import LATE_BYTES
 from streamcomp.machine.rates import MachineRates
@@ -39,6 +40,13 @@ class Conditions:
     keeps_work: bool = False  # decompositions and moments stay behind the end, for other jobs
     from_moments: bool = False  # decompositions are made again, from moments of another job
     keeps_analysis: bool = False  # they are kept also where one output alone needs no analysis
+    addresses: AddressLimit | None = None  # where ulimit -v sets a limit
+
+    @property
+    def usable_bytes(self) -> int:
+        """The budget, or what the limit of addresses leaves of it."""
+        limited = [self.addresses.budget] if self.addresses else []
+        return min([self.budget_bytes, *limited])
 
 
 @dataclass(frozen=True)

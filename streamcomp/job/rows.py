@@ -164,7 +164,7 @@ class StepResult(Row):
 
     block: int | None = None
     output: int | None = None  # None: all outputs share the step
-    digest: str | None = None  # of the block's bytes as they were read
+    digest: str | None = None  # of the block's bytes as they were read, if all were
     detail: str = ""  # for the progress
     notes: tuple[str, ...] = ()  # for the user
     windows: int | None = None  # of calibration

@@ -256,6 +256,7 @@ class Job:
             from_moments = levers.from_moments
         return Conditions(
             budget_bytes=self.here.budget_bytes,
+            addresses=self.here.addresses,
             rates=self.here.rates(self.skeleton.dtype, self.work_folder),
             device_budget=self.here.device_budget,
             kernel_bytes=self._kernel_bytes,
@@ -273,6 +274,11 @@ class Job:
             return make_plan(self.skeleton, self.recipe, self.conditions)
         ranked, levers = begun.find(ShareRanks.label), begun.header.levers.planned
         ranks = ranked.ranks if ranked else None
+        if ranks and len(ranks) != len(self.folders.outputs):
+            raise OutputError(
+                f"{begun.path} was altered, it lists ranks of {len(ranks)} outputs instead of "
+                f"{len(self.folders.outputs)}: remove {self.work_folder} and start again"
+            )
         try:
             return make_plan(
                 self.skeleton, self.recipe, self.conditions, levers=levers, ranks=ranks
@@ -313,7 +319,8 @@ class Job:
             begun.header = replace(begun.header, total=len(seconds), planned_seconds=seconds)
         self.journal = begun or Journal.begin(self.work_folder, self.fingerprint, levers, seconds)
         self._steps_before = len(self.journal.steps)
-        in_order = steps_in_order([planned.step for planned in self.plan.steps], self.journal)
+        steps = [planned.step for planned in self.plan.steps]
+        in_order = steps_in_order(steps, self.journal, self.folders.shard_of)
         if self.journal.lost or in_order < self._steps_before:
             self._go_back(in_order, f"{self.journal.path} is damaged")
         self.journal.trim()

@@ -15,6 +15,7 @@ from streamcomp.job.progress import JobProgress
 from streamcomp.job.rows import StepRow
 from streamcomp.job.schedule import live_after
 from streamcomp.job.workspace import Stage, Workspace, work_files
+from streamcomp.machine.addresses import within_memory
 from streamcomp.machine.allocator import release
 from streamcomp.machine.device import within_device
 from streamcomp.machine.memory import PeakMeter
@@ -74,7 +75,10 @@ def _run_step(
 ) -> StepRow:
     planned, on_device = plan.steps[number], plan.device_budget_bytes > 0
     stage = Stage(progress, number, planned.name)
-    with within_device(planned.name, plan.device_budget_bytes):
+    with (
+        within_memory(planned.name, plan.budget_bytes),
+        within_device(planned.name, plan.device_budget_bytes),
+    ):
         if planned.step.runs_windows:
             work.capture()
         work.ledger.written.clear()

@@ -175,7 +175,7 @@ class Workspace:
     def check_source(self, loaded: LoadedBlock) -> None:
         """JobMismatchError where an earlier sweep read other bytes for a block, now read whole."""
         for row in self.journal.steps:
-            if row.block == loaded.number and row.digest != loaded.digest:
+            if row.block == loaded.number and row.digest not in (None, loaded.digest):
                 raise JobMismatchError(
                     f"{loaded.name} has other bytes now than in step {row.step!r}: the "
                     "model's files have changed; give another OUT",

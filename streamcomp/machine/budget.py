@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamcomp.errors import BudgetError
+from streamcomp.machine.addresses import AddressLimit
 from streamcomp.units import format_bytes
 
 __all__ = ["Budget"]
@@ -15,11 +16,20 @@ _DRIFT_BYTES = 2 * 2**20
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes allowed, the option that sets them, and the fewest that any plan needs."""
+    """Bytes asked for, the option that sets them, and the fewest that any plan needs.
+
+    Fewer may be usable where addresses are limited.
+    """
 
     option: str
-    nbytes: int
+    asked: int
     fewest: int
+    addresses: AddressLimit | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allowed."""
+        return self.asked if self.addresses is None else min(self.asked, self.addresses.budget)
 
     @property
     def minimum(self) -> int:
@@ -31,7 +41,15 @@ class Budget:
         if needed > self.nbytes:
             raise BudgetError(
                 f"{what} needs {format_bytes(needed)}{purpose}, the budget is "
-                f"{format_bytes(self.nbytes)}: {self.option} {self.minimum // 2**20}M fits",
+                f"{format_bytes(self.nbytes)}: {self._remedy()} fits",
                 budget_bytes=self.nbytes,
                 minimum_bytes=self.minimum,
             )
+
+    def _remedy(self) -> str:
+        """The option, the limit of addresses, or both."""
+        option, addresses = f"{self.option} {self.minimum // 2**20}M", self.addresses
+        if addresses is None or addresses.budget >= self.minimum:
+            return option
+        limit = f"ulimit -v {addresses.enough(self.minimum)}"
+        return limit if self.asked >= self.minimum else f"{option} with {limit}"

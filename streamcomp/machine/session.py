@@ -18,6 +18,7 @@ import torch
 
 from streamcomp.errors import UnsupportedSystemError
 from streamcomp.machine import memory
+from streamcomp.machine.addresses import AddressLimit, address_limit
 from streamcomp.machine.allocator import release, settled
 from streamcomp.machine.device import choose_device, device_budget_bytes, limit_device
 from streamcomp.machine.kernels import warm_up
@@ -36,6 +37,10 @@ class Probe:
     def budget_bytes(self, max_ram: str | None, *, elsewhere: bool = False) -> int:
         """Bytes that a job may hold (:func:`streamcomp.machine.memory.budget_bytes`)."""
         return memory.budget_bytes(max_ram, elsewhere=elsewhere)
+
+    def address_limit(self, threads: int) -> AddressLimit | None:
+        """Bytes that may be mapped (:func:`streamcomp.machine.addresses.address_limit`)."""
+        return address_limit(threads)
 
     def baseline_bytes(self) -> int:
         """Resident bytes of this process once free pages of its heap are returned."""
@@ -86,6 +91,7 @@ class Machine:
     device: torch.device
     budget_bytes: int
     device_budget: int  # bytes of the GPU; 0 on the CPU
+    addresses: AddressLimit | None  # None where ulimit -v sets no limit
     _leaving: ExitStack = field(repr=False)
 
     def kernel_bytes(
@@ -114,18 +120,21 @@ def machine(resources: Resources, *, elsewhere: bool = False) -> Iterator[Machin
 
     The budget may be that of a larger machine where the job is to run ``elsewhere``. On leaving,
     also after an error, threads, allocator, environment and the GPU's limit are restored. Raises
-    UnsupportedSystemError, or RecipeError where this machine lacks the resources asked for.
+    UnsupportedSystemError, or RecipeError where this machine lacks the resources asked for, or
+    BudgetError where it allows too few addresses for the threads.
     """
     check_system()
     device = choose_device(resources.device)
     with ExitStack() as leaving:
+        threads = resources.threads or torch.get_num_threads()
+        addresses = None if elsewhere else probe().address_limit(threads)
         leaving.callback(torch.set_num_threads, torch.get_num_threads())
         if resources.threads:
             torch.set_num_threads(resources.threads)
         leaving.enter_context(settled())
         budget = probe().budget_bytes(resources.max_ram, elsewhere=elsewhere)
         device_budget = device_budget_bytes(device, resources.max_vram)
-        yield Machine(device, budget, device_budget, leaving)
+        yield Machine(device, budget, device_budget, addresses, leaving)
 
 
 def check_system() -> None:

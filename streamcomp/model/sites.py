@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from streamcomp.checkpoint.index import TensorInfo
 from streamcomp.forms.runtime import FactoredLinear, factored
+from streamcomp.memory_errors import lacks_memory
 from streamcomp.model.experts import ExpertBank, find_bank
 from streamcomp.model.loading import stored_shape
 from streamcomp.model.meta import FLOATS
@@ -398,7 +399,9 @@ def _computes_a_linear(module: nn.Linear) -> bool:
         with torch.no_grad():
             output = type(module).forward(small, inputs)
         return torch.allclose(output, nn.functional.linear(inputs, weight, small.bias), atol=1e-5)
-    except Exception:  # model code may raise anything
+    except Exception as error:  # model code may raise anything
+        if lacks_memory(error):
+            raise
         return False
 
 

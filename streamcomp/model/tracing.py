@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from streamcomp.errors import UnsupportedModelError
+from streamcomp.memory_errors import lacks_memory
 from streamcomp.model.experts import ExpertBank, answering, expert_modules
 from streamcomp.model.feed_forward import in_chunks
 from streamcomp.model.sites import LinearSite, linear_modules
@@ -114,6 +115,8 @@ def use_of_block(block: nn.Module, hidden: Tensor, inputs: LayerInputs) -> Block
             except UnsupportedModelError:
                 raise
             except Exception as fault:  # model code may raise anything on fake tensors
+                if lacks_memory(fault):
+                    raise
                 error = fault
     if any(map(is_state, inputs.leaves)):
         raise UnsupportedModelError(
@@ -188,7 +191,9 @@ def trace_block(
             else:
                 stack.enter_context(in_chunks(block, tokens))
             return _trace(block, sites, hidden, inputs)
-    except Exception:  # model code may raise anything on fake tensors
+    except Exception as error:  # model code may raise anything on fake tensors
+        if lacks_memory(error):
+            raise
         return _estimate(block, sites, hidden)
 
 

@@ -89,6 +89,7 @@ def evaluate_checkpoint(
         shape = StreamShape(len(tokens.tokens), seq_len, skeleton.hidden_size, skeleton.dtype)
         conditions = Conditions(
             budget_bytes=here.budget_bytes,
+            addresses=here.addresses,
             rates=here.rates(skeleton.dtype, folder),
             device_budget=here.device_budget,
             kernel_bytes=kernels,

@@ -6,6 +6,7 @@ by its seed and number.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -72,11 +73,7 @@ def mutated_json(value: Any, random: Random) -> bytes:
         random.choice(_STRUCTURED)(value, random)
         if random.random() < 0.6:
             break
-    try:
-        text = json.dumps(value.get("root"))
-    except ValueError:  # a container was put into itself, which JSON cannot write
-        text = "{}"
-    text = _MARK.sub(lambda mark: _RAW[mark[1]], text)
+    text = _MARK.sub(lambda mark: _RAW[mark[1]], json.dumps(value.get("root")))
     data = text.encode("utf-8", "surrogatepass")
     return mutated_bytes(data, random) if random.random() < 0.05 else data
 
@@ -224,7 +221,8 @@ def _any_place(root: Any, random: Random) -> _Place:
 
 
 def _any_value(random: Random) -> Any:
-    return random.choice(random.choice((_NUMBERS, _TEXTS, _OTHERS)))
+    """A copy: of a container that is put into itself there would be no end."""
+    return copy.deepcopy(random.choice(random.choice((_NUMBERS, _TEXTS, _OTHERS))))
 
 
 def _replace(root: Any, random: Random) -> None:
@@ -276,7 +274,7 @@ def _add(root: Any, random: Random) -> None:
         container.insert(key, _any_value(random))
     else:
         name = random.choice(_TEXTS)
-        container[name] = random.choice((_any_value(random), container[key]))
+        container[name] = random.choice((_any_value(random), copy.deepcopy(container[key])))
 
 
 def _swap(root: Any, random: Random) -> None:

@@ -61,6 +61,7 @@ COMPRESSED: dict[str, dict[str, Any]] = {
 INDEX, REPORT = "model.safetensors.index.json", "streamcomp_report.json"
 JOURNAL = Path(".streamcomp", "journal.jsonl")
 _TEXT = "text.txt"
+_RATIOS = (0.2, 0.5)
 _TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 _TEMPLATES = (
     *("", "{{", "{% for %}", "{{ 'x' * 10**10 }}", "{{ messages[99].content }}", "{{ 1 / 0 }}"),
@@ -141,6 +142,9 @@ def make_bases(folder: Path) -> None:
         compress(Path("llama"), Path("done"), _TEXT)
         with contextlib.suppress(Interrupted):
             compress(Path("llama"), Path("running"), _TEXT, progress=Interrupt(8))
+        with contextlib.suppress(Interrupted):
+            compress(Path("llama"), Path("ratios"), _TEXT, ratio=_RATIOS, progress=Interrupt(12))
+        compress(Path("llama"), Path("ratios-done"), _TEXT, ratio=_RATIOS)
 
 
 def _plan(model: Path) -> None:
@@ -330,9 +334,10 @@ def journal_status(case: Case) -> None:
 
 def journal_resumed(case: Case) -> None:
     """A job continued with a damaged journal: refused, or where it shows, the right bytes."""
-    out = case.copy("running", links=False)
+    several = case.random.random() < 0.5
+    out = case.copy("ratios" if several else "running", links=False)
     shows = _damaged_journal(case, out / JOURNAL)
-    _compress_again(case, out, compare=shows)
+    _compress_again(case, out, compare=shows, ratio=_RATIOS if several else 0.2)
 
 
 def report_status(case: Case) -> None:
@@ -349,13 +354,15 @@ def report_compressed(case: Case) -> None:
     _compress_again(case, out)
 
 
-def _compress_again(case: Case, out: Path, *, compare: bool = True) -> None:
+def _compress_again(case: Case, out: Path, *, compare: bool = True, ratio: Any = 0.2) -> None:
     with probed(FakeProbe(baseline=2**28, kernels=0)):
-        compress(Path("llama"), out, _TEXT)
+        compress(Path("llama"), out, _TEXT, ratio=ratio)
     if not compare:
         return
-    wanted, now = (tree(folder) for folder in (case.bases / "done", out))
-    other = [name for name in wanted if name.startswith("model") and now.get(name) != wanted[name]]
+    whole = case.bases / ("ratios-done" if ratio == _RATIOS else "done")
+    wanted, now = (tree(folder) for folder in (whole, out))
+    names = [name for name in wanted if Path(name).name.startswith("model")]
+    other = [name for name in names if now.get(name) != wanted[name]]
     if other:
         raise WronglyAccepted(f"finished with other bytes in {', '.join(other)}")
 

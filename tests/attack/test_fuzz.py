@@ -44,6 +44,12 @@ def test_a_mutation_is_decided_by_its_seed(number: int) -> None:
     assert one == other
 
 
+def test_mutations_leave_what_they_put_in_as_it_was() -> None:
+    before = [mutations.mutated_json(VALUE, Random(number)) for number in range(3000)]
+
+    assert [mutations.mutated_json(VALUE, Random(number)) for number in range(3000)] == before
+
+
 def test_mutations_differ_and_reach_every_part() -> None:
     texts = {mutations.mutated_json(VALUE, Random(number)) for number in range(500)}
 

@@ -49,7 +49,7 @@ class Result:
     target: str
     refused: bool = False
     fault: str = ""
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the processor
     growth_bytes: int = 0
 
 
@@ -171,14 +171,14 @@ def _judged(
     folder = scratch / str(number)
     shutil.rmtree(folder, ignore_errors=True)  # of a first attempt that was killed
     folder.mkdir()
-    before, started = resident_bytes(), time.monotonic()
+    before, started = resident_bytes(), time.process_time()  # which no other process slows down
     PeakMeter.reset_mark()
     refused, fault = False, ""
     try:
         attack(Case(random, bases, folder))
     except BaseException as error:  # whatever it is, it is what the case is for
         refused, fault = True, "" if _is_own(error) else described(error)
-    seconds, growth = time.monotonic() - started, PeakMeter.mark() - before
+    seconds, growth = time.process_time() - started, PeakMeter.mark() - before
     shutil.rmtree(folder, ignore_errors=True)
     if not fault and growth > limits.growth_bytes:
         fault = f"grew by {growth / 1e6:.0f} MB"

@@ -18,6 +18,7 @@ from streamcomp.calibration import corpus, formats
 from streamcomp.calibration.corpus import HELD_OUT, REFERENCE, load_windows, reference_text
 from streamcomp.calibration.formats import TextFile
 from streamcomp.errors import CalibrationError
+from streamcomp.memory_errors import lacks_memory
 from tests.model.folders import edit_config
 from tests.pico import BOS, EOS, make_tokenizer, pico_text, save_pico
 
@@ -657,9 +658,10 @@ def test_a_template_takes_little_memory(template: str, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     model = chat_model(tmp_path / "model", template)
 
-    with pytest.raises(CalibrationError, match="chat template of .* does not render"):
+    with pytest.raises(CalibrationError, match="chat template of .* does not render") as raised:
         load_windows(model, [REFERENCE], 1, 16, seed=0, chat=True)
 
+    assert not lacks_memory(raised.value)  # the system has some
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 

@@ -134,7 +134,7 @@ def test_moments_are_those_that_autograd_finds(
         extra = PRIOR * site.columns
         prior = extra * sum(float(x.square().sum()) for x, _ in everyone) / (pairs * site.columns)
         steep = extra * sum(float(g.square().sum()) for _, g in everyone) / (pairs * site.rows)
-        scale = STREAM.tokens / (len(inputs) + extra)
+        scale = STREAM.tokens * (len(inputs) + 1) / (len(inputs) + extra) ** 2
         weight = _weight(given, site)
         h = inputs.T @ inputs + prior * torch.eye(site.columns, dtype=F64)
         gamma = gradients.T @ gradients + steep * torch.eye(site.rows, dtype=F64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,50 @@ def test_a_gpu_that_is_full_ends_the_job_and_keeps_what_is_done(
         pytest.raises(BudgetError, match="head needs more of the GPU"),
     ):
         streamcomp.evaluate(out, str(text), seq_len=32, resources=RESOURCES)
+
+
+REFUSALS = {
+    "Python": MemoryError(),
+    "torch": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 2099200 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "a thread": RuntimeError("can't start new thread"),
+    "the system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_memory_that_the_system_refuses_is_one_line_and_keeps_what_is_done(
+    refusal: Exception, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with mock.patch.object(Loss, "run", side_effect=refusal):
+        done = run_compress(pico("llama"), out, text)
+    assert_refused(done, 5, "the loss needs more memory .*; what is done is kept: ")
+
+    run_compress(pico("llama"), out, text)
+    compress(pico("llama"), tmp_path / "whole", text)
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_memory_that_is_refused_to_a_plan_or_to_model_code_is_one_line(
+    refusal: Exception, pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    for place, architecture in {
+        "streamcomp.job.run.make_plan": "llama",
+        "streamcomp.model.meta.check_counts": "llama",
+        "streamcomp.model.tracing._trace": "llama",
+        "streamcomp.model.tracing._faked": "llama",
+        "streamcomp.api.read_index": "llama",
+        "streamcomp.forms.expert_trial._small_copy": "mixtral",
+    }.items():
+        with mock.patch(place, side_effect=refusal):
+            done = run_compress(pico(architecture), tmp_path / "out", text)
+        assert_refused(done, 5, "compressing needs more memory")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

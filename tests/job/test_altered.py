@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from streamcomp import StreamcompError
+from streamcomp import OutputError, StreamcompError
 from streamcomp.api import status
 from streamcomp.job.journal import JOURNAL, Journal
 from streamcomp.job.publish import REPORT, read_report
 from tests.job.test_journal import sealed
-from tests.jobs import Interrupt, Interrupted, compress, run_cli
+from tests.jobs import Interrupt, Interrupted, Notes, compress, run_cli
 
 # What takes the place of a value. Text is put into the file as it is.
 VALUES = (
@@ -96,6 +96,63 @@ def test_no_journal_ends_in_a_traceback_even_with_checksums_that_are_right(
                     status(out)
                 except StreamcompError as error:
                     assert "\n" not in str(error), (path, new)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": 0},
+        {"output": 7},
+        {"files": {f"layers.{300 * '9'}": {"bytes": 1, "digest": ""}}},
+        {"files": {f"analysis-00000.{300 * 'x'}.safetensors": {"bytes": 1, "digest": ""}}},
+        {"files": {"analysis-00000.x/../../y.safetensors": {"bytes": 1, "digest": ""}}},
+        {"files": {"../y": {"bytes": 1, "digest": ""}}},
+        {"step": "ranks"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("line", [1, 8, 10])
+def test_a_line_that_is_not_of_its_step_is_done_again(
+    line: int, change: dict[str, Any], pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("llama"), tmp_path / "out"
+    compress(dense, tmp_path / "whole", text, include="k_proj")
+    with pytest.raises(Interrupted):
+        compress(dense, out, text, include="k_proj", progress=Interrupt(9))
+    (tmp_path / "y").write_text("not the job's")
+    journal = out / ".streamcomp" / JOURNAL
+    lines = journal.read_text().splitlines(keepends=True)
+    row = json.loads(lines[line])
+    del row["checksum"]
+    same = all(row.get(key) == value for key, value in change.items())
+    lines[line] = sealed(json.dumps(row | change))
+    journal.write_text("".join(lines))
+
+    compress(dense, out, text, include="k_proj", progress=(notes := Notes()))
+
+    assert same or f"{JOURNAL} is damaged: going back to" in notes.texts[0]
+    assert (tmp_path / "y").read_text() == "not the job's"
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [[{}], [{}, {}, {}]], ids=["fewer", "more"])
+def test_ranks_of_another_number_of_outputs_are_refused(
+    ranks: list[Any], pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    dense, out, ratio = pico("llama"), tmp_path / "out", (0.2, 0.5)
+    with pytest.raises(Interrupted):
+        compress(dense, out, text, include="k_proj", ratio=ratio, progress=Interrupt(8))
+    journal = out / ".streamcomp" / JOURNAL
+    lines = journal.read_text().splitlines(keepends=True)
+    number = next(number for number, line in enumerate(lines) if '"step": "ranks"' in line)
+    row = json.loads(lines[number]) | {"ranks": ranks}
+    del row["checksum"]
+    lines[number] = sealed(json.dumps(row))
+    journal.write_text("".join(lines))
+
+    with pytest.raises(OutputError, match=f"ranks of {len(ranks)} outputs instead of 2: remove"):
+        compress(dense, out, text, include="k_proj", ratio=ratio)
 
 
 def test_a_journal_with_any_byte_changed_leads_to_the_same_result(

@@ -18,7 +18,10 @@ import pytest
 
 import streamcomp
 from streamcomp import OutputError
+from streamcomp.machine.addresses import AddressLimit
+from streamcomp.machine.session import probed
 from tests.jobs import (
+    FakeProbe,
     Interrupt,
     Interrupted,
     Notes,
@@ -306,3 +309,31 @@ def test_a_budget_that_is_none_is_refused(
 
     assert_refused(done, 2, message)
     assert not (tmp_path / "out").exists()
+
+
+class FewAddresses(FakeProbe):
+    """A machine where ``ulimit -v`` allows so many MiB, of which a job needs 400 in addition."""
+
+    def __init__(self, allowed: int) -> None:
+        super().__init__(baseline=300 * 2**20, kernels=0)
+        self.allowed = allowed
+
+    def address_limit(self, threads: int) -> AddressLimit:
+        return AddressLimit(self.allowed * 2**20, 400 * 2**20)
+
+
+def test_too_few_addresses_are_refused_with_a_limit_that_fits(
+    pico: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with probed(FewAddresses(700)):
+        refused = run_compress(pico("llama"), out, text)
+    assert_refused(refused, 5, r"the budget is 300 MiB: ulimit -v \d+ fits")
+    assert not out.exists()
+
+    allowed = int(refused.err.split()[-2]) // 1024
+    with probed(FewAddresses(allowed - 4)):  # 2 MiB are a reserve
+        assert_refused(run_compress(pico("llama"), out, text), 5, "ulimit")
+    with probed(FewAddresses(allowed)):
+        done = run_compress(pico("llama"), out, text, "--json")
+    assert done.json["memory"]["budget_bytes"] == (allowed - 400) * 2**20

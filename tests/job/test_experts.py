@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import streamcomp
 from streamcomp import RecipeError
 from streamcomp.api import plan
+from streamcomp.job import block_plan
 from streamcomp.job.publish import read_report
 from streamcomp.job.rows import Report
 from tests.jobs import (
@@ -119,6 +120,64 @@ def test_several_ratios_come_from_one_analysis(
     both, one = tmp_path / "both" / "ratio-0.4", tmp_path / "one"
     for path in one.glob("*.safetensors"):
         assert path.read_bytes() == (both / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_fewer_stored_states(
+    dtype: torch.dtype, pico: Callable[..., Path], job_text: Path, tmp_path: Path
+) -> None:
+    dense = pico("gpt_oss", dtype=dtype)
+    compress(dense, tmp_path / "all", job_text, ratio=0.2)
+    compress(dense, tmp_path / "few", job_text, ratio=0.2, store_every=2)
+
+    whole, few = stored_tensors(tmp_path / "all"), stored_tensors(tmp_path / "few")
+    assert whole.keys() == few.keys()
+    assert all(torch.equal(whole[name], few[name]) for name in whole)
+    assert {tensor.dtype for tensor in whole.values()} == {dtype, torch.int32}
+    tokens = pico_tokens(2, 16)
+    before = AutoModelForCausalLM.from_pretrained(dense, dtype="auto").eval()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "all", dtype="auto").eval()
+    expected = logits_of(before, tokens).float()
+    assert (logits_of(after, tokens).float() - expected).norm() < 0.2 * expected.norm()
+
+
+def test_blocks_that_are_not_chosen_keep_their_experts(
+    pico: Callable[..., Path], job_text: Path, tmp_path: Path
+) -> None:
+    dense, out = pico("mixtral"), tmp_path / "out"
+
+    compress(dense, out, job_text, ratio=0.1, blocks="last:1")
+
+    before, after = stored_tensors(dense), stored_tensors(out)
+    experts = {name for name in before if ".layers.0." in name and ".experts." in name}
+    assert len(experts) == 12
+    assert all(torch.equal(before[name], after[name]) for name in experts)
+    assert "model.layers.1.block_sparse_moe.experts" in factored_modules(out)
+
+
+def test_large_experts_run_apart_where_a_model_is_only_evaluated(
+    pico: Callable[..., Path], job_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"seq_len": 16, "windows": 4, "resources": RESOURCES}
+    with quick_plan():
+        whole = streamcomp.evaluate(pico("mixtral"), str(job_text), **settings)
+        monkeypatch.setattr(block_plan, "_LARGE_BYTES", 0)
+        apart = streamcomp.evaluate(pico("mixtral"), str(job_text), **settings)
+
+    assert apart.nll == pytest.approx(whole.nll, rel=1e-5)
+
+
+def test_an_output_may_leave_all_experts_dense_that_the_next_one_factors(
+    pico: Callable[..., Path], job_text: Path, tmp_path: Path
+) -> None:
+    """The first one does not read them as weights; the check of the source knows that."""
+    dense, out = pico("mixtral"), tmp_path / "out"
+
+    compress(dense, out, job_text, ratio=(0.0005, 0.3))
+
+    first, second = factored_modules(out / "ratio-0.0005"), factored_modules(out / "ratio-0.3")
+    assert not any("experts" in name for name in first)
+    assert any("experts" in name for name in second)
 
 
 def test_only_included_experts_are_factored(

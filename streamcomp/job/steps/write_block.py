@@ -189,13 +189,14 @@ class WriteBlock(Step):
 
     def run(self, work: Workspace, stage: Stage) -> StepResult:
         factored: Factored = {}
-        refined, digest, routed = None, "", None
+        refined, digest, routed = None, None, None
         with ExitStack() as stack:
             for turn, groups in enumerate(self._passes(work.outline, work.levers)):
                 with work.block(stage, self.block) as loaded:
                     if turn == 0:
                         routed, experts = self._experts(work, stage, loaded, stack)
-                        digest = loaded.digest
+                        whole = work.block_plan(self.block).bank is None or routed or experts
+                        digest = loaded.digest if whole else None  # else experts were not read
                     self._factorize(work, stage, loaded, groups, factored, routed)
                     if work.recipe.compressed_stream:
                         factored, refined = self._follow(work, stage, loaded, factored)
