@@ -155,7 +155,7 @@ def _of_model(options: argparse.Namespace, model: str, work: Path) -> Iterator[R
         for least in sorted({min(named), max(named)}) if named else ():
             yield jobs.run(ways[0], least, must_fit=True)
         limits.sort(key=lambda row: row.limit)
-        for row in (limits[0], limits[-1]) if limits else ():
+        for row in dict.fromkeys((limits[0], limits[-1])) if limits else ():
             yield (again := jobs.run_named(row))
             if again.limit:
                 yield jobs.run_named(again)

@@ -2,10 +2,11 @@
 
     python benchmarks/experts.py --forms uv,pivot
 
-128 experts, 8 for each token, n 2048, m 768. Each ratio is tried with equal ranks, with ranks up to
-half smaller or larger in multiples of 8, and with such ranks not rounded. Dense and
-factored layers take turns in one process; a row gives the median seconds of the dense layer, by the
-faster of ``eager`` and ``grouped_mm``, and how many times faster each factored one is.
+128 experts, 8 for each token, n 2048, m 768. Each ratio is tried with equal ranks, and with ranks
+up to half smaller or larger: in steps of a sixteenth, as jobs choose them, in multiples of 8, and
+as they come. Dense and factored layers take turns in one process; a row gives the median seconds of
+the dense layer, by the faster of ``eager`` and ``grouped_mm``, and how many times faster each
+factored one is.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from streamcomp.forms.experts import matrices_of
 
 RATIOS = (0.2, 0.4, 0.6)
 TOKENS = (256, 1)
-SPREADS: dict[str, Callable[[int, int, int], list[int]]] = {
-    "equal": lambda rank, width, count: [_rounded(rank)] * count,
-    "ragged, by 8": lambda rank, width, count: [_rounded(r) for r in _spread(rank, width, count)],
-    "ragged, by 1": lambda rank, width, count: _spread(rank, width, count),
+# Ranks by their mean, how far they are from it at most, how many, and the smaller side.
+SPREADS: dict[str, Callable[[int, int, int, int], list[int]]] = {
+    "equal": lambda rank, width, count, side: [_rounded(rank, 8)] * count,
+    "of 16": lambda rank, width, count, side: _spread(rank, width, count, 8 * (side // 128)),
+    "by 8": lambda rank, width, count, side: _spread(rank, width, count, 8),
+    "by 1": lambda rank, width, count, side: _spread(rank, width, count, 1),
 }
 
 
@@ -78,7 +81,9 @@ def _factored(dense: nn.Module, form: str, ratio: float, spread: str) -> Factore
     for name, (rows, columns) in matrices_of(dense).items():
         rank = find_form(form)().largest_rank(rows, columns, (1 - ratio) * rows * columns)
         width = min(rank // 2, min(rows, columns) - rank)
-        ranks[name] = SPREADS[spread](rank, width, len(dense.get_parameter(name)))
+        ranks[name] = SPREADS[spread](
+            rank, width, len(dense.get_parameter(name)), min(rows, columns)
+        )
     factored = FactoredExperts(dense, form, ranks).requires_grad_(False)
     _fill(factored)
     for matrices in factored.matrices.values():
@@ -88,14 +93,15 @@ def _factored(dense: nn.Module, form: str, ratio: float, spread: str) -> Factore
     return factored
 
 
-def _spread(rank: int, width: int, count: int) -> list[int]:
-    """Ranks at most ``width`` from ``rank``, their mean, in an order that is not theirs."""
+def _spread(rank: int, width: int, count: int, step: int) -> list[int]:
+    """Multiples of ``step`` at most ``width`` from ``rank``, in an order that is not theirs."""
     ranks = torch.linspace(rank - width, rank + width, count).int()
-    return ranks[torch.randperm(count, generator=torch.Generator().manual_seed(1))].tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    return [_rounded(rank, step) for rank in ranks[order].tolist()]
 
 
-def _rounded(rank: int) -> int:
-    return max(8, 8 * (rank // 8))
+def _rounded(rank: int, step: int) -> int:
+    return max(step, step * (rank // step))
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class Outline:
         """
         plan, form = self.outputs[output], self.form
         ranks = {
-            site: plan.most_rank(site, form) if most else plan.ranks[site.full_name]
+            site: plan.most_rank(site, form) if most else plan.rank(site)
             for group in self.blocks[block].groups
             for site in group.sites
         }

@@ -46,6 +46,11 @@ class OutputPlan:
     def ranks(self) -> dict[str, int | None]:
         return {name: kept.rank if kept else None for name, kept in self.allowances.items()}
 
+    def rank(self, site: Site) -> int | None:
+        """The rank of a site; None = it stays dense."""
+        kept = self.allowances[site.full_name]
+        return kept.rank if kept else None
+
     def most_rank(self, site: Site, form: Form) -> int | None:
         """The largest rank that a site may come to have; None = it stays dense."""
         allowance = self.allowances[site.full_name]

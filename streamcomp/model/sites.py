@@ -46,8 +46,8 @@ __all__ = [
     "linear_modules",
 ]
 
-# Ranks of experts are multiples of 8, where the smaller side is at least so long.
-_STEP, _FINE = 8, 256
+# Ranks of experts are multiples of 8, of which there are some 16.
+_ALIGNED, _RANKS = 8, 16
 # Settings for the number of experts in configs of mixture models.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # A line of code that multiplies.
@@ -211,11 +211,13 @@ class ExpertSite(Site):
 
     @property
     def rank_step(self) -> int:
-        """Experts of equal rank run together, where rows begin at multiples of 16 bytes.
+        """A sixteenth of the smaller side, and a multiple of 8; 1 where that is short.
 
-        In small matrices multiples of 8 are too coarse.
+        Experts of equal rank run together, and where rows begin at multiples of 16 bytes, faster:
+        a few different ranks are as good as many.
         """
-        return _STEP if min(self.rows, self.columns) >= _FINE else 1
+        smaller = min(self.rows, self.columns)
+        return _ALIGNED * (smaller // (_ALIGNED * _RANKS)) or 1
 
     def tokens(self, stream: int) -> int:
         return self.bank.tokens(stream)

@@ -332,7 +332,7 @@ def test_too_few_addresses_are_refused_with_a_limit_that_fits(
     assert not out.exists()
 
     allowed = int(refused.err.split()[-2]) // 1024
-    with probed(FewAddresses(allowed - 4)):  # 2 MiB are a reserve
+    with probed(FewAddresses(allowed - 6)):  # 4 MiB are a reserve
         assert_refused(run_compress(pico("llama"), out, text), 5, "ulimit")
     with probed(FewAddresses(allowed)):
         done = run_compress(pico("llama"), out, text, "--json")
