@@ -63,10 +63,13 @@ type's default config has:
 - `inspect` and `plan` run;
 - streamed block by block, logits are those of transformers' whole model: the same bits, or as close
   as a remark says; so are the perplexity, and the loss's gradient at the first block's input;
+- with experts run one by one, as in a job, logits and that gradient are the same, as close as a
+  remark says: what experts give is summed in another order;
 - `compress` with the default recipe, and with `--method svd-llm --form uv`, leaves the settings in
-  `config.json` as they were, and byte by byte all weights but those of the factored linears;
+  `config.json` as they were, and byte by byte all weights but those of factored linears and
+  experts, whose tensors are those of [docs/format.md](format.md);
 - plain transformers loads the result, and its logits are those of `export --form dense`, whose
-  weights are the products of the stored factors;
+  weights, each expert's too, are the products of the stored factors;
 - it generates text, where the original does, and its streamed perplexity is the whole model's.
 
 A name with a plus is a type with settings of well-known models that its default config does not
@@ -244,6 +247,8 @@ def _cells(family: Family) -> list[str]:
         told.append("shares of the tiny model")
     if family.difference:
         told.append(f"streamed = whole to {family.difference:.0e}")
+    if family.apart:
+        told.append(f"experts one by one = whole to {family.apart:.0e}")
     return [f"{_floor(share or 0.0)}", "; ".join([*told, *family.remarks]).replace("|", "\\|")]
 
 

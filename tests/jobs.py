@@ -298,12 +298,12 @@ def load_products(dense: Path, out: Path) -> PreTrainedModel:
             continue
         for name, ranks in spec["ranks"].items():
             parameter = module.get_parameter(name)
-            for expert, weight in _expert_products(tensors, f"{disk_name}.{name}", spec, ranks):
+            for expert, weight in expert_products(tensors, f"{disk_name}.{name}", spec, ranks):
                 parameter[expert].copy_(weight.T if getattr(module, "is_transposed") else weight)  # noqa: B009
     return model
 
 
-def _expert_products(
+def expert_products(
     tensors: dict[str, Tensor], name: str, spec: dict[str, Any], ranks: list[int]
 ) -> Iterator[tuple[int, Tensor]]:
     """W' of each expert, as docs/format.md says that they are stored."""

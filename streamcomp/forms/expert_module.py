@@ -171,7 +171,9 @@ class FactoredExperts(nn.Module):
         """
         groups = matrices.alike
         counts = [len(group.experts) for group in groups]
-        rights = self.get_parameter(matrices.right).split(
+        # No get_parameter: a forward with other tensors in their place has no nn.Parameter there.
+        right_factors: Tensor = getattr(self, matrices.right)
+        rights = right_factors.split(
             [count * group.rank for count, group in zip(counts, groups, strict=True)]
         )
         sizes = [group.rank * matrices.left_rows(group.rank) for group in groups]

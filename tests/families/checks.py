@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,13 +23,17 @@ from transformers.pytorch_utils import Conv1D
 import streamcomp
 from streamcomp.calibration.corpus import load_windows
 from streamcomp.errors import StreamcompError
+from streamcomp.forms.expert_module import FactoredExperts
 from streamcomp.forms.runtime import FactoredLinear
+from streamcomp.model.experts import ExpertBank
 from streamcomp.model.streamer import BlockStreamer
+from tests.families.apart import banks_of, run_apart
 from tests.families.tiny import NotBuiltError, default_model, save_tiny
 from tests.jobs import (
     RESOURCES,
     compress,
     config_of,
+    expert_products,
     factored_modules,
     products,
     quick_plan,
@@ -55,6 +59,9 @@ _LOGITS = 2e-5  # largest difference of logits in fp32, in parts of the largest 
 _WEIGHTS = 1e-5  # the same of weights
 _GRADIENTS = 1e-4  # the same of gradients, which sum up more roundings
 _MOVED = 1e-4  # by which compressing changes some logit at least
+
+# Tensors of each form, besides the right factor; the left factor first.
+_LEAVES = {"uv": ("U",), "pivot": ("coef", "pivots")}
 
 _SEQ_LEN, _WINDOWS = 16, 6
 _ANSWER = 5  # tokens to generate
@@ -88,6 +95,8 @@ class Family:
     # Largest difference of streamed logits from the whole model's, in parts of the largest; 0: the
     # same bits.
     difference: float | None = None
+    # The same with experts run one by one; None where there are none to be run so.
+    apart: float | None = None
     remarks: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
@@ -149,6 +158,7 @@ class _Checks:
         self._step("plan", self._plan)
         if self._step("evaluate", self._evaluate_original):
             self._step("differentiate", self._differentiate)
+            self._step("experts one by one", self._run_apart)
         for name, settings in self.recipes.items():
             out = self.folder / name.replace(" ", "-")
             if not self._step(f"compress, {name}", self._compress, out, settings):
@@ -224,6 +234,16 @@ class _Checks:
             streamed = packing.hidden_in(streamed)
         _must_agree("streamed and whole gradients", streamed, whole, _GRADIENTS)
 
+    def _run_apart(self) -> None:
+        """Experts that run one by one, as in a job, make the same logits and gradient."""
+        if not banks_of(open_skeleton(self.source)):
+            return
+        logits, gradient = run_apart(self.source, self.tokens, _loss, self.folder)
+        self.family.apart = _difference(logits, self.original)
+        _must_agree("logits with experts one by one and whole", logits, self.original)
+        streamed = streamed_gradient(self.source, self.tokens)
+        _must_agree("gradients with experts one by one", gradient, streamed, _GRADIENTS)
+
     def _whole_gradient(self) -> Tensor:
         model = _load(self.source).requires_grad_(False)
         layers = open_skeleton(self.source).layers_name
@@ -243,22 +263,25 @@ class _Checks:
     # -- the compressed model ------------------------------------------------------------
 
     def _compress(self, out: Path, settings: dict[str, Any]) -> None:
-        """All but the factored linears must be the original's, byte by byte."""
+        """All but factored weights must be the original's, byte by byte; no others are new."""
         compress(self.source, out, self.text, ratio=RATIO, **settings)
-        names = tuple(f"{name}." for name in factored_modules(out))
+        banks = banks_of(open_skeleton(self.source)).values()
+        gone, made = _replaced(factored_modules(out), {bank.disk_name: bank for bank in banks})
         before, after = stored_tensors(self.source), stored_tensors(out)
-        for name, tensor in before.items():
-            kept = name in after and torch.equal(tensor, after[name])
-            if not kept and not name.startswith(names):
+        if strange := after.keys() ^ (before.keys() - gone | made):
+            raise _WrongError(f"{min(strange)} is missing, or should not be there")
+        for name in before.keys() - gone:
+            if not torch.equal(before[name], after[name]):
                 raise _WrongError(f"{name} is not what it was")
 
     def _reload(self, out: Path) -> None:
         """transformers makes of the factors what it makes of their products."""
         model = _load(out)
         modules = factored_modules(out)
-        count = sum(isinstance(module, FactoredLinear) for module in model.modules())
+        ours = FactoredLinear, FactoredExperts
+        count = sum(isinstance(module, ours) for module in model.modules())
         if count != len(modules):
-            raise _WrongError(f"{count} factored linears are loaded, {len(modules)} were written")
+            raise _WrongError(f"{count} factored modules are loaded, {len(modules)} were written")
         dense = out.with_name(f"{out.name}-dense")
         streamcomp.export(out, dense, form="dense")
         stored, plain = stored_tensors(dense), _load(dense)
@@ -267,12 +290,28 @@ class _Checks:
             weight = stored[f"{name}.weight"].double()
             product = product.T if name in convs else product
             _must_agree(f"{name} of the export and its product", weight, product, _WEIGHTS)
+        for name, weight, product in self._experts(out, plain):
+            _must_agree(f"{name} of the export and its product", weight, product, _WEIGHTS)
         logits = _logits(model, self.tokens)
         _must_agree("logits of factors and products", logits, _logits(plain, self.tokens))
         if _difference(logits, self.original) < _MOVED:
             raise _WrongError("compressing changed no logit")
         if _settings(out) != _settings(self.source):
             raise _WrongError("config.json has other settings than the original")
+
+    def _experts(self, out: Path, plain: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each matrix of each factored expert: its name, what ``plain`` holds, and the product."""
+        modules, tensors = factored_modules(out), stored_tensors(out)
+        for number, bank in banks_of(open_skeleton(self.source)).items():
+            spec, tail = modules.get(bank.disk_name), f".{number}.{bank.name}"
+            if spec is None:
+                continue
+            held: Any = next(part for name, part in plain.named_modules() if name.endswith(tail))
+            for leaf, ranks in spec["ranks"].items():
+                name = f"{bank.disk_name}.{leaf}"
+                for expert, product in expert_products(tensors, name, spec, ranks):
+                    weight = held.get_parameter(leaf)[expert].detach().double()
+                    yield f"{name} {expert}", weight.T if held.is_transposed else weight, product
 
     def _generate(self, out: Path) -> None:
         """As many tokens as asked for; a type that cannot even uncompressed is no fault of ours."""
@@ -302,6 +341,30 @@ class _Checks:
 
 
 # -- helpers -----------------------------------------------------------------------------
+
+
+def _replaced(
+    modules: Mapping[str, Mapping[str, Any]], banks: Mapping[str, ExpertBank]
+) -> tuple[set[str], set[str]]:
+    """Names on disk of the tensors that ``modules`` replace, and of those they consist of.
+
+    As docs/format.md has them, for linears and for the experts ``banks``.
+    """
+    gone, made = set[str](), set[str]()
+    for name, spec in modules.items():
+        if "ranks" not in spec:
+            gone.add(f"{name}.weight")
+            made |= {f"{name}.{leaf}" for leaf in ("weight", *_LEAVES[spec["form"]])}
+            continue
+        bank = banks[name]
+        gone |= bank.names_on_disk
+        made.add(f"{name}.{bank.matrices[0][0]}")  # the guard
+        for leaf, rows, _ in bank.matrices:
+            left, *others = _LEAVES[spec["form"]]
+            dense = all(rank == rows for rank in spec["ranks"][leaf])
+            parts = ("V", *others) if dense else ("V", left, *others)
+            made |= {f"{name}.{leaf}_{part}" for part in parts}
+    return gone, made
 
 
 def _write_text(path: Path, tokens: int) -> Path:
@@ -381,7 +444,11 @@ def _shares(
     for block in model.get_submodule(layers):
         for name, module in block.named_modules():
             short = re.sub(r"\b\d+\b", "*", name)
-            matrices = (p for p in module.parameters(recurse=False) if p.dim() > 1)
+            matrices = (
+                parameter
+                for leaf, parameter in module.named_parameters(recurse=False)
+                if parameter.dim() > 1 and not leaf.endswith("bias")  # experts have rows of them
+            )
             numbers[short] = numbers.get(short, 0) + sum(p.numel() for p in matrices)
     total = sum(numbers.values())
     dense = {f"{name}: {why}": numbers.get(name, 0) / total for name, why in left.items()}

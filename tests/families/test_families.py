@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.families import checks
+from tests.families.apart import run_apart
 from tests.families.checks import (
     OK,
     RECIPES,
@@ -28,7 +30,7 @@ from tests.families.checks import (
     streamed_gradient,
 )
 from tests.families.tiny import NotBuiltError, causal_types, save_tiny, tiny_config, variants
-from tests.jobs import logits_of, products, stored_tensors
+from tests.jobs import expert_products, logits_of, products, stored_tensors
 from tests.model.folders import streamed_logits
 
 # Type -> what is difficult about it.
@@ -99,10 +101,14 @@ def test_it_is_refused_with_a_reason(kind: str, tmp_path: Path) -> None:
 # -- the checks find faults --------------------------------------------------------------
 
 
-def checked_llama(folder: Path, recipes: dict[str, Any], **patches: Any) -> Family:
+def checked(kind: str, folder: Path, recipes: dict[str, Any], **patches: Any) -> Family:
     """A sound model with something in the checks, or in streamcomp, replaced."""
     with mock.patch.multiple(checks, **patches):
-        return check_family("llama", folder, recipes=recipes)
+        return check_family(kind, folder, recipes=recipes)
+
+
+def checked_llama(folder: Path, recipes: dict[str, Any], **patches: Any) -> Family:
+    return checked("llama", folder, recipes, **patches)
 
 
 def test_logits_that_are_not_the_whole_models_are_wrong(tmp_path: Path) -> None:
@@ -122,8 +128,21 @@ def test_a_gradient_that_is_not_the_whole_models_is_wrong(tmp_path: Path) -> Non
 
     family = checked_llama(tmp_path, {}, streamed_gradient=slightly_off)
 
-    assert [step.outcome for step in family.steps] == [OK, OK, OK, OK, WRONG]
+    assert [step.outcome for step in family.steps] == [OK, OK, OK, OK, WRONG, OK]
     assert family.reason is not None and family.reason.name == "differentiate"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_experts_one_by_one_that_are_not_the_blocks_are_wrong(which: int, tmp_path: Path) -> None:
+    def slightly_off(*arguments: Any) -> list[Tensor]:
+        both = list(run_apart(*arguments))
+        both[which] = both[which] * 1.001
+        return both
+
+    family = checked("mixtral", tmp_path, {}, run_apart=slightly_off)
+
+    assert [step.outcome for step in family.steps] == [OK, OK, OK, OK, OK, WRONG]
+    assert family.reason is not None and "experts one by one" in family.reason.detail
 
 
 def test_an_export_that_is_not_the_product_is_wrong(tmp_path: Path) -> None:
@@ -138,6 +157,43 @@ def test_an_export_that_is_not_the_product_is_wrong(tmp_path: Path) -> None:
     assert family.reason is not None
     assert family.reason.name == "reload, default"
     assert "model.layers.1.mlp.up_proj" in family.reason.detail
+
+
+def test_exported_experts_that_are_not_the_product_are_wrong(tmp_path: Path) -> None:
+    def others(*arguments: Any) -> Iterator[tuple[int, Tensor]]:
+        return ((expert, product * 1.001) for expert, product in expert_products(*arguments))
+
+    family = checked("mixtral", tmp_path, {"default": {}}, expert_products=others)
+
+    assert family.reason is not None and family.verdict == WRONG
+    assert family.reason.name == "reload, default"
+    assert "experts.gate_up_proj" in family.reason.detail
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaf", "keep", "told"),
+    [
+        ("llama", "norm.weight", True, "is not what it was"),
+        ("mixtral", "experts.down_proj_pivots", False, "is missing, or should not be there"),
+    ],
+)
+def test_other_tensors_than_factors_are_wrong(
+    kind: str, leaf: str, keep: bool, told: str, tmp_path: Path
+) -> None:
+    def changed(folder: Path) -> dict[str, Tensor]:
+        tensors = stored_tensors(folder)
+        if folder.name != "source":
+            name = next(name for name in tensors if name.endswith(leaf))
+            tensor = tensors.pop(name)
+            if keep:
+                tensors[name] = tensor * 2
+        return tensors
+
+    family = checked(kind, tmp_path, {"default": {}}, stored_tensors=changed)
+
+    assert family.reason is not None and family.verdict == WRONG
+    assert family.reason.name == "compress, default"
+    assert told in family.reason.detail
 
 
 def test_an_exception_that_is_no_refusal_is_a_fault(tmp_path: Path) -> None:

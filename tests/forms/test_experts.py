@@ -191,6 +191,17 @@ def test_without_data_shapes_are_right() -> None:
     assert output.is_meta and output.shape == (6, HIDDEN)
 
 
+@both_forms
+def test_other_tensors_run_in_the_place_of_its_parameters(form: str) -> None:
+    module = factored(dense_experts(), form)
+    tensors = {name: value * 2 for name, value in module.named_parameters()}
+
+    output = torch.func.functional_call(module, tensors, routed(6))
+
+    module.load_state_dict(tensors, strict=False)
+    assert torch.equal(output, module(*routed(6)))
+
+
 def test_where_all_are_dense_there_is_no_left_factor() -> None:
     matrices = ExpertMatrices("uv", "down_proj", 16, 24, (16,) * 3)
 
