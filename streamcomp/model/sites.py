@@ -408,10 +408,16 @@ def _computes_a_linear(module: nn.Linear) -> bool:
 
 
 def _is_router(skeleton: Skeleton, full_name: str, rows: int) -> bool:
-    """One output per expert, next to the experts: a list of as many, or one tensor of them all."""
+    """One output per expert, next to the experts: a list of as many, or one tensor of them all.
+
+    Also within a module of its own, whose class is named after what it is.
+    """
     if rows not in _expert_counts(skeleton):
         return False
-    module = skeleton.model.get_submodule(full_name.rpartition(".")[0])
+    owner = full_name.rpartition(".")[0]
+    module = skeleton.model.get_submodule(owner)
+    if "Router" in type(module).__name__:
+        module = skeleton.model.get_submodule(owner.rpartition(".")[0])
     lists = (m for m in module.modules() if isinstance(m, nn.ModuleList))
     return any(len(experts) == rows for experts in lists) or any(
         value.dim() == 3 and value.shape[0] == rows for value in module.parameters()

@@ -110,6 +110,20 @@ def test_a_router_that_is_a_plain_linear_is_left_too(pico: Callable[..., Path]) 
     assert find_sites(skeleton, 1).left["model.layers.1.mlp.gate"] == "a router"
 
 
+def test_a_linear_in_a_router_of_its_own_is_left_too(pico: Callable[..., Path]) -> None:
+    class NewRouter(nn.Module):
+        pass
+
+    skeleton = open_skeleton(pico("mixtral"))
+    router = NewRouter()
+    router.gate = nn.Linear(32, 4, bias=False, device="meta")
+    skeleton.block(1).get_submodule("mlp").gate = router
+    name = "model.layers.1.mlp.gate"
+    skeleton.sources[f"{name}.gate.weight"] = skeleton.sources[f"{name}.weight"]
+
+    assert find_sites(skeleton, 1).left[f"{name}.gate"] == "a router"
+
+
 def test_a_projection_with_as_many_rows_as_experts_is_no_router(tmp_path: Path) -> None:
     folder = save_pico(tmp_path, "llama")
     edit_config(folder, num_local_experts=16)  # as many as k_proj has rows
