@@ -48,12 +48,10 @@ WORKS = {
     "gemma4_text+shared": "inputs of each block that depend on the tokens; heads of two sizes",
     "gpt_oss": "experts that are stored transposed, with biases",
     "jamba": "a linear whose weight its block reads without calling it, and experts",
-    "lfm2_moe": "convolutions and experts",
     "llama4": "a text model whose config is a part of the checkpoint's",
     "longcat_flash": "a block that counts as two layers",
     "mamba": "a linear whose weight its block reads without calling it",
     "modernbert-decoder": "a head that is named decoder",
-    "qwen3_next": "linear attention next to softmax, gates, experts that share a block with one",
     "roberta": "a bias of the head that is stored once and used twice",
 }
 # Type -> the reason.
