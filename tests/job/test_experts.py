@@ -74,7 +74,7 @@ def test_a_mixture_loads_and_is_the_product_of_its_factors(
     assert all(step.peak_bytes <= step.predicted_bytes for step in report.steps)
 
 
-@pytest.mark.parametrize(("kind", "way"), zip(KINDS, WAYS, strict=True))
+@pytest.mark.parametrize(("kind", "way"), list(zip(KINDS, WAYS, strict=True)))
 def test_a_job_goes_on_behind_every_step(
     kind: str, way: str, pico: Callable[..., Path], job_text: Path, tmp_path: Path
 ) -> None:
