@@ -37,7 +37,7 @@ __all__ = ["Rehearsal", "code_of", "rehearse"]
 
 # Two batches that differ in their tokens alone. No row is 0, 1, 2, ..., which positions are, and
 # few models have as many of anything as there are windows, or tokens in them.
-_WINDOWS, _POSITIONS = 11, 13
+_WINDOWS, _POSITIONS = 5, 7
 _TOKENS = torch.randint(
     2, (2, _WINDOWS, _POSITIONS), generator=torch.Generator().manual_seed(0), device="cpu"
 )

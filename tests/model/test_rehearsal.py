@@ -434,7 +434,7 @@ def test_more_positions_than_tokens_are_refused(
 
     monkeypatch.setattr(llama.LlamaModel, "forward", prompted)
 
-    assert "hidden states of 11 x 13 tokens are not" in refusal(pico("llama"))
+    assert "hidden states of 5 x 7 tokens are not" in refusal(pico("llama"))
 
 
 # -- where the blocks are
