@@ -116,7 +116,7 @@ JOBS = (
     Job("two-sided, refine", "mistral", f"{_SMALL} --refine 4"),
     Job("two-sided, update, refine, store every 2, some linears", "gemma2",
         f"{_SMALL} --update --refine 2 --store-every 2 --include mlp|q_proj --exclude down_proj"),
-    Job("two-sided, experts left dense", "mixtral", f"{_SMALL} --ratio 0.1"),
+    Job("two-sided, experts left dense", "mixtral", f"{_SMALL} --ratio 0.1 --exclude experts"),
     Job("svd-llm pivot, loss", "qwen3-bf16", f"{_SMALL} --method svd-llm --allocation loss"),
     Job("svd-llm uv, compressed", "bloom-bf16",
         f"{_SMALL} --method svd-llm --form uv --statistics compressed"),
