@@ -37,8 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "refined": {"update": True, "refine": 2, "store_every": 2, "include": "k_proj|down_proj"},
 }
 
-# Every twelfth point is tried, and each of these. ``benchmarks/faults.py`` tries all.
-_EVERY_POINT = 12
+# Every ninth point is tried, and each of these. ``benchmarks/faults.py`` tries all.
+_EVERY_POINT = 9
 _ALWAYS = re.compile(
     r"committed|a shard|journal line|config\.json|k_proj\.safetensors|gradient-\d+\.bin"
 )
