@@ -24,6 +24,7 @@ from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import GradientSum, MomentGroup, check_moment
 from streamcomp.checkpoint.atomic import output_errors
 from streamcomp.checkpoint.reader import COPY_BYTES
+from streamcomp.errors import OutputError
 from streamcomp.linalg.dtypes import moment_dtype
 from streamcomp.linalg.moments import ROWS_PER_UPDATE, SecondMoment
 from streamcomp.methods.base import GradientMoment, Moment
@@ -32,7 +33,14 @@ from streamcomp.model.sites import ExpertSite
 from streamcomp.model.streamer import LoadedBlock, LoadedExperts
 from streamcomp.model.taps import LayerInputs, Stop, hidden_of
 
-__all__ = ["Routing", "RowFile", "expert_activations", "routing_bytes", "scratch_bytes"]
+__all__ = [
+    "Routing",
+    "RowFile",
+    "expert_activations",
+    "replay_bytes",
+    "routing_bytes",
+    "scratch_bytes",
+]
 
 # Bytes of the rows that one expert runs at a time, and the fewest and the most rows.
 _AT_ONCE_BYTES = 256 * 2**20
@@ -63,7 +71,15 @@ class RowFile:
         for at, offset, length in self._pieces(rows):
             piece, done = view[at : at + length], 0
             while done < length:
-                done += os.preadv(self._file.fileno(), [piece[done:]], offset + done)
+                try:
+                    count = os.preadv(self._file.fileno(), [piece[done:]], offset + done)
+                except OSError as error:
+                    raise OutputError(
+                        f"a file of {self._folder} cannot be read: {error.strerror}"
+                    ) from None
+                if count == 0:
+                    raise OutputError(f"a file of {self._folder} was cut short while it was read")
+                done += count
         return buffer
 
     def write(self, rows: Tensor, values: Tensor) -> None:
@@ -423,6 +439,18 @@ def scratch_bytes(
     """Bytes of the files of a :class:`Routing`."""
     each = run_dtype.itemsize + moment_dtype(stream.dtype).itemsize
     return stream.tokens * bank.inputs * each * (2 if gradients else 1)
+
+
+def replay_bytes(
+    bank: ExpertBank, stream: StreamShape, run_dtype: torch.dtype, *, gradients: bool
+) -> int:
+    """Rows of one window that a block runs on instead of its experts, as read and as it runs.
+
+    With ``gradients`` also their copies for autograd, and the gradients that go on below.
+    """
+    wide, run = moment_dtype(stream.dtype).itemsize, run_dtype.itemsize
+    number = 2 * wide + 4 * run if gradients else wide + run
+    return stream.seq_len * bank.inputs * number
 
 
 def rows_at_once(bank: ExpertBank, run_dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from streamcomp.calibration.hidden_states import StreamShape
 from streamcomp.calibration.observe import MomentGroup, group_moments
+from streamcomp.calibration.routing import replay_bytes
 from streamcomp.forms import form_of
 from streamcomp.job.levers import Levers
 from streamcomp.linalg.dtypes import gradient_dtype, moment_dtype, solve_dtype
@@ -99,7 +100,14 @@ class BlockPlan:
 
     def activations(self, batch: int) -> int:
         """Most bytes alive in a forward of ``batch`` windows, their output among them."""
-        return batch * (self.trace.activation_bytes + self.stream.window_bytes)
+        replayed = self.replay_bytes(self.stream.dtype, gradients=False)
+        return batch * (self.trace.activation_bytes + self.stream.window_bytes + replayed)
+
+    def replay_bytes(self, run_dtype: torch.dtype, *, gradients: bool) -> int:
+        """Bytes of one window that stand for the experts, where these are loaded apart."""
+        if self.bank is None:
+            return 0
+        return replay_bytes(self.bank, self.stream, run_dtype, gradients=gradients)
 
     def moment_bytes(self, groups: Sequence[MomentGroup[S]]) -> int:
         return sum(group.nbytes(self.stream.dtype) for group in groups)

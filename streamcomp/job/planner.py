@@ -123,13 +123,12 @@ class StepPlanner:
         return StepPlan(step, *resident, peak.title, dict(peak.parts), limits, written)
 
     def _phases(self, step: Step, levers: Levers) -> list[Phase]:
-        """Phases of the step, each with the masks and positions that are kept once made."""
+        """Phases of the step, each with what is in memory in all of them."""
         phases, first = list(step.phases(self.outline, levers)), self.outline.blocks[0]
         if step.runs_windows:
             phases.insert(0, capturing(first, max(levers.batch, levers.reverse_batch)))
-        if step.after_capture:
-            phases = [phase.next_to(first.inputs.nbytes) for phase in phases]
-        return phases
+        held = step.held(self.outline)
+        return [phase.next_to(held) for phase in phases]
 
     def _resident(self, step: Step, levers: Levers) -> tuple[int, int]:
         peak = max(self._phases(step, levers), key=lambda phase: phase.nbytes)

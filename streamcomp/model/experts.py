@@ -182,9 +182,7 @@ def _reason(
         return f"a {kind}, of which {', '.join(sorted(held ^ sources.keys()))} is on one side only"
     for leaf, infos in sources.items():
         count = _count(module, leaf)
-        each = len(infos) % count == 0 and all(
-            0 <= number < count for number in map(_numbered, infos)
-        )
+        each = len(infos) % count == 0 and all(0 <= _numbered(i) < count for i in infos)
         fused = len(infos) < count and all(info.shape[:1] == (count,) for info in infos)
         if not each and not fused:
             return f"a {kind}, whose experts are not apart on disk"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,14 @@ def test_a_full_disk_shows_when_the_file_is_made(
 
     with pytest.raises(OutputError, match="no space left"):
         RowFile(tmp_path, 4, 4, torch.float32)
+
+
+def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+    file = RowFile(tmp_path, 4, 4, torch.float32)
+    os.ftruncate(file._file.fileno(), 20)
+    with pytest.raises(OutputError, match="cut short"):
+        file.read(torch.arange(4))
+    file.close()
 
 
 def test_bytes_of_a_routing_are_counted(case: Callable[[str], Case], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,27 @@ def test_ratio_counts_experts_in_the_plan(pico: Callable[..., Path], job_text: P
     names = set(made.ranks)
     assert "model.layers.1.mlp.experts.3.down_proj" in names
     assert made.ratio == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_plan_counts_what_stands_for_experts_while_the_block_runs(
+    pico: Callable[..., Path], job_text: Path
+) -> None:
+    """Their rows in the wide dtype, read for a batch; and each token's choice in every phase."""
+    with quick_plan():
+        recipe = small_recipe(job_text, ratio=0.3)
+        made = plan(pico("mixtral"), recipe, RESOURCES)
+        dense = plan(pico("mixtral"), replace(recipe, exclude="experts"), RESOURCES)
+
+    batch, tokens = made.levers.batch, 8 * 16
+    apart, whole = made.outline.blocks[0], dense.outline.blocks[0]
+    assert apart.bank is not None and whole.bank is None
+    rows = 16 * 32 * (4 + 4)  # of a window, as read and as it runs
+    states = apart.trace.activation_bytes + apart.stream.window_bytes
+    assert apart.activations(batch) == batch * (states + rows)
+    for step in made.steps:
+        if step.name.startswith(("forward", "reverse")):
+            assert step.step.held(made.outline)["routing"] >= tokens * 2 * (4 + 4)
+    assert not any("routing" in step.step.held(dense.outline) for step in dense.steps)
 
 
 def test_a_job_with_another_damping_takes_moments_of_experts_again(

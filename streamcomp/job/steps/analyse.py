@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +24,7 @@ from streamcomp.job.steps.experts import (
     decomposing_experts,
     route,
     routing,
+    routing_parts,
     scratch,
 )
 from streamcomp.job.workspace import Stage, Workspace
@@ -67,6 +68,9 @@ class Analyse(Step):
                 yield from decomposing_experts(outline, block, dtype)
             yield observing(outline, block, levers.batch, groups)
             yield from decomposing(outline, block, groups)
+
+    def held(self, outline: Outline) -> Mapping[str, int]:
+        return {**super().held(outline), **routing_parts(outline, self.block)}
 
     def scratch_bytes(self, outline: Outline) -> int:
         return scratch(outline, self.block)

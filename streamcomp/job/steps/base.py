@@ -39,11 +39,10 @@ class Phase:
     def title(self) -> str:
         return f"{self.name} {self.site}" if self.site else self.name
 
-    def next_to(self, captured: int) -> Phase:
-        """This phase with ``captured`` more bytes of masks and positions in memory."""
-        return replace(
-            self, parts={**self.parts, _CAPTURED: captured + self.parts.get(_CAPTURED, 0)}
-        )
+    def next_to(self, others: Mapping[str, int]) -> Phase:
+        """This phase with more bytes in memory, by what they are for."""
+        more = {name: nbytes + self.parts.get(name, 0) for name, nbytes in others.items()}
+        return replace(self, parts={**self.parts, **more})
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,12 @@ class Step(ABC):
     def after_capture(self) -> bool:
         """Whether masks and positions are in memory when it begins."""
         return True
+
+    def held(self, outline: Outline) -> Mapping[str, int]:
+        """Bytes alive in all its phases, by what they are for."""
+        if not self.after_capture:
+            return {}
+        return {_CAPTURED: outline.blocks[0].inputs.nbytes}
 
     def shard(self, blocks: int) -> int | None:
         """Number of the shard that it writes for a model of so many ``blocks``, if any."""

@@ -48,6 +48,7 @@ __all__ = [
     "each_expert",
     "factorize_experts",
     "factorizing_experts",
+    "routing_parts",
     "route",
     "routing",
     "scratch",
@@ -66,11 +67,10 @@ def routing(
     bank, stream = block.bank, block.stream
     if bank is None:
         return
-    held = routing_bytes(bank, stream, gradients=False)
     weights = block.cast_weight_bytes(run_dtype)
     wider = max(1, run_dtype.itemsize // stream.dtype.itemsize)
     activations = wider * block.activations(batch) + block.cast_input_bytes(run_dtype)
-    parts = {"weights": weights, "routing": held, "activations": activations}
+    parts = {"weights": weights, "activations": activations}
     yield Phase("routing", parts, outline.forward_seconds(block.number))
     yield _experts("experts", outline, block, run_dtype)
 
@@ -85,9 +85,9 @@ def descending(
     wider = run_dtype.itemsize / stream.dtype.itemsize
     states = 4 * stream.window_bytes
     run = int(wider * levers.reverse_batch * (block.trace.autograd_bytes + states))
+    run += levers.reverse_batch * block.replay_bytes(run_dtype, gradients=True)
     parts = {
         "weights": block.cast_weight_bytes(run_dtype),
-        "routing": routing_bytes(bank, stream, gradients=True),
         "activations": run + block.cast_input_bytes(run_dtype),
     }
     yield Phase("descending", parts, 2 * outline.forward_seconds(block.number))
@@ -105,7 +105,6 @@ def decomposing_experts(
             yield replace(phase, parts={**phase.parts, "moments": moments})
         parts = {
             "weights": phase.parts["weights"],
-            "routing": phase.parts["routing"],
             "moments": moments,
             "decomposition": _working_bytes(outline, block, site),
         }
@@ -141,13 +140,20 @@ def factorizing_experts(
             encoding["moments"] = analysed
             yield Phase("factorizing", parts | encoding, count * flops, site.leaf)
             continue
-        parts["routing"] = routing_bytes(bank, stream, gradients=False)
         active = expert_activations(bank, stream, stream.dtype, gradients=False)
         yield Phase("factorizing", {**parts, "moments": moments, "activations": active})
         working = {"moments": moments, "decomposition": _working_bytes(outline, block, site)}
         yield Phase("factorizing", parts | working, seconds, site.leaf)
         encoding["moments"] = moments + analysed
         yield Phase("factorizing", parts | encoding, count * flops, site.leaf)
+
+
+def routing_parts(outline: Outline, number: int, *, gradients: bool = False) -> dict[str, int]:
+    """What is in memory while windows run through a block whose experts are loaded apart."""
+    bank = outline.blocks[number].bank
+    if bank is None:
+        return {}
+    return {"routing": routing_bytes(bank, outline.stream, gradients=gradients)}
 
 
 def scratch(outline: Outline, number: int, *, gradients: bool = False) -> int:
@@ -173,7 +179,6 @@ def _experts(
         "weights": block.weight_bytes
         + 2 * bank.at_once * bank.expert_bytes  # tensors on disk, and the parameters they become
         + wider * bank.numel * run_dtype.itemsize,
-        "routing": routing_bytes(bank, stream, gradients=gradients),
         "activations": expert_activations(bank, stream, run_dtype, gradients=gradients),
     }
     flops = 2.0 * bank.chosen * stream.tokens * bank.numel * (1 + _BACKWARD * gradients)
@@ -229,15 +234,15 @@ def route(
     if bank is None:
         yield None
         return
-    with Routing(bank, work.shape, dtype, work.folder) as routing:
+    with Routing(bank, work.shape, dtype, work.folder) as routed:
         with loaded.cast(dtype), work.reading(source) as states:
             for start, stop in work.batches(stage, "routing", work.levers.batch):
                 hidden = states.read(start, stop).to(work.device, dtype)
                 inputs = work.inputs(loaded.number, stop - start, dtype)
-                routing.capture(loaded, start, hidden, inputs)
+                routed.capture(loaded, start, hidden, inputs)
         for experts, number in each_expert(work, stage, "experts", loaded, bank):
-            routing.forward(experts, number)
-        yield routing
+            routed.forward(experts, number)
+        yield routed
 
 
 def descend(

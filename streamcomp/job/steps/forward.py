@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from streamcomp.job.files import DenseStates
@@ -10,7 +10,7 @@ from streamcomp.job.levers import Levers
 from streamcomp.job.outline import Outline
 from streamcomp.job.rows import StepResult
 from streamcomp.job.steps.base import Phase, Step, loading, running
-from streamcomp.job.steps.experts import route, routing, scratch
+from streamcomp.job.steps.experts import route, routing, routing_parts, scratch
 from streamcomp.job.workspace import Stage, Workspace
 
 __all__ = ["Forward"]
@@ -31,6 +31,9 @@ class Forward(Step):
         block = outline.blocks[self.block].chunked(levers)
         yield from routing(outline, block, levers.batch, outline.stream.dtype)
         yield running("forward", outline, block, levers.batch)
+
+    def held(self, outline: Outline) -> Mapping[str, int]:
+        return {**super().held(outline), **routing_parts(outline, self.block)}
 
     def scratch_bytes(self, outline: Outline) -> int:
         return scratch(outline, self.block)

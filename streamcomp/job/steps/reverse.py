@@ -7,7 +7,7 @@ and the gradient of its input goes to a file for the block below.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -34,6 +34,7 @@ from streamcomp.job.steps.experts import (
     descending,
     route,
     routing,
+    routing_parts,
     scratch,
 )
 from streamcomp.job.workspace import Stage, Workspace, check_finite
@@ -81,10 +82,8 @@ class Reverse(Step):
             block = outline.blocks[number].chunked(levers)
             yield from routing(outline, block, levers.batch, outline.stream.dtype)
             yield running("forward", outline, block, levers.batch)
-        block, dtype = (
-            outline.blocks[self.block].chunked(levers),
-            gradient_dtype(outline.stream.dtype),
-        )
+        block = outline.blocks[self.block].chunked(levers)
+        dtype = gradient_dtype(outline.stream.dtype)
         for turn, groups in enumerate(block.passes(levers)):
             yield loading(outline, self.block)
             if turn == 0:
@@ -94,6 +93,9 @@ class Reverse(Step):
             outgoing = block.output_gradient_bytes if turn == 0 else 0
             yield _reversing(outline, block, levers, groups, outgoing)
             yield from decomposing(outline, block, groups)
+
+    def held(self, outline: Outline) -> Mapping[str, int]:
+        return {**super().held(outline), **routing_parts(outline, self.block, gradients=True)}
 
     def scratch_bytes(self, outline: Outline) -> int:
         return scratch(outline, self.block, gradients=True)
@@ -161,6 +163,7 @@ def _reversing(
         "moments": outgoing + block.moment_bytes(groups),
         "activations": int(wider * batch * (block.trace.autograd_bytes + states))
         + 2 * observing_bytes(block.groups, stream, batch)
+        + batch * block.replay_bytes(run_dtype, gradients=True)
         + block.cast_input_bytes(run_dtype),
     }
     twice = levers.feed_forward_tokens < stream.seq_len  # most of a forward

@@ -26,6 +26,7 @@ from streamcomp.job.steps.experts import (
     factorizing_experts,
     route,
     routing,
+    routing_parts,
     scratch,
 )
 from streamcomp.job.steps.follow import Factored, refine, refining, update, updating
@@ -77,6 +78,10 @@ class WriteBlock(Step):
         block, output = outline.blocks[self.block], outline.outputs[self.output]
         saved = sum(block_saving(outline.form, m, output.allowances) for m in block.sites.eligible)
         return block.read_bytes + saved
+
+    def held(self, outline: Outline) -> Mapping[str, int]:
+        routing = routing_parts(outline, self.block) if self._observes else {}
+        return {**super().held(outline), **routing}
 
     def scratch_bytes(self, outline: Outline) -> int:
         factors = self.shard_bytes(outline) if outline.blocks[self.block].experts else 0
